@@ -1,0 +1,22 @@
+"""kdkernels: fused knowledge-distillation losses for PyTorch.
+
+    from kdkernels import DISTLoss
+    loss = task_loss + 2.0 * DISTLoss()(student_logits, teacher_logits)
+
+Importing the package initialises no CUDA, imports no Triton and compiles nothing.
+"""
+
+from . import functional as functional
+from ._dispatch import available as available, use_backend as use_backend
+from ._version import __version__ as __version__
+from .losses import *  # noqa: F403
+from .registry import SPECS
+
+__all__ = [
+    *sorted(spec.module.__name__ for spec in SPECS.values()),
+    *functional.__all__,
+    "__version__",
+    "available",
+    "functional",
+    "use_backend",
+]

@@ -1,0 +1,94 @@
+"""Autograd around the kernels, once for all losses.
+
+For a scalar loss the forward pass also computes the gradient, while the rows are in cache, and keeps
+it privately; the first backward pass scales it by the upstream scalar and gives it away, so a step
+moves each byte once and allocates one gradient. A second backward pass (``retain_graph=True``)
+recomputes it. ``float16`` and ``reduction='none'`` compute the gradient in the backward pass instead
+(see ``_ops.stores_gradient``).
+
+Eager calls take a lean ``autograd.Function``; under ``torch.compile`` the operators of ``_ops`` are
+called, which the compiler sees through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._ops import no_double_backward, operator_name, stores_gradient
+
+
+class Kernels(NamedTuple):
+    """One family's kernels on one backend, called with the arguments of its operator schema."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    scale_: Callable[[Tensor, Tensor], Tensor]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kernels: Kernels, args: Any) -> Tensor:
+        ctx.stored = stored = stores_gradient(student, args[-1])
+        loss, gradient = kernels.forward(student, teacher, *args, stored)
+        ctx.gradient = gradient if stored else None
+        ctx.kernels = kernels
+        ctx.args = args
+        ctx.save_for_backward(student, teacher)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        kernels = ctx.kernels
+        if ctx.stored:
+            gradient, ctx.gradient = ctx.gradient, None
+            if gradient is None:
+                gradient = kernels.forward(*ctx.saved_tensors, *ctx.args, True)[1]
+            gradient = kernels.scale_(gradient, upstream)
+        else:
+            gradient = kernels.backward(upstream, *ctx.saved_tensors, *ctx.args)
+        if torch.is_grad_enabled():  # create_graph=True: a second differentiation must not be silent
+            gradient = _Once.apply(gradient, upstream, ctx.saved_tensors[0])
+        return gradient, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient through and raises if it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, student: Tensor) -> Tensor:
+        return gradient
+
+    backward = staticmethod(no_double_backward)
+
+
+_loaded: dict[tuple[str, str], Kernels] = {}
+
+
+def apply(backend: str, family: str, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    """Run a family's kernels with autograd; ``args`` are those of its schema after the logits."""
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        operator = getattr(torch.ops.kdkernels, operator_name(backend, family)).default
+        return operator(student, teacher, *args, needs_grad and stores_gradient(student, args[-1]))[0]
+    kernels = _loaded.get((backend, family))
+    if kernels is None:
+        kernels = _loaded[backend, family] = _load(backend, family)
+    if needs_grad:
+        return _Fused.apply(student, teacher, kernels, args)
+    return kernels.forward(student, teacher, *args, False)[0]
+
+
+def _load(backend: str, family: str) -> Kernels:
+    if backend == "triton":
+        from . import triton
+
+        forward, backward = getattr(triton, family), getattr(triton, f"{family}_backward")
+        return Kernels(forward, backward, triton.scale_)
+    from . import native
+
+    backward = getattr(torch.ops.kdkernels, f"{family}_backward").default
+    return Kernels(native.eager_forward(family), backward, native.scale_)

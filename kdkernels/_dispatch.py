@@ -1,0 +1,133 @@
+"""Which backend runs a call: one predicate feeds the choice, the error texts and the test skips.
+
+``why_not`` lists the reasons why a backend cannot run a loss on some inputs (empty: it can). Without
+a request the first backend of ``native``, ``triton``, ``reference`` with no reason is taken. A
+request (``backend=``, ``kdkernels.use_backend`` or ``KDKERNELS_BACKEND``) never falls back: it runs
+or raises with the reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import _checks, native
+from .registry import SPECS, LossSpec
+
+BACKENDS = ("native", "triton", "reference")
+
+_requested: str | None = os.environ.get("KDKERNELS_BACKEND") or None
+"""The process-wide request; ``use_backend`` sets it for a block."""
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Request a backend for every call in a ``with`` block (process-wide, not per thread).
+
+    Overrides ``KDKERNELS_BACKEND``; an explicit ``backend=`` argument wins over both.
+    """
+    global _requested
+    if backend is not None:
+        known(backend)
+    before = _requested
+    _requested = backend
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def why_not(spec: LossSpec, backend: str, student: Tensor) -> list[str]:
+    """The reasons why ``backend`` cannot run ``spec`` on tensors like ``student``."""
+    return list(_why_not(spec, backend, student.device.type))
+
+
+def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
+    """The backend that runs this call; raises if the requested one cannot."""
+    return _choose(spec.name, backend or _requested, student.device.type)
+
+
+_choices: dict[tuple[str, str | None, str], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _choose(name: str, requested: str | None, device_type: str) -> str:
+    key = (name, requested, device_type)
+    chosen = _choices.get(key)
+    if chosen is None:
+        chosen = _choices[key] = _first_able(SPECS[name], requested, device_type)
+    return chosen
+
+
+def _first_able(spec: LossSpec, requested: str | None, device_type: str) -> str:
+    if requested is not None:
+        reasons = _why_not(spec, known(requested), device_type)
+        if reasons:
+            raise _checks.fail(
+                "backend", f"able to run {spec.name}", f"{requested!r}: " + "; ".join(reasons)
+            )
+        return requested
+    able = (b for b in BACKENDS if not _why_not(spec, b, device_type))
+    return next(able)  # the reference runs everywhere
+
+
+def known(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise _checks.fail("backend", "'native', 'triton', 'reference' or None", repr(backend))
+    return backend
+
+
+@functools.cache
+def _why_not(spec: LossSpec, backend: str, device_type: str) -> tuple[str, ...]:
+    if backend not in spec.backends:
+        return (f"{spec.name} has no {backend} kernels",)
+    if backend == "native":
+        return _native_reasons(spec, device_type)
+    if backend == "triton":
+        return _triton_reasons(spec, device_type)
+    return ()
+
+
+def _native_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
+    if native.extension() is None:
+        return (native.reason(),)
+    if device_type != "cpu":
+        return (f"compiled kernels run on CPU tensors, these are on {device_type}",)
+    if not native.has_rule(device_type, spec.family, spec.name):
+        return (f"the installed extension was built without the rule {spec.name}",)
+    return ()
+
+
+def _triton_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return ("the package triton is not installed (pip install triton)",)
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ("Triton runs CPU tensors only under TRITON_INTERPRET=1",)
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return (f"Triton runs on cuda and xpu tensors, these are on {device_type}",)
+    from . import triton as kernels
+
+    if spec.name not in kernels.rules(spec.family):
+        return (f"there is no Triton rule {spec.name}",)
+    return ()
+
+
+def clear_cache() -> None:
+    """Forget earlier choices (after the environment changed)."""
+    _choices.clear()
+    _why_not.cache_clear()
+
+
+def available(device: str | torch.device = "cpu") -> dict[str, dict[str, list[str]]]:
+    """For each loss and backend, the reasons why it does not run on ``device``."""
+    kind = torch.device(device).type
+    return {
+        name: {backend: list(_why_not(spec, backend, kind)) for backend in BACKENDS}
+        for name, spec in SPECS.items()
+    }

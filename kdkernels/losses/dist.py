@@ -1,0 +1,130 @@
+"""DIST: Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022; 2205.10536)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks
+from .._correlation import correlation_loss
+from ..reference.dist import dist as reference
+from ..registry import LossSpec, register
+from ._base import LossModule
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    tau: float = 1.0,
+    *,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+    loss_weight: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Inter-class and intra-class relations matched by Pearson correlation.
+
+    With p, q the softmax of teacher and student at temperature tau, all (B, C):
+
+    .. math:: L = \beta \tau^2 \Big(1 - \tfrac1B \sum_b \rho(q_{b\cdot}, p_{b\cdot})\Big)
+              + \gamma \tau^2 \Big(1 - \tfrac1C \sum_c \rho(q_{\cdot c}, p_{\cdot c})\Big),\quad
+              \rho(a, b) = \frac{\langle \tilde a, \tilde b\rangle}
+              {\|\tilde a\| \|\tilde b\| + \varepsilon}
+
+    where a tilde means centred. The column term is over all rows given: all tokens of (B, S, V), all
+    pixels of (N, C, H, W), the local batch of a process under DDP.
+
+    Args:
+        student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
+            float16 or bfloat16; any strides.
+        teacher_logits: same shape and device; own dtype and strides; a constant.
+        beta: weight of the inter-class (row) term.
+        gamma: weight of the intra-class (column) term.
+        tau: temperature > 0.
+        eps: added to the product of the norms, as in the authors' code; >= 0.
+        reduction: ``'mean'`` (alias ``'batchmean'``) as published; ``'sum'`` sums 1 - rho over rows
+            and over classes. The loss couples the rows, so there is no ``'none'``.
+        loss_weight: multiplies the loss inside the kernel.
+        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses.
+
+    Returns:
+        0-d float32 (float64 for float64 inputs). tau^2 is in, on both terms.
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    return correlation_loss(
+        DIST,
+        student_logits,
+        teacher_logits,
+        beta=_checks.non_negative("beta", beta),
+        gamma=_checks.non_negative("gamma", gamma),
+        tau=_checks.positive("tau", tau),
+        eps=_checks.non_negative("eps", eps),
+        reduction=reduction,
+        loss_weight=_checks.number("loss_weight", loss_weight),
+        backend=backend,
+    )
+
+
+class DISTLoss(LossModule):
+    """Module form of :func:`kdkernels.functional.dist_loss`; see there.
+
+    ``DISTLoss(beta=1.0, gamma=1.0, tau=1.0)(student_logits, teacher_logits)``
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 1.0,
+        *,
+        eps: float = 1e-8,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
+        _checks.batch_reduction(reduction)
+        self.beta = _checks.non_negative("beta", beta)
+        self.gamma = _checks.non_negative("gamma", gamma)
+        self.tau = _checks.positive("tau", tau)
+        self.eps = _checks.non_negative("eps", eps)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return dist_loss(
+            student_logits,
+            teacher_logits,
+            self.beta,
+            self.gamma,
+            self.tau,
+            eps=self.eps,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+
+
+DIST = register(
+    LossSpec(
+        name="dist",
+        title="DIST",
+        paper="Huang et al., NeurIPS 2022 (2205.10536)",
+        function=dist_loss,
+        module=DISTLoss,
+        reference=reference,
+        family="correlation",
+        formula="β·τ²·(1 − mean ρ of rows) + γ·τ²·(1 − mean ρ of columns)",
+        temperature="τ² in, on both terms",
+        reduction="mean over rows and over classes",
+        eps="1e-8, added to the product of the norms",
+        samples=(
+            {},
+            {"tau": 4.0},
+            {"beta": 2.0, "gamma": 0.0},
+            {"beta": 0.0, "gamma": 0.5, "loss_weight": 0.25, "eps": 1e-6},
+        ),
+        laws=("non_negative", "shift", "affine"),
+    )
+)

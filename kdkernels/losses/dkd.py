@@ -1,0 +1,150 @@
+"""DKD: Decoupled Knowledge Distillation (Zhao et al., CVPR 2022; 2203.08679)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks
+from .._rowwise import row_loss
+from ..reference.dkd import dkd as reference
+from ..registry import LossSpec, register
+from ._base import RowLoss
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    loss_weight: float = 1.0,
+    standardize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Target-class and non-target-class knowledge distillation, weighted apart.
+
+    With t the row's target, :math:`\hat p, \hat q` the softmax over the classes other than t:
+
+    .. math:: L = T^2 \frac1N \sum_n \Big[ \alpha\, \mathrm{KL}\big([p_t, 1-p_t] \,\|\, [q_t, 1-q_t]\big)
+              + \beta \sum_{i \ne t} \hat p_i \log\frac{\hat p_i}{\hat q_i} \Big]
+
+    :math:`\log(1 - q_t)` is a difference of logsumexps, so a confident student or teacher gives no
+    inf or NaN where the published code does. ``KD = TCKD + (1 - p_t) NCKD``.
+
+    Args:
+        student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
+            float16 or bfloat16; any strides.
+        teacher_logits: same shape and device; own dtype and strides; a constant.
+        target: class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
+            GPU, where a check would synchronise, that row is NaN.
+        alpha: weight of the target-class term, >= 0.
+        beta: weight of the non-target-class term, >= 0 (published: 8, 6 or 2 on CIFAR-100, 0.5 on
+            ImageNet).
+        temperature: T > 0.
+        ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
+        reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
+            or ``'none'`` (one value a row).
+        loss_weight: multiplies the loss inside the kernel.
+        standardize: logit standardisation (Sun et al., CVPR 2024) of both inputs first.
+        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses.
+
+    Returns:
+        float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``. T^2 is in.
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    temperature = _checks.positive("temperature", temperature)
+    loss_weight = _checks.number("loss_weight", loss_weight)
+    return row_loss(
+        DKD,
+        student_logits,
+        teacher_logits,
+        target,
+        options={
+            "alpha": _checks.non_negative("alpha", alpha),
+            "beta": _checks.non_negative("beta", beta),
+        },
+        temperature=temperature,
+        scale=loss_weight * temperature * temperature,
+        standardize=standardize,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+class DKDLoss(RowLoss):
+    """Module form of :func:`kdkernels.functional.dkd_loss`; see there.
+
+    ``DKDLoss(alpha=1.0, beta=8.0, temperature=4.0)(student_logits, teacher_logits, target)``
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        standardize: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            loss_weight=loss_weight,
+            standardize=standardize,
+            backend=backend,
+        )
+        self.alpha = _checks.non_negative("alpha", alpha)
+        self.beta = _checks.non_negative("beta", beta)
+        self.temperature = _checks.positive("temperature", temperature)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        return dkd_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            self.alpha,
+            self.beta,
+            self.temperature,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            standardize=self.standardize,
+            backend=self.backend,
+        )
+
+
+DKD = register(
+    LossSpec(
+        name="dkd",
+        title="DKD",
+        paper="Zhao et al., CVPR 2022 (2203.08679)",
+        function=dkd_loss,
+        module=DKDLoss,
+        reference=reference,
+        family="decoupled",
+        formula="T² · mean [α·TCKD + β·NCKD]",
+        temperature="T² in",
+        reduction="mean over rows",
+        eps="none needed",
+        needs_target=True,
+        takes_target=True,
+        samples=(
+            {},
+            {"alpha": 0.5, "beta": 2.0, "temperature": 1.0},
+            {"alpha": 0.0, "loss_weight": 0.25},
+            {"beta": 0.0, "temperature": 2.0},
+            {"standardize": True, "temperature": 2.0},
+        ),
+        laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
+    )
+)

@@ -1,0 +1,54 @@
+"""The table of losses. One row a loss drives dispatch, tests, benchmarks and the README's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+
+@dataclass(frozen=True, eq=False)
+class LossSpec:
+    """All that the project knows about one loss.
+
+    ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
+    (one value a row), ``correlation`` couples the rows. ``samples`` are the option sets that the
+    tests exercise, ``laws`` the names of the laws of ``tests/test_laws.py`` that it obeys.
+    """
+
+    name: str
+    title: str
+    paper: str
+    function: Callable[..., Tensor]
+    module: type[_Loss]
+    reference: Callable[..., Tensor]
+    family: str
+    formula: str
+    temperature: str
+    reduction: str
+    eps: str
+    needs_target: bool = False
+    takes_target: bool = False
+    backends: tuple[str, ...] = ("native", "triton", "reference")
+    samples: tuple[Mapping[str, Any], ...] = ({},)
+    laws: tuple[str, ...] = ()
+    perturb: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the loss is a sum over rows, so that ``reduction='none'`` exists."""
+        return self.family in ("divergence", "decoupled")
+
+
+SPECS: dict[str, LossSpec] = {}
+
+
+def register(spec: LossSpec) -> LossSpec:
+    """Add a loss to the table; called once, at the end of its file in ``kdkernels/losses``."""
+    if spec.name in SPECS:
+        raise ValueError(f"name must be unused, got {spec.name!r}")
+    SPECS[spec.name] = spec
+    return spec
