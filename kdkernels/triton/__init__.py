@@ -1,8 +1,77 @@
-"""Triton kernels: NVIDIA, AMD and Intel GPUs, and the CPU under ``TRITON_INTERPRET=1``."""
+"""Triton kernels: NVIDIA, AMD and Intel GPUs, and the CPU under ``TRITON_INTERPRET=1``.
+
+A family of losses is a traversal (``rowwise.py`` for ``divergence`` and ``decoupled``,
+``correlation.py``); a loss is a rule, in a file of the loss's name with a constant ``FAMILY``. Such
+a file is found by itself: adding a loss edits nothing here.
+
+Nothing is imported or queried before the first call.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
 
+from torch import Tensor
+
+
+@functools.cache
+def rule_module(family: str, name: str) -> ModuleType:
+    """The file that holds a loss's rule."""
+    return _rule_modules(family)[name]
+
+
+@functools.cache
+def _rule_modules(family: str) -> dict[str, ModuleType]:
+    modules = (
+        importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)
+    )
+    return {
+        module.__name__.rpartition(".")[2]: module
+        for module in modules
+        if getattr(module, "FAMILY", None) == family
+    }
+
+
+@functools.cache
 def rules(family: str) -> frozenset[str]:
     """The losses of a family for which a Triton rule exists."""
-    return frozenset()
+    return frozenset(_rule_modules(family))
+
+
+def row(*args: Any) -> tuple[Tensor, Tensor]:
+    """A row loss and, if asked, its gradient: the operator ``kdkernels::triton_row``."""
+    from . import rowwise
+
+    return rowwise.forward(*args)
+
+
+def row_backward(*args: Any) -> Tensor:
+    """The gradient of a row loss, recomputed: ``kdkernels::triton_row_backward``."""
+    from . import rowwise
+
+    return rowwise.backward(*args)
+
+
+def correlation(*args: Any) -> tuple[Tensor, Tensor]:
+    """A correlation loss and, if asked, its gradient: ``kdkernels::triton_correlation``."""
+    from . import correlation as traversal
+
+    return traversal.forward(*args)
+
+
+def correlation_backward(*args: Any) -> Tensor:
+    """The gradient of a correlation loss: ``kdkernels::triton_correlation_backward``."""
+    from . import correlation as traversal
+
+    return traversal.backward(*args)
+
+
+def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Multiply a gradient in place by a 0-d tensor that is read on the device."""
+    from . import scale
+
+    return scale.scale_(gradient, upstream)

@@ -1,0 +1,136 @@
+// Between PyTorch's tensors and the CPU kernels' plain structs.
+//
+// Only PyTorch's stable ABI is used, so one build serves every torch >= 2.10. The arguments are
+// checked in Python; what is checked here again guards memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+
+namespace kdkernels {
+
+using cpu::Rows;
+using cpu::Scalar;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Reduction : int64_t { kNone, kMean, kSum };
+
+inline Scalar scalar_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return Scalar::f64;
+    case ScalarType::Float: return Scalar::f32;
+    case ScalarType::Half: return Scalar::f16;
+    case ScalarType::BFloat16: return Scalar::bf16;
+    default: STD_TORCH_CHECK(false, "logits must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// The rows of a tensor in place; the dimensions other than the classes merged where they can be.
+inline Rows rows_of(const Tensor& x, int64_t class_dim, const void* data) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  Rows rows{const_cast<void*>(data), scalar_of(x), strides[class_dim], 0, {}, {}};
+  for (int64_t dim = 0; dim < int64_t(sizes.size()); ++dim) {
+    if (dim == class_dim || sizes[dim] == 1) continue;
+    const int last = rows.dims - 1;
+    if (last >= 0 && rows.stride[last] == strides[dim] * sizes[dim]) {
+      rows.size[last] *= sizes[dim];
+      rows.stride[last] = strides[dim];
+    } else {
+      STD_TORCH_CHECK(rows.dims < cpu::kMaxRowDims, "logits must have fewer dimensions");
+      rows.size[rows.dims] = sizes[dim];
+      rows.stride[rows.dims++] = strides[dim];
+    }
+  }
+  if (rows.dims == 0) rows.size[rows.dims++] = 1;
+  return rows;
+}
+
+inline void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
+  if (count <= grain) return task(context, 0, count);
+  torch::stable::parallel_for(0, count, grain, [task, context](int64_t begin, int64_t end) {
+    task(context, begin, end);
+  });
+}
+
+// Sum in a fixed order, in double.
+template <class R>
+double total(const R* values, int64_t count) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += double(values[i + k]);
+  for (; i < count; ++i) sums[0] += double(values[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+inline double total(const void* values, int64_t count, bool wide) {
+  return wide ? total(static_cast<const double*>(values), count)
+              : total(static_cast<const float*>(values), count);
+}
+
+inline void put(const Tensor& loss, double value, bool wide) {
+  if (wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
+  else *static_cast<float*>(loss.mutable_data_ptr()) = float(value);
+}
+
+inline std::vector<int64_t> row_shape(const Tensor& x, int64_t class_dim) {
+  std::vector<int64_t> shape;
+  for (int64_t dim = 0; dim < x.dim(); ++dim)
+    if (dim != class_dim) shape.push_back(x.size(dim));
+  return shape;
+}
+
+struct Logits {
+  bool wide;  // float64 arithmetic
+  int64_t rows, classes;
+  ScalarType loss_type() const { return wide ? ScalarType::Double : ScalarType::Float; }
+};
+
+inline Logits check(const Tensor& student, const Tensor& teacher, int64_t class_dim) {
+  STD_TORCH_CHECK(class_dim >= 0 && class_dim < student.dim() && teacher.dim() == student.dim(),
+                  "teacher_logits must be of the student's shape");
+  for (int64_t dim = 0; dim < student.dim(); ++dim)
+    STD_TORCH_CHECK(student.size(dim) == teacher.size(dim),
+                    "teacher_logits must be of the student's shape");
+  const int64_t classes = student.size(class_dim);
+  STD_TORCH_CHECK(classes > 0, "student_logits must be of at least one class");
+  const bool wide =
+      scalar_of(student) == Scalar::f64 || scalar_of(teacher) == Scalar::f64;
+  return {wide, student.numel() / classes, classes};
+}
+
+inline Tensor empty_gradient(const Tensor& student, bool wanted) {
+  return wanted ? torch::stable::empty_like(student) : torch::stable::new_empty(student, {0});
+}
+
+// A 0-d floating-point tensor as a number.
+inline double number(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() == 1, "upstream must be one number");
+  const Tensor wide = torch::stable::to(x, ScalarType::Double);
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
+// Where the values of rows (and classes) go before they are summed into the loss.
+struct Values {
+  cpu::Buffer buffer;
+  int64_t count;
+  bool wide;
+  Values(int64_t count, bool wide) : buffer(count * (wide ? 8 : 4)), count(count), wide(wide) {}
+
+  Tensor sum(const Tensor& like) const {
+    Tensor loss = torch::stable::new_empty(like, {}, wide ? ScalarType::Double : ScalarType::Float);
+    put(loss, total(buffer.data, count, wide), wide);
+    return loss;
+  }
+};
+
+}  // namespace kdkernels

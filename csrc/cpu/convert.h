@@ -1,0 +1,158 @@
+// Moving rows between tensors (any dtype and strides) and scratch in the working type R.
+#pragma once
+
+#include "problem.h"
+#include "simd.h"
+
+namespace kdkernels::KDK_ISA {
+
+using cpu::Rows;
+using cpu::Scalar;
+
+template <class To, class From>
+KDK_FN To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+KDK_FN float widen(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+KDK_FN float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift the exponent by a multiplication, which also normalises subnormals.
+  const float magnitude = bit_cast<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+  uint32_t bits = bit_cast<uint32_t>(magnitude);
+  if ((x.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // inf and NaN
+  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
+#endif
+}
+KDK_FN float widen(float x) { return x; }
+KDK_FN double widen(double x) { return x; }
+
+// To the nearest, ties to even; NaN stays NaN.
+template <class To>
+KDK_FN To narrow(float x) {
+  if constexpr (std::is_same_v<To, bf16>) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return bf16{uint16_t(x == x ? rounded : 0x7fc0)};
+  } else if constexpr (std::is_same_v<To, f16>) {
+#if defined(__F16C__)
+    return f16{uint16_t(_cvtss_sh(x, 0))};
+#else
+    const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude >= 0x477ff000) {  // rounds to 2^16 or beyond
+      half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    } else if (magnitude < 0x38800000) {  // subnormal: an addition aligns and rounds it
+      half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+    } else {
+      half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    }
+    return f16{uint16_t(half | sign)};
+#endif
+  } else {
+    return To(x);
+  }
+}
+template <class To>
+KDK_FN To narrow(double x) {
+  if constexpr (std::is_same_v<To, double>) return x;
+  else return narrow<To>(float(x));
+}
+
+template <class T, class R>
+KDK_FN void read_run(const T* from, int64_t stride, int64_t count, R* to, int64_t to_stride) {
+  if (stride == 1 && to_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = R(widen(from[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * to_stride] = R(widen(from[i * stride]));
+  }
+}
+
+template <class T, class R>
+KDK_FN void write_run(T* to, int64_t stride, int64_t count, const R* from, int64_t from_stride) {
+  if (stride == 1 && from_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<T>(from[i * from_stride]);
+  }
+}
+
+// Calls f with a typed pointer.
+template <class F>
+KDK_FN void with_type(const Rows& x, F&& f) {
+  switch (x.type) {
+    case Scalar::f64: return f(static_cast<double*>(x.data));
+    case Scalar::f32: return f(static_cast<float*>(x.data));
+    case Scalar::f16: return f(static_cast<f16*>(x.data));
+    case Scalar::bf16: return f(static_cast<bf16*>(x.data));
+  }
+}
+
+template <class R>
+constexpr Scalar kScalar = std::is_same_v<R, float> ? Scalar::f32 : Scalar::f64;
+
+// Whether a row can be used where it lies.
+template <class R>
+KDK_FN bool direct(const Rows& x) {
+  return x.type == kScalar<R> && x.class_stride == 1;
+}
+
+// One row -> classes in a run.
+template <class R>
+inline void read_row(const Rows& x, int64_t row, int64_t classes, R* to) {
+  with_type(x, [&](auto* data) KDK_LAMBDA {
+    read_run(data + x.offset(row), x.class_stride, classes, to, 1);
+  });
+}
+template <class R>
+inline void write_row(const Rows& x, int64_t row, int64_t classes, const R* from) {
+  with_type(x, [&](auto* data) KDK_LAMBDA {
+    write_run(data + x.offset(row), x.class_stride, classes, from, 1);
+  });
+}
+
+// `count` rows -> lanes of one vector a class; lanes past `count` are zero.
+template <class R>
+inline void read_lanes(const Rows& x, int64_t row, int64_t count, int64_t classes, R* to) {
+  constexpr int kW = kLanes<R>;
+  with_type(x, [&](auto* data) KDK_LAMBDA {
+    if (count == kW && x.adjacent(row, kW)) {
+      auto* from = data + x.offset(row);
+      for (int64_t c = 0; c < classes; ++c) read_run(from + c * x.class_stride, 1, kW, to + c * kW, 1);
+      return;
+    }
+    if (count < kW) std::memset(to, 0, sizeof(R) * kW * classes);
+    for (int64_t lane = 0; lane < count; ++lane)
+      read_run(data + x.offset(row + lane), x.class_stride, classes, to + lane, kW);
+  });
+}
+template <class R>
+inline void write_lanes(const Rows& x, int64_t row, int64_t count, int64_t classes, const R* from) {
+  constexpr int kW = kLanes<R>;
+  with_type(x, [&](auto* data) KDK_LAMBDA {
+    if (count == kW && x.adjacent(row, kW)) {
+      auto* to = data + x.offset(row);
+      for (int64_t c = 0; c < classes; ++c)
+        write_run(to + c * x.class_stride, 1, kW, from + c * kW, 1);
+      return;
+    }
+    for (int64_t lane = 0; lane < count; ++lane)
+      write_run(data + x.offset(row + lane), x.class_stride, classes, from + lane, kW);
+  });
+}
+
+}  // namespace kdkernels::KDK_ISA

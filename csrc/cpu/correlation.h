@@ -1,0 +1,384 @@
+// The correlation family: Pearson relations of the rows and of the columns of two softmaxes.
+//
+// Three phases. (1) Rows, in chunks fixed by the shape: normalisers, row moments centred at 1/C, and
+// the centred moments of each column over a tile of rows, merged into the chunk's by Chan's formula
+// (raw moments would cancel in columns that hardly vary). (2) Columns: chunks merged in order,
+// relation and coefficients. (3) Rows again: gradient. The logits are read twice, nothing of size
+// N x C is kept, and the result does not depend on the number of threads.
+#pragma once
+
+#include "convert.h"
+#include "row_kernel.h"
+#include "scratch.h"
+
+namespace kdkernels::KDK_ISA {
+
+using cpu::CorrelationProblem;
+
+constexpr int64_t kChunkRows = 64, kMostChunks = 32;
+
+template <class R>
+struct RowTerms {  // what the gradient needs of a row
+  R max_s, max_t, inverse_s, inverse_t, of_p, of_q;
+};
+
+// Centred moments of a column over some rows: mean of q and p, sums of squares and of products.
+enum Moment { kMeanQ, kMeanP, kQQ, kPP, kQP, kMoments };
+
+template <class R>
+struct CorrelationContext {
+  const CorrelationProblem& problem;
+  int64_t chunks, chunk_rows, stride;  // stride: padded classes
+  int tile;                            // rows taken together
+  RowTerms<R>* rows;
+  R* moments;  // [chunks][kMoments][stride]
+  R* columns;  // [4][stride]: of_p, of_q, mean p, mean q
+};
+
+// Rows -> tile[r][class], in the working type; `lanes` is scratch for rows whose classes are far
+// apart.
+template <class R>
+void read_tile(const Rows& x, int64_t row, int64_t count, int64_t classes, R* tile, int64_t stride,
+               R* lanes) {
+  constexpr int kW = kLanes<R>;
+  const bool gather = x.class_stride != 1 && x.stride[x.dims - 1] == 1;
+  for (int64_t r = 0; r < count;) {
+    if (gather && count - r >= kW) {
+      read_lanes(x, row + r, kW, classes, lanes);
+      for (int lane = 0; lane < kW; ++lane)
+        for (int64_t c = 0; c < classes; ++c) tile[(r + lane) * stride + c] = lanes[c * kW + lane];
+      r += kW;
+    } else {
+      read_row(x, row + r, classes, tile + r * stride);
+      ++r;
+    }
+  }
+}
+
+template <class R>
+void write_tile(const Rows& x, int64_t row, int64_t count, int64_t classes, const R* tile,
+                int64_t stride, R* lanes) {
+  constexpr int kW = kLanes<R>;
+  const bool scatter = x.class_stride != 1 && x.stride[x.dims - 1] == 1;
+  for (int64_t r = 0; r < count;) {
+    if (scatter && count - r >= kW) {
+      for (int lane = 0; lane < kW; ++lane)
+        for (int64_t c = 0; c < classes; ++c) lanes[c * kW + lane] = tile[(r + lane) * stride + c];
+      write_lanes(x, row + r, kW, classes, lanes);
+      r += kW;
+    } else {
+      write_row(x, row + r, classes, tile + r * stride);
+      ++r;
+    }
+  }
+}
+
+// Softmaxes of one row into q and p (padded with zeros to whole vectors), and its relation.
+template <class Rule, class R>
+inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R* q, R* p,
+                    RowTerms<R>& terms) {
+  using V = Vec<R>;
+  const ByClass<R> mode{problem.classes};
+  const R fill = -kInfinity<R>;
+  maxima<false>(mode, s, t, terms.max_s, terms.max_t);
+  const V origin_s = splat<R>(terms.max_s), origin_t = splat<R>(terms.max_t);
+  const V factor = splat<R>(R(1.0 / problem.tau));
+  Blocked<V> sum_s, sum_t;
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        const V e = exp_nonpositive(
+            V((mode.template get<kPart>(s, i, fill) - origin_s) * factor));
+        const V f = exp_nonpositive(
+            V((mode.template get<kPart>(t, i, fill) - origin_t) * factor));
+        store<R>(q + i * kLanes<R>, e);
+        store<R>(p + i * kLanes<R>, f);
+        sum_s.add(e);
+        sum_t.add(f);
+      },
+      [&]() KDK_LAMBDA {
+        sum_s.flush();
+        sum_t.flush();
+      });
+  terms.inverse_s = R(1) / reduce_sum<R>(sum_s.total);
+  terms.inverse_t = R(1) / reduce_sum<R>(sum_t.total);
+
+  const V scale_s = splat<R>(terms.inverse_s), scale_t = splat<R>(terms.inverse_t);
+  const V mean = splat<R>(R(1.0 / double(problem.classes)));
+  Blocked<V> aa, bb, ab;
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        const V x = load<R>(q + i * kLanes<R>) * scale_s;
+        const V y = load<R>(p + i * kLanes<R>) * scale_t;
+        store<R>(q + i * kLanes<R>, x);
+        store<R>(p + i * kLanes<R>, y);
+        V a = x - mean, b = y - mean;
+        if constexpr (decltype(part)::value) {
+          a = mask_rest(mode, a);
+          b = mask_rest(mode, b);
+        }
+        aa.add(a * a);
+        bb.add(b * b);
+        ab.add(a * b);
+      },
+      [&]() KDK_LAMBDA {
+        aa.flush();
+        bb.flush();
+        ab.flush();
+      });
+  return Rule::template relation<R>(reduce_sum<R>(aa.total), reduce_sum<R>(bb.total),
+                                    reduce_sum<R>(ab.total), R(problem.eps), terms.of_p,
+                                    terms.of_q);
+}
+
+// Merge the moments of `count_b` rows into those of `count_a` rows (Chan, Golub, LeVeque).
+template <class V>
+KDK_FN void merge(V (&a)[kMoments], const V (&b)[kMoments], double count_a, double count_b) {
+  using R = rules::scalar_t<V>;
+  const R share = R(count_b / (count_a + count_b));
+  const R weight = R(count_a * count_b / (count_a + count_b));
+  const V dq = b[kMeanQ] - a[kMeanQ], dp = b[kMeanP] - a[kMeanP];
+  a[kMeanQ] += dq * share;
+  a[kMeanP] += dp * share;
+  a[kQQ] += b[kQQ] + dq * dq * weight;
+  a[kPP] += b[kPP] + dp * dp * weight;
+  a[kQP] += b[kQP] + dq * dp * weight;
+}
+
+template <class R>
+KDK_FN void load_moments(const R* from, int64_t stride, int64_t i, Vec<R> (&m)[kMoments]) {
+  for (int k = 0; k < kMoments; ++k) m[k] = load<R>(from + k * stride + i);
+}
+template <class R>
+KDK_FN void store_moments(R* to, int64_t stride, int64_t i, const Vec<R> (&m)[kMoments]) {
+  for (int k = 0; k < kMoments; ++k) store<R>(to + k * stride + i, m[k]);
+}
+
+// Column moments of a tile of `count` rows, merged into the chunk's moments of `before` rows.
+template <class R>
+void merge_tile(const R* q, const R* p, int64_t stride, int64_t classes, int64_t count,
+                int64_t before, R* moments) {
+  using V = Vec<R>;
+  const R inverse = R(1.0 / double(count));
+  for (int64_t i = 0; i < classes; i += kLanes<R>) {
+    V m[kMoments] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      m[kMeanQ] += load<R>(q + r * stride + i);
+      m[kMeanP] += load<R>(p + r * stride + i);
+    }
+    m[kMeanQ] *= inverse;
+    m[kMeanP] *= inverse;
+    for (int64_t r = 0; r < count; ++r) {
+      const V a = load<R>(q + r * stride + i) - m[kMeanQ];
+      const V b = load<R>(p + r * stride + i) - m[kMeanP];
+      m[kQQ] += a * a;
+      m[kPP] += b * b;
+      m[kQP] += a * b;
+    }
+    if (before) {
+      V total[kMoments];
+      load_moments<R>(moments, stride, i, total);
+      merge(total, m, double(before), double(count));
+      store_moments<R>(moments, stride, i, total);
+    } else {
+      store_moments<R>(moments, stride, i, m);
+    }
+  }
+}
+
+template <class R>
+struct Tiles {  // scratch of a thread: two tiles, and lanes for gathering
+  R *first, *second, *lanes;
+  KDK_FN Tiles(const CorrelationContext<R>& c) {
+    const int64_t size = c.tile * c.stride, gathered = c.stride * kLanes<R>;
+    first = static_cast<R*>(cpu::scratch(sizeof(R) * (2 * size + gathered)));
+    second = first + size;
+    lanes = second + size;
+  }
+};
+
+template <class Rule, class R>
+void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
+  const CorrelationProblem& problem = c.problem;
+  const int64_t begin = chunk * c.chunk_rows;
+  const int64_t end = begin + c.chunk_rows < problem.rows ? begin + c.chunk_rows : problem.rows;
+  const Tiles<R> tiles(c);
+  const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
+  R* const loss = static_cast<R*>(problem.loss);
+  for (int64_t row = begin; row < end; row += c.tile) {
+    const int64_t count = end - row < c.tile ? end - row : c.tile;
+    // The softmaxes overwrite the logits where those had to be gathered into the tile.
+    if (!direct_s)
+      read_tile(problem.student, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
+    if (!direct_t)
+      read_tile(problem.teacher, row, count, problem.classes, tiles.second, c.stride, tiles.lanes);
+    for (int64_t r = 0; r < count; ++r) {
+      R* q = tiles.first + r * c.stride;
+      R* p = tiles.second + r * c.stride;
+      const R* s = q;
+      const R* t = p;
+      if (direct_s)
+        s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
+      if (direct_t)
+        t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
+      RowTerms<R> terms;
+      loss[row + r] = relate_row<Rule, R>(problem, s, t, q, p, terms) * R(problem.inter);
+      terms.of_p *= R(problem.inter);
+      terms.of_q *= R(problem.inter);
+      c.rows[row + r] = terms;
+    }
+    merge_tile<R>(tiles.first, tiles.second, c.stride, problem.classes, count, row - begin,
+                  c.moments + chunk * kMoments * c.stride);
+  }
+}
+
+template <class Rule, class R>
+void relate_columns(const CorrelationContext<R>& c, int64_t begin, int64_t end) {
+  const CorrelationProblem& problem = c.problem;
+  R* const loss = static_cast<R*>(problem.loss) + problem.rows;
+  for (int64_t i = begin; i < end; i += kLanes<R>) {
+    Vec<R> total[kMoments];
+    load_moments<R>(c.moments, c.stride, i, total);
+    int64_t before = c.chunk_rows;
+    for (int64_t chunk = 1; chunk < c.chunks; ++chunk) {
+      Vec<R> m[kMoments];
+      load_moments<R>(c.moments + chunk * kMoments * c.stride, c.stride, i, m);
+      const int64_t left = problem.rows - before;
+      const int64_t count = left < c.chunk_rows ? left : c.chunk_rows;
+      merge(total, m, double(before), double(count));
+      before += count;
+    }
+    const int64_t lanes = end - i < kLanes<R> ? end - i : kLanes<R>;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      R of_p, of_q;
+      loss[i + lane] = R(problem.intra) *
+                       Rule::template relation<R>(total[kQQ][lane], total[kPP][lane],
+                                                  total[kQP][lane], R(problem.eps), of_p, of_q);
+      c.columns[i + lane] = of_p * R(problem.intra);
+      c.columns[c.stride + i + lane] = of_q * R(problem.intra);
+      c.columns[2 * c.stride + i + lane] = total[kMeanP][lane];
+      c.columns[3 * c.stride + i + lane] = total[kMeanQ][lane];
+    }
+  }
+}
+
+// Gradient of one row; q and p are scratch and may be where the logits are.
+template <class R>
+KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>& terms, const R* s,
+                              const R* t, R* q, R* pull, R* gradient) {
+  using V = Vec<R>;
+  const CorrelationProblem& problem = c.problem;
+  const ByClass<R> mode{problem.classes};
+  const R fill = -kInfinity<R>;
+  const V origin_s = splat<R>(terms.max_s), origin_t = splat<R>(terms.max_t);
+  const V scale_s = splat<R>(terms.inverse_s), scale_t = splat<R>(terms.inverse_t);
+  const V row_p = splat<R>(terms.of_p), row_q = splat<R>(terms.of_q);
+  const V factor = splat<R>(R(1.0 / problem.tau));
+  const V mean = splat<R>(R(1.0 / double(problem.classes)));
+  Blocked<V> dot;
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        const int64_t at = i * kLanes<R>;
+        const V x = scale_s * exp_nonpositive(
+            V((mode.template get<kPart>(s, i, fill) - origin_s) * factor));
+        const V y = scale_t * exp_nonpositive(
+            V((mode.template get<kPart>(t, i, fill) - origin_t) * factor));
+        V g = row_p * (y - mean) + row_q * (x - mean);
+        g += load<R>(c.columns + at) * (y - load<R>(c.columns + 2 * c.stride + at));
+        g += load<R>(c.columns + c.stride + at) * (x - load<R>(c.columns + 3 * c.stride + at));
+        if constexpr (kPart) g = mask_rest(mode, g);
+        store<R>(q + at, x);
+        store<R>(pull + at, g);
+        dot.add(x * g);
+      },
+      [&]() KDK_LAMBDA { dot.flush(); });
+  const V centre = splat<R>(reduce_sum<R>(dot.total));
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        const int64_t at = i * kLanes<R>;
+        mode.template put<decltype(part)::value>(
+            gradient, i, V(load<R>(q + at) * factor * (load<R>(pull + at) - centre)));
+      },
+      [&]() KDK_LAMBDA {});
+}
+
+template <class R>
+void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t end) {
+  const CorrelationProblem& problem = c.problem;
+  const Tiles<R> tiles(c);
+  const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
+  const bool direct_g = direct<R>(problem.gradient);
+  for (int64_t row = begin; row < end; row += c.tile) {
+    const int64_t count = end - row < c.tile ? end - row : c.tile;
+    if (!direct_s)
+      read_tile(problem.student, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
+    if (!direct_t)
+      read_tile(problem.teacher, row, count, problem.classes, tiles.second, c.stride, tiles.lanes);
+    for (int64_t r = 0; r < count; ++r) {
+      R* q = tiles.first + r * c.stride;
+      R* pull = tiles.second + r * c.stride;
+      const R* s = q;
+      const R* t = pull;
+      if (direct_s)
+        s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
+      if (direct_t)
+        t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
+      R* gradient = q;
+      if (direct_g)
+        gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
+      differentiate_row<R>(c, c.rows[row + r], s, t, q, pull, gradient);
+    }
+    if (!direct_g)
+      write_tile(problem.gradient, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
+  }
+}
+
+template <class Rule, class R>
+void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor parallel_for) {
+  const int64_t rows = problem.rows, classes = problem.classes;
+  const int64_t stride = (classes + 63) / 64 * 64 + 64;
+  int64_t chunks = rows / kChunkRows < kMostChunks ? rows / kChunkRows : kMostChunks;
+  if (chunks < 2) chunks = rows >= 16 && rows * classes >= 65536 ? 2 : 1;
+  const int64_t chunk_rows = (rows + chunks - 1) / chunks;
+  chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const int tile = classes <= 4096 ? 16 : classes <= 16384 ? 8 : 4;
+  cpu::Buffer buffer(sizeof(RowTerms<R>) * rows +
+                     sizeof(R) * stride * (chunks * kMoments + 4));
+  CorrelationContext<R> context{problem, chunks, chunk_rows, stride, tile, nullptr, nullptr, nullptr};
+  context.moments = static_cast<R*>(buffer.data);
+  context.columns = context.moments + stride * chunks * kMoments;
+  context.rows = reinterpret_cast<RowTerms<R>*>(context.columns + 4 * stride);
+  parallel_for(
+      chunks, 16384 / (chunk_rows * classes) + 1,
+      [](void* opaque, int64_t begin, int64_t end) {
+        const auto& c = *static_cast<const CorrelationContext<R>*>(opaque);
+        for (int64_t chunk = begin; chunk < end; ++chunk) relate_rows<Rule, R>(c, chunk);
+      },
+      &context);
+  parallel_for(
+      (classes + kLanes<R> - 1) / kLanes<R>, 16384 / kLanes<R>,
+      [](void* opaque, int64_t begin, int64_t end) {
+        const auto& c = *static_cast<const CorrelationContext<R>*>(opaque);
+        const int64_t last = end * kLanes<R>;
+        relate_columns<Rule, R>(c, begin * kLanes<R>,
+                                last < c.problem.classes ? last : c.problem.classes);
+      },
+      &context);
+  if (!problem.gradient.data) return;
+  const int64_t tiles = (rows + tile - 1) / tile;
+  parallel_for(
+      tiles, 16384 / (tile * classes) + 1,
+      [](void* opaque, int64_t begin, int64_t end) {
+        const auto& c = *static_cast<const CorrelationContext<R>*>(opaque);
+        const int64_t last = end * c.tile;
+        differentiate_rows<R>(c, begin * c.tile, last < c.problem.rows ? last : c.problem.rows);
+      },
+      &context);
+}
+
+}  // namespace kdkernels::KDK_ISA

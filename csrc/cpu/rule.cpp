@@ -1,0 +1,33 @@
+// One rule for one instruction set. The build compiles this file once for each pair, with KDK_RULE
+// (a file of csrc/rules) and KDK_ISA (baseline, avx2, avx512). It defines one constant and runs no
+// code when the library is loaded, so that it is harmless on machines without the instruction set.
+#define KDK_TEXT_(x) #x
+#define KDK_TEXT(x) KDK_TEXT_(x)
+#define KDK_JOIN_(a, b, c) a##b##c
+#define KDK_JOIN(a, b, c) KDK_JOIN_(a, b, c)
+#define KDK_HEADER(rule) KDK_TEXT(../rules/rule.h)
+
+#include KDK_HEADER(KDK_RULE)
+#include "correlation.h"
+#include "row_loss.h"
+
+namespace kdkernels::cpu {
+
+template <class Rule>
+constexpr Kernels kernels() {
+  namespace isa = kdkernels::KDK_ISA;
+  Kernels table{Rule::family, nullptr, nullptr, nullptr, nullptr};
+  if constexpr (Rule::family == Family::correlation) {
+    table.correlation_f32 = isa::run_correlation<Rule, float>;
+    table.correlation_f64 = isa::run_correlation<Rule, double>;
+  } else {
+    table.row_f32 = isa::run_rows<Rule, float>;
+    table.row_f64 = isa::run_rows<Rule, double>;
+  }
+  return table;
+}
+
+extern const Kernels KDK_JOIN(KDK_RULE, _, KDK_ISA);
+constexpr Kernels KDK_JOIN(KDK_RULE, _, KDK_ISA) = kernels<rules::KDK_RULE::Rule>();
+
+}  // namespace kdkernels::cpu

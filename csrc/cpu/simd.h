@@ -1,0 +1,218 @@
+// A SIMD vector of float or double for the instruction set of this translation unit.
+//
+// Each translation unit is compiled for one instruction set (KDK_ISA is its name and its namespace,
+// so that no inline function of one is ever linked into another). The vectors are the compiler's
+// vector extension; intrinsics appear only where it generates poor code.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../rules/math.h"
+
+#define KDK_LAMBDA __attribute__((always_inline))
+
+namespace kdkernels::KDK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kBytes)));
+typedef double VecD __attribute__((vector_size(kBytes)));
+typedef int32_t VecI __attribute__((vector_size(kBytes)));
+typedef int64_t VecL __attribute__((vector_size(kBytes)));
+
+template <class R>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = VecF;
+  using I = VecI;
+  using Int = int32_t;
+};
+template <>
+struct Simd<double> {
+  using V = VecD;
+  using I = VecL;
+  using Int = int64_t;
+};
+template <class R>
+using Vec = typename Simd<R>::V;
+template <class R>
+constexpr int kLanes = kBytes / int(sizeof(R));
+template <class R>
+constexpr R kInfinity = std::numeric_limits<R>::infinity();
+
+template <class R>
+KDK_FN Vec<R> splat(R x) {
+  return Vec<R>{} + x;
+}
+
+template <class R>
+KDK_FN Vec<R> load(const R* p) {
+  Vec<R> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class R>
+KDK_FN void store(R* p, const Vec<R>& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first `count` lanes from memory, the others `fill`.
+template <class R>
+KDK_FN Vec<R> load_part(const R* p, int count, R fill) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) {
+    return (Vec<R>)_mm512_mask_loadu_ps((__m512)splat<R>(fill), __mmask16((1u << count) - 1), p);
+  } else {
+    return (Vec<R>)_mm512_mask_loadu_pd((__m512d)splat<R>(fill), __mmask8((1u << count) - 1), p);
+  }
+#else
+  Vec<R> v = splat<R>(fill);
+  for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];
+  return v;
+#endif
+}
+
+template <class R>
+KDK_FN void store_part(R* p, const Vec<R>& v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+  }
+#else
+  for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
+#endif
+}
+
+// Lane numbers 0, 1, 2, ... plus `first`.
+template <class R>
+KDK_FN typename Simd<R>::I lane_numbers(int64_t first) {
+  typename Simd<R>::I v{};
+  for (int lane = 0; lane < kLanes<R>; ++lane) v[lane] = lane;
+  return v + typename Simd<R>::Int(first);
+}
+
+// max; which operand a NaN yields is unspecified (NaN is caught by the sums that follow).
+KDK_FN VecF maximum(const VecF& a, const VecF& b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KDK_FN VecD maximum(const VecD& a, const VecD& b) { return a > b ? a : b; }
+KDK_FN float maximum(float a, float b) { return a > b ? a : b; }
+KDK_FN double maximum(double a, double b) { return a > b ? a : b; }
+
+// Horizontal reductions, as a tree: the order is fixed.
+template <class R>
+KDK_FN R reduce_sum(Vec<R> v) {
+  R lanes[kLanes<R>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int half = kLanes<R> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+template <class R>
+KDK_FN R reduce_max(Vec<R> v) {
+  R lanes[kLanes<R>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int half = kLanes<R> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane)
+      lanes[lane] = maximum(lanes[lane], lanes[lane + half]);
+  return lanes[0];
+}
+#if defined(__AVX512F__)
+template <>
+KDK_FN float reduce_sum<float>(VecF v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+template <>
+KDK_FN float reduce_max<float>(VecF v) {
+  return _mm512_reduce_max_ps((__m512)v);
+}
+#endif
+
+// exp(x) for x <= 0 (or NaN): relative error 2 ulp; 0 below the smallest normal number.
+KDK_FN VecF exp_nonpositive(const VecF& x) {
+  const VecF shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const VecF n = shifted - 12582912.0f;
+  VecF r = x - n * 0.693359375f;  // Cody-Waite: ln 2 in two parts, the first exact
+  r = r - n * -2.12194440e-4f;
+  VecF y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  VecI bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;  // 2^n: the low bits of `shifted` hold n
+  VecF power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return rules::select(x < -87.3365448f, VecF{}, VecF(y * power));
+}
+
+KDK_FN VecD exp_nonpositive(const VecD& x) { return rules::exponential(x); }
+
+// Per-row terms: a scalar where lanes are classes, a vector where lanes are rows.
+template <class S>
+KDK_FN S logarithm(const S& x) {
+  if constexpr (std::is_arithmetic_v<S>) {
+    return std::log(x);
+  } else {
+    S y{};
+    for (unsigned lane = 0; lane < sizeof(S) / sizeof(y[0]); ++lane) y[lane] = std::log(x[lane]);
+    return y;
+  }
+}
+
+// log(1 + exp(x)); NaN stays NaN.
+template <class S>
+KDK_FN S softplus(const S& x) {
+  if constexpr (std::is_arithmetic_v<S>) {
+    const S tail = std::log1p(std::exp(x < S(0) ? x : -x));
+    return x > S(0) ? x + tail : tail;
+  } else {
+    S y{};
+    for (unsigned lane = 0; lane < sizeof(S) / sizeof(y[0]); ++lane)
+      y[lane] = softplus<rules::scalar_t<S>>(x[lane]);
+    return y;
+  }
+}
+
+template <class S>
+KDK_FN S square_root(const S& x) {
+  if constexpr (std::is_arithmetic_v<S>) {
+    return std::sqrt(x);
+  } else {
+    S y{};
+    for (unsigned lane = 0; lane < sizeof(S) / sizeof(y[0]); ++lane) y[lane] = std::sqrt(x[lane]);
+    return y;
+  }
+}
+
+}  // namespace kdkernels::KDK_ISA

@@ -1,0 +1,129 @@
+// What the rules are written in: a few functions over a number type F.
+//
+// F is a scalar (CUDA, and the per-row terms on the CPU) or a SIMD vector of float or double (CPU).
+// Arithmetic and comparisons are the operators of the type; `select` chooses by a comparison.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__CUDACC__)
+#define KDK_FN __host__ __device__ __forceinline__
+#else
+#define KDK_FN inline __attribute__((always_inline))
+#endif
+
+namespace kdkernels {
+
+// The traversal that a rule asks for.
+enum class Family { divergence, decoupled, correlation };
+
+// Options of a loss, in the order in which its file in kdkernels/losses passes them.
+struct Options {
+  double value[4];
+};
+
+namespace rules {
+
+template <class F, bool = std::is_arithmetic_v<F>>
+struct scalar {  // the element type of F
+  using type = F;
+};
+template <class F>
+struct scalar<F, false> {
+  using type = std::decay_t<decltype(std::declval<F&>()[0])>;
+};
+template <class F>
+using scalar_t = typename scalar<F>::type;
+
+template <class M, class F>
+KDK_FN F select(const M& condition, const F& yes, const F& no) {
+  return condition ? yes : no;
+}
+
+template <class F>
+KDK_FN F absolute(const F& x) {
+  return select(x < scalar_t<F>(0), F(-x), x);
+}
+
+template <class F>
+KDK_FN F broadcast(scalar_t<F> x) {
+  return F{} + x;
+}
+
+// exp of a per-row term (the per-class exponentials belong to the traversals).
+template <class F>
+KDK_FN F exponential(const F& x) {
+  if constexpr (std::is_arithmetic_v<F>) {
+    return std::exp(x);
+  } else {
+    F y{};
+    for (unsigned lane = 0; lane < sizeof(F) / sizeof(y[0]); ++lane) y[lane] = std::exp(x[lane]);
+    return y;
+  }
+}
+
+// phi(d) = exp(-d) - 1 + d for |d| < 1/4, by its series: exact to the last bits where the closed form
+// would cancel.
+template <class F>
+KDK_FN F phi_series(const F& d) {
+  using R = scalar_t<F>;
+  if constexpr (std::is_same_v<R, float>) {
+    F sum = d * R(-1.0 / 5040) + R(1.0 / 720);
+    sum = sum * d + R(-1.0 / 120);
+    sum = sum * d + R(1.0 / 24);
+    sum = sum * d + R(-1.0 / 6);
+    sum = sum * d + R(0.5);
+    return sum * d * d;
+  } else {
+    F sum = d * R(-1.0 / 6227020800.0) + R(1.0 / 479001600.0);
+    sum = sum * d + R(-1.0 / 39916800.0);
+    sum = sum * d + R(1.0 / 3628800.0);
+    sum = sum * d + R(-1.0 / 362880.0);
+    sum = sum * d + R(1.0 / 40320.0);
+    sum = sum * d + R(-1.0 / 5040.0);
+    sum = sum * d + R(1.0 / 720.0);
+    sum = sum * d + R(-1.0 / 120.0);
+    sum = sum * d + R(1.0 / 24.0);
+    sum = sum * d + R(-1.0 / 6.0);
+    sum = sum * d + R(0.5);
+    return sum * d * d;
+  }
+}
+
+// One class's part of KL(p || q), with d = log p - log q:
+//   value = p phi(d) = p d + (q - p),  slope = q - p.
+// Over a whole distribution sum(q - p) = 0, so the values sum to sum p d; but each is >= 0 and
+// nothing cancels, which keeps the divergence of nearly equal distributions exact. p = 0 gives
+// (q, q) whatever d is; NaN anywhere gives NaN.
+template <class F>
+KDK_FN void kl_terms(const F& p, const F& q, const F& d, F& value, F& slope) {
+  using R = scalar_t<F>;
+  const F phi = phi_series(d);
+  const auto near = absolute(d) < R(0.25);
+  const F gap = q - p;
+  slope = select(near, F(p * (phi - d)), gap);
+  value = select(near, F(p * phi), F(gap + p * d));
+  const auto massless = p == R(0);
+  slope = select(massless, q, slope);
+  value = select(massless, q, value);
+}
+
+// KL of the two-point distributions [p_t, p_n] and [q_t, q_n], and q_t - p_t = d KL / d log-odds of q.
+// The difference is taken on the rarer side, where it keeps its relative accuracy.
+template <class F>
+KDK_FN void binary_kl(const F& log_p_t, const F& log_p_n, const F& log_q_t, const F& log_q_n,
+                      F& value, F& slope) {
+  F value_t, slope_t, value_n, slope_n;
+  const F p_t = exponential(log_p_t), p_n = exponential(log_p_n);
+  kl_terms(p_t, exponential(log_q_t), F(log_p_t - log_q_t), value_t, slope_t);
+  kl_terms(p_n, exponential(log_q_n), F(log_p_n - log_q_n), value_n, slope_n);
+  value = value_t + value_n;
+  slope = select(p_t < p_n, slope_t, F(-slope_n));
+}
+
+}  // namespace rules
+}  // namespace kdkernels

@@ -1,0 +1,67 @@
+"""What the traversals share on the device: addresses, normalisers and moments of rows in blocks.
+
+A program walks ROWS rows at once; one value a row has shape (ROWS, 1), a block (ROWS, BLOCK).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride, TWO_LEVEL: tl.constexpr):
+    """Where rows start (see ``layout.Rows``); ``row`` is int64, so every product is."""
+    if TWO_LEVEL:
+        return row // inner * outer_stride + row % inner * inner_stride
+    else:
+        return row * inner_stride
+
+
+@triton.jit
+def block_columns(start, BLOCK: tl.constexpr):
+    """Class indices (1, BLOCK), int64."""
+    return (start + tl.arange(0, BLOCK).to(tl.int64))[None, :]
+
+
+@triton.jit
+def load_logits(row_ptr, columns, stride, inside, ACC: tl.constexpr):
+    """A block of logits; -inf, a class without probability, where there is none."""
+    return tl.load(row_ptr + columns * stride, mask=inside, other=-float("inf")).to(ACC)
+
+
+@triton.jit
+def finite_max(maximum):
+    """A maximum that can be subtracted: 0 where there is nothing but -inf."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def add_to_normaliser(maximum, total, logits, k):
+    """Extend a row's maximum and sum of exp(k (logits - maximum)), begun at (-inf, 0), by a block.
+
+    The sum stays 0 while all are -inf, and is NaN after NaN or inf.
+    """
+    larger = tl.maximum(maximum, tl.max(logits, axis=1, keep_dims=True))
+    shift = finite_max(larger)
+    total = total * tl.exp((maximum - shift) * k)
+    return larger, total + tl.sum(tl.exp((logits - shift) * k), axis=1, keep_dims=True)
+
+
+@triton.jit
+def centred_moments(values, inside, count, axis: tl.constexpr):
+    """Mean and sum of squared deviations of ``count`` values, corrected for the mean's rounding."""
+    mean = tl.sum(tl.where(inside, values, 0.0), axis=axis, keep_dims=True) / count
+    rest = tl.where(inside, values - mean, 0.0)
+    error = tl.sum(rest, axis=axis, keep_dims=True) / count
+    rest = tl.where(inside, rest - error, 0.0)
+    return mean + error, tl.sum(rest * rest, axis=axis, keep_dims=True)
+
+
+@triton.jit
+def add_to_moments(mean, squares, before, values, inside, count):
+    """Extend the moments of ``before`` values of a row by a block of ``count`` (Chan et al.)."""
+    block_mean, block_squares = centred_moments(values, inside, count, 1)
+    delta = block_mean - mean
+    share = count / (before + count)
+    return mean + delta * share, squares + block_squares + delta * delta * (before * share)

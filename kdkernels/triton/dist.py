@@ -1,0 +1,24 @@
+"""DIST: the rule of 1 - Pearson correlation, for a row or a column."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FAMILY = "correlation"
+
+
+@triton.jit
+def rule(aa, bb, ab, eps):
+    """1 - r and its derivative by a, as the coefficients of a and of b.
+
+    a, b are the centred student and teacher; aa, bb, ab their inner products. With
+    D = |a| |b| + eps and r = ab / D: dr/da = b / D - a r |b| / (|a| D), whose second term, the
+    derivative of a norm at 0, is 0 where |a| = 0.
+    """
+    norm_a = tl.sqrt(aa)
+    norm_b = tl.sqrt(bb)
+    product = norm_a * norm_b
+    total = product + eps
+    on_a = ab / total * norm_b / (tl.where(norm_a == 0, 1.0, norm_a) * total)
+    return (product - ab + eps) / total, tl.where(norm_a == 0, 0.0, on_a), -1.0 / total
