@@ -158,7 +158,8 @@ def ninja_file(output: Path) -> str:
         for name, isa_flags in sets.items():
             extra = [*isa_flags, f"-DKDK_RULE={rule}", f"-DKDK_ISA={name}"]
             add(f"{rule}_{name}", source / "cpu" / "rule.cpp", " ".join(extra))
-    for path in [*sorted(source.glob("*.cpp")), source / "cpu" / "dispatch.cpp"]:
+    hosts = [*source.glob("*.cpp"), *(source / "cpu").glob("*.cpp")]
+    for path in sorted(path for path in hosts if path.name != "rule.cpp"):
         add(path.stem, path, "$host")
     lines.append(f"build {output}: link {' '.join(objects)}")
     lines.append(f"default {output}\n")

@@ -7,13 +7,86 @@
 #include <map>
 #include <string>
 
-#include "cpu/dispatch.h"
+#include "cpu/evaluate.h"
+#include "cpu/parallel.h"
 
+// The eager entry points `row` and `correlation` take addresses of contiguous CPU tensors, because
+// half of a small loss's time is the operator machinery; kdkernels/native.py checks and allocates.
 namespace {
+
+namespace py = pybind11;
+using namespace kdkernels::cpu;
+
+struct Pair {  // addresses and dtype codes of student and teacher
+  std::uintptr_t student, teacher, gradient;
+  int student_type, teacher_type;
+
+  bool wide() const { return student_type == 0 || teacher_type == 0; }
+
+  template <class Problem>
+  void fill(Problem& problem, int64_t rows, int64_t classes) const {
+    const auto view = [&](std::uintptr_t data, int type) {
+      return contiguous_rows(reinterpret_cast<void*>(data), Scalar(type), rows, classes);
+    };
+    problem.student = view(student, student_type);
+    problem.teacher = view(teacher, teacher_type);
+    problem.gradient = view(gradient, student_type);
+    problem.rows = rows;
+    problem.classes = classes;
+  }
+
+  template <class Problem>
+  double run(Problem& problem, const Kernels& kernels, int64_t reduction) const {
+    if (problem.rows * problem.classes < 16384)  // not worth giving the interpreter away
+      return kdkernels::cpu::run(problem, kernels, wide(), reduction, parallel_for);
+    const py::gil_scoped_release release;
+    return kdkernels::cpu::run(problem, kernels, wide(), reduction, parallel_for);
+  }
+
+  void put(std::uintptr_t loss, double value) const {
+    if (wide()) *reinterpret_cast<double*>(loss) = value;
+    else *reinterpret_cast<float*>(loss) = float(value);
+  }
+};
+
+void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
+         std::uintptr_t target, std::uintptr_t loss, int student_type, int teacher_type,
+         int64_t rows, int64_t classes, const std::string& rule, const py::list& options,
+         double temperature, double scale, bool standardize, int64_t ignore_index,
+         int64_t reduction) {
+  const Pair pair{student, teacher, gradient, student_type, teacher_type};
+  const Kernels& chosen = kernels(rule);
+  RowProblem problem{};
+  pair.fill(problem, rows, classes);
+  problem.target = reinterpret_cast<const int64_t*>(target);
+  problem.loss = reinterpret_cast<void*>(loss);
+  problem.ignore_index = ignore_index;
+  problem.temperature = temperature;
+  problem.standardize = standardize;
+  for (size_t i = 0; i < options.size() && i < 4; ++i)
+    problem.options.value[i] = options[i].cast<double>();
+  finish(problem, chosen, scale, reduction);
+  const double value = pair.run(problem, chosen, reduction);
+  if (reduction != kNone) pair.put(loss, value);
+}
+
+void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
+                 std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
+                 int64_t classes, const std::string& rule, double inter, double intra, double tau,
+                 double eps, int64_t reduction) {
+  const Pair pair{student, teacher, gradient, student_type, teacher_type};
+  CorrelationProblem problem{};
+  pair.fill(problem, rows, classes);
+  problem.inter = inter;
+  problem.intra = intra;
+  problem.tau = tau;
+  problem.eps = eps;
+  pair.put(loss, pair.run(problem, kernels(rule), reduction));
+}
 
 std::map<std::string, std::string> build_info() {
   std::string compiled;
-  for (const std::string& isa : kdkernels::cpu::capabilities())
+  for (const std::string& isa : capabilities())
     compiled += (compiled.empty() ? "" : " ") + isa;
   return {{"compiler", __VERSION__},
           {"torch target", KDK_TORCH_TARGET},
@@ -27,5 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How the extension was built.");
   m.def("cpu_capability", &kdkernels::cpu::capability, "The instruction set in use.");
   m.def("cpu_capabilities", &kdkernels::cpu::capabilities, "The instruction sets compiled in.");
+  m.def("row", &row, "kdkernels::row on contiguous CPU tensors, by address.");
+  m.def("correlation", &correlation, "kdkernels::correlation likewise.");
   m.def("rules", &kdkernels::cpu::rules, "The rules of a family.", pybind11::arg("family"));
 }

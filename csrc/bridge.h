@@ -11,17 +11,17 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/scratch.h"
+#include "cpu/evaluate.h"
+#include "cpu/parallel.h"
 
 namespace kdkernels {
 
+using cpu::kNone;
+using cpu::parallel_for;
 using cpu::Rows;
 using cpu::Scalar;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-enum Reduction : int64_t { kNone, kMean, kSum };
 
 inline Scalar scalar_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -52,34 +52,6 @@ inline Rows rows_of(const Tensor& x, int64_t class_dim, const void* data) {
   }
   if (rows.dims == 0) rows.size[rows.dims++] = 1;
   return rows;
-}
-
-inline void parallel_for(int64_t count, int64_t grain, cpu::Task task, void* context) {
-  if (count <= grain) return task(context, 0, count);
-  torch::stable::parallel_for(0, count, grain, [task, context](int64_t begin, int64_t end) {
-    task(context, begin, end);
-  });
-}
-
-// Sum in a fixed order, in double.
-template <class R>
-double total(const R* values, int64_t count) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    for (int k = 0; k < 4; ++k) sums[k] += double(values[i + k]);
-  for (; i < count; ++i) sums[0] += double(values[i]);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-inline double total(const void* values, int64_t count, bool wide) {
-  return wide ? total(static_cast<const double*>(values), count)
-              : total(static_cast<const float*>(values), count);
-}
-
-inline void put(const Tensor& loss, double value, bool wide) {
-  if (wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
-  else *static_cast<float*>(loss.mutable_data_ptr()) = float(value);
 }
 
 inline std::vector<int64_t> row_shape(const Tensor& x, int64_t class_dim) {
@@ -119,18 +91,12 @@ inline double number(const Tensor& x) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
-// Where the values of rows (and classes) go before they are summed into the loss.
-struct Values {
-  cpu::Buffer buffer;
-  int64_t count;
-  bool wide;
-  Values(int64_t count, bool wide) : buffer(count * (wide ? 8 : 4)), count(count), wide(wide) {}
-
-  Tensor sum(const Tensor& like) const {
-    Tensor loss = torch::stable::new_empty(like, {}, wide ? ScalarType::Double : ScalarType::Float);
-    put(loss, total(buffer.data, count, wide), wide);
-    return loss;
-  }
-};
+// The loss as a 0-d tensor.
+inline Tensor scalar_loss(const Tensor& like, double value, bool wide) {
+  Tensor loss = torch::stable::new_empty(like, {}, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
+  else *static_cast<float*>(loss.mutable_data_ptr()) = float(value);
+  return loss;
+}
 
 }  // namespace kdkernels

@@ -10,21 +10,27 @@ namespace {
 
 using cpu::CorrelationProblem;
 
-void run(CorrelationProblem& problem, const Tensor& student, const Tensor& teacher,
-         const std::string& rule, const Logits& logits, double inter, double intra, double tau,
-         double eps, int64_t class_dim, int64_t reduction) {
-  const auto& kernels = cpu::kernels(rule);
-  STD_TORCH_CHECK(kernels.correlation_f32, "rule must be a correlation loss, got ", rule);
-  STD_TORCH_CHECK(reduction != kNone, "reduction must be 'mean' or 'sum', got 'none'");
-  problem.student = rows_of(student, class_dim, student.const_data_ptr());
-  problem.teacher = rows_of(teacher, class_dim, teacher.const_data_ptr());
+struct CorrelationArguments {
+  const Tensor& student;
+  const Tensor& teacher;
+  const std::string& rule;
+  double inter, intra, tau, eps;
+  int64_t class_dim, reduction;
+};
+
+// Runs the problem; the gradient is written where one is given.
+double run(const CorrelationArguments& a, const Logits& logits, const Tensor* gradient) {
+  CorrelationProblem problem{};
+  problem.student = rows_of(a.student, a.class_dim, a.student.const_data_ptr());
+  problem.teacher = rows_of(a.teacher, a.class_dim, a.teacher.const_data_ptr());
+  if (gradient) problem.gradient = rows_of(*gradient, a.class_dim, gradient->mutable_data_ptr());
   problem.rows = logits.rows;
   problem.classes = logits.classes;
-  problem.inter = inter / (reduction == kMean ? double(logits.rows) : 1.0);
-  problem.intra = intra / (reduction == kMean ? double(logits.classes) : 1.0);
-  problem.tau = tau;
-  problem.eps = eps;
-  (logits.wide ? kernels.correlation_f64 : kernels.correlation_f32)(problem, parallel_for);
+  problem.inter = a.inter;
+  problem.intra = a.intra;
+  problem.tau = a.tau;
+  problem.eps = a.eps;
+  return cpu::run(problem, cpu::kernels(a.rule), logits.wide, a.reduction, parallel_for);
 }
 
 std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teacher,
@@ -33,14 +39,9 @@ std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teac
                                        bool need_gradient) {
   const Logits logits = check(student, teacher, class_dim);
   Tensor gradient = empty_gradient(student, need_gradient);
-  CorrelationProblem problem{};
-  problem.gradient = rows_of(need_gradient ? gradient : student, class_dim,
-                             need_gradient ? gradient.mutable_data_ptr() : nullptr);
-  if (logits.rows == 0) return {Values(0, logits.wide).sum(student), gradient};
-  const Values values(logits.rows + logits.classes, logits.wide);
-  problem.loss = values.buffer.data;
-  run(problem, student, teacher, rule, logits, inter, intra, tau, eps, class_dim, reduction);
-  return {values.sum(student), gradient};
+  const double value = run({student, teacher, rule, inter, intra, tau, eps, class_dim, reduction},
+                           logits, need_gradient ? &gradient : nullptr);
+  return {scalar_loss(student, value, logits.wide), gradient};
 }
 
 Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
@@ -48,14 +49,9 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
                             int64_t class_dim, int64_t reduction) {
   const Logits logits = check(student, teacher, class_dim);
   Tensor gradient = torch::stable::empty_like(student);
-  if (logits.rows == 0) return gradient;
-  CorrelationProblem problem{};
-  problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
-  const Values values(logits.rows + logits.classes, logits.wide);
-  problem.loss = values.buffer.data;
   const double factor = number(upstream);
-  run(problem, student, teacher, rule, logits, inter * factor, intra * factor, tau, eps, class_dim,
-      reduction);
+  run({student, teacher, rule, inter * factor, intra * factor, tau, eps, class_dim, reduction},
+      logits, &gradient);
   return gradient;
 }
 

@@ -91,4 +91,4 @@ def _load(backend: str, family: str) -> Kernels:
     from . import native
 
     backward = getattr(torch.ops.kdkernels, f"{family}_backward").default
-    return Kernels(native.eager_forward(family), backward, native.scale_)
+    return Kernels(getattr(native, family), backward, native.scale_)

@@ -65,6 +65,8 @@ def row_loss(
             reduction=code,
             needs_target=spec.needs_target,
         )
+    if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
+        target = target.to(torch.int64).contiguous()
     return apply(
         chosen,
         "row",

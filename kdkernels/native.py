@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._ops import loss_dtype
+
 BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps kdkernels"
+
+
+_extension: Any = None
+"""The loaded module, for the calls below; ``extension()`` loads it."""
 
 
 @functools.cache
@@ -25,6 +32,8 @@ def _load() -> tuple[ModuleType | None, str]:
         from kdkernels import _C
     except ImportError as error:
         return None, f"the extension kdkernels._C did not load ({error}); build it: {BUILD_COMMAND}"
+    global _extension
+    _extension = _C
     return _C, ""
 
 
@@ -50,6 +59,116 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient if factor == 1.0 else gradient.mul_(factor)
 
 
-def eager_forward(family: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward kernel of a family with the least host time."""
-    return getattr(torch.ops.kdkernels, family).default
+_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+"""The dtype codes of csrc/cpu/problem.h."""
+
+
+def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
+    """Whether the addresses may be handed to the extension directly."""
+    return (
+        type(student) in (Tensor, torch.nn.Parameter)
+        and type(teacher) in (Tensor, torch.nn.Parameter)
+        and class_dim == student.dim() - 1
+        and student.is_contiguous()
+        and teacher.is_contiguous()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _outputs(
+    student: Tensor, teacher: Tensor, need_gradient: bool, shape: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty(shape, dtype=loss_dtype(student, teacher))
+    return loss, torch.empty_like(student) if need_gradient else student.new_empty(0)
+
+
+def row(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    class_dim: int,
+    reduction: int,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """``kdkernels::row``, past the operator machinery where the tensors are plain."""
+    if not _plain(student, teacher, class_dim):
+        return torch.ops.kdkernels.row.default(
+            student,
+            teacher,
+            target,
+            rule,
+            options,
+            temperature,
+            scale,
+            standardize,
+            ignore_index,
+            class_dim,
+            reduction,
+            need_gradient,
+        )
+    shape = student.shape
+    loss, gradient = _outputs(student, teacher, need_gradient, () if reduction else shape[:-1])
+    classes = shape[-1]
+    _extension.row(
+        student.data_ptr(),
+        teacher.data_ptr(),
+        gradient.data_ptr() if need_gradient else 0,
+        0 if target is None else target.data_ptr(),
+        loss.data_ptr(),
+        _CODES[student.dtype],
+        _CODES[teacher.dtype],
+        student.numel() // classes,
+        classes,
+        rule,
+        options,
+        temperature,
+        scale,
+        standardize,
+        ignore_index,
+        reduction,
+    )
+    return loss, gradient
+
+
+def correlation(
+    student: Tensor,
+    teacher: Tensor,
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    class_dim: int,
+    reduction: int,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """``kdkernels::correlation``, past the operator machinery where the tensors are plain."""
+    if not _plain(student, teacher, class_dim):
+        return torch.ops.kdkernels.correlation.default(
+            student, teacher, rule, inter, intra, tau, eps, class_dim, reduction, need_gradient
+        )
+    loss, gradient = _outputs(student, teacher, need_gradient)
+    classes = student.shape[-1]
+    _extension.correlation(
+        student.data_ptr(),
+        teacher.data_ptr(),
+        gradient.data_ptr() if need_gradient else 0,
+        loss.data_ptr(),
+        _CODES[student.dtype],
+        _CODES[teacher.dtype],
+        student.numel() // classes,
+        classes,
+        rule,
+        inter,
+        intra,
+        tau,
+        eps,
+        reduction,
+    )
+    return loss, gradient

@@ -82,16 +82,14 @@ inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R
   const R fill = -kInfinity<R>;
   maxima<false>(mode, s, t, terms.max_s, terms.max_t);
   const V origin_s = splat<R>(terms.max_s), origin_t = splat<R>(terms.max_t);
-  const V factor = splat<R>(R(1.0 / problem.tau));
+  const Exponential<R> exponential(splat<R>(R(1.0 / problem.tau)));
   Blocked<V> sum_s, sum_t;
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V e = exp_nonpositive(
-            V((mode.template get<kPart>(s, i, fill) - origin_s) * factor));
-        const V f = exp_nonpositive(
-            V((mode.template get<kPart>(t, i, fill) - origin_t) * factor));
+        const V e = exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
+        const V f = exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
         store<R>(q + i * kLanes<R>, e);
         store<R>(p + i * kLanes<R>, f);
         sum_s.add(e);
@@ -276,6 +274,7 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
   const V scale_s = splat<R>(terms.inverse_s), scale_t = splat<R>(terms.inverse_t);
   const V row_p = splat<R>(terms.of_p), row_q = splat<R>(terms.of_q);
   const V factor = splat<R>(R(1.0 / problem.tau));
+  const Exponential<R> exponential(factor);
   const V mean = splat<R>(R(1.0 / double(problem.classes)));
   Blocked<V> dot;
   sweep(
@@ -283,10 +282,8 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
         const int64_t at = i * kLanes<R>;
-        const V x = scale_s * exp_nonpositive(
-            V((mode.template get<kPart>(s, i, fill) - origin_s) * factor));
-        const V y = scale_t * exp_nonpositive(
-            V((mode.template get<kPart>(t, i, fill) - origin_t) * factor));
+        const V x = scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
+        const V y = scale_t * exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
         V g = row_p * (y - mean) + row_q * (x - mean);
         g += load<R>(c.columns + at) * (y - load<R>(c.columns + 2 * c.stride + at));
         g += load<R>(c.columns + c.stride + at) * (x - load<R>(c.columns + 3 * c.stride + at));

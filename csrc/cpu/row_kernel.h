@@ -1,7 +1,7 @@
 // One row (or one vector of rows) of the divergence and target-decoupled families.
 //
 // Three sweeps over logits that stay in cache: maxima; exponentials and their sums; value and
-// gradient. The exponentials are kept in scratch, so each class costs two. `standardize` adds the
+// gradient. The exponentials are kept in scratch, so that each class costs two. `standardize` adds the
 // sweeps of its mean, deviation and projection.
 #pragma once
 
@@ -15,8 +15,9 @@ struct Scratch {
   R* student;   // logits as R where they must be converted or gathered
   R* teacher;
   R* gradient;  // likewise
-  R* exp_s;
+  R* exp_s;     // exponentials, and the gap of the scaled logits
   R* exp_t;
+  R* gap;
 };
 
 constexpr double kStandardizeEps = 1e-7;  // kdkernels/reference/_rows.py
@@ -131,6 +132,7 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
   // Sweep 2: exponentials and their sums.
   const V origin_s = M::spread(max_s), origin_t = M::spread(max_t);
   const V factor_s = M::spread(scale_s), factor_t = M::spread(scale_t);
+  const Exponential<R> exp_s(factor_s), exp_t(factor_t);
   Blocked<V> sum_s, sum_t;
   sweep(
       mode,
@@ -142,10 +144,12 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
           mode.exclude(i, a, kMinusInfinity);
           mode.exclude(i, b, kMinusInfinity);
         }
-        const V e = exp_nonpositive(V((a - origin_s) * factor_s));
-        const V f = exp_nonpositive(V((b - origin_t) * factor_t));
+        a -= origin_s;
+        b -= origin_t;
+        const V e = exp_s(a), f = exp_t(b);
         store<R>(scratch.exp_s + i * kLanes<R>, e);
         store<R>(scratch.exp_t + i * kLanes<R>, f);
+        store<R>(scratch.gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
         sum_s.add(e);
         sum_t.add(f);
       },
@@ -183,11 +187,11 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        V a = mode.template get<kPart>(s, i, kMinusInfinity);
-        V b = mode.template get<kPart>(t, i, kMinusInfinity);
         const V q = load<R>(scratch.exp_s + i * kLanes<R>) * q_factor;
-        const V p = load<R>(scratch.exp_t + i * kLanes<R>) * p_factor;
-        const V d = (b - origin_t) * factor_t - (a - origin_s) * factor_s - log_ratio;
+        const V f = load<R>(scratch.exp_t + i * kLanes<R>);
+        const V p = f * p_factor;
+        V d = load<R>(scratch.gap + i * kLanes<R>) - log_ratio;
+        d = rules::select(f == R(0), V{}, d);  // -inf - -inf, where both are masked
         V v, slope;
         Pointwise::pointwise(problem.options, p, q, d, v, slope);
         total.add(v);

@@ -17,11 +17,12 @@ KDK_FN int64_t padded(int64_t classes) {
   return (classes + 63) / 64 * 64 + 64;
 }
 
-// Scratch for `count` values each of two logits, a gradient and two exponentials.
+// Scratch of `count` values for each array.
 template <class R>
 KDK_FN Scratch<R> carve(int64_t count) {
-  R* base = static_cast<R*>(cpu::scratch(sizeof(R) * 5 * count));
-  return {base, base + count, base + 2 * count, base + 3 * count, base + 4 * count};
+  R* base = static_cast<R*>(cpu::scratch(sizeof(R) * 6 * count));
+  return {base, base + count, base + 2 * count, base + 3 * count, base + 4 * count,
+          base + 5 * count};
 }
 
 template <class R>

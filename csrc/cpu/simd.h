@@ -108,7 +108,7 @@ KDK_FN typename Simd<R>::I lane_numbers(int64_t first) {
   return v + typename Simd<R>::Int(first);
 }
 
-// max; which operand a NaN yields is unspecified (NaN is caught by the sums that follow).
+// max; where either operand is NaN, the second one.
 KDK_FN VecF maximum(const VecF& a, const VecF& b) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
@@ -156,27 +156,44 @@ KDK_FN float reduce_max<float>(VecF v) {
 }
 #endif
 
-// exp(x) for x <= 0 (or NaN): relative error 2 ulp; 0 below the smallest normal number.
-KDK_FN VecF exp_nonpositive(const VecF& x) {
-  const VecF shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  const VecF n = shifted - 12582912.0f;
-  VecF r = x - n * 0.693359375f;  // Cody-Waite: ln 2 in two parts, the first exact
-  r = r - n * -2.12194440e-4f;
-  VecF y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
+// 2^(x scale) for x <= 0 (or NaN) and scale > 0: relative error 2 ulp, 0 for x = -inf.
+KDK_FN VecF exp2_scaled(const VecF& x, const VecF& scale, const VecF& lowest) {
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const VecF bounded = maximum(lowest, x);  // the second operand where either is NaN
+  const VecF shifted = bounded * scale + kRound;
+  const VecF n = shifted - kRound;
+  const VecF r = bounded * scale - n;
+  VecF y = r * 1.54035127e-04f + 1.33907355e-03f;
+  y = y * r + 9.61823749e-03f;
+  y = y * r + 5.55035743e-02f;
+  y = y * r + 2.40226498e-01f;
+  y = y * r + 6.93147188e-01f;
+  y = y * r + 1.0f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
   VecI bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + 0x3f800000;  // 2^n: the low bits of `shifted` hold n
   VecF power;
   __builtin_memcpy(&power, &bits, sizeof power);
-  return rules::select(x < -87.3365448f, VecF{}, VecF(y * power));
+  return rules::select(n < -126.0f, VecF{}, VecF(y * power));
+#endif
+}
+KDK_FN VecD exp2_scaled(const VecD& x, const VecD& scale, const VecD&) {
+  VecD y{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) y[lane] = std::exp2(x[lane] * scale[lane]);
+  return y;
 }
 
-KDK_FN VecD exp_nonpositive(const VecD& x) { return rules::exponential(x); }
+// exp(x factor) for x <= 0, with what depends on the factor computed once.
+template <class R>
+struct Exponential {
+  Vec<R> scale, lowest;
+  KDK_FN explicit Exponential(const Vec<R>& factor)
+      : scale(factor * R(1.442695040888963407)), lowest(R(-200) / scale) {}
+  KDK_FN Vec<R> operator()(const Vec<R>& x) const { return exp2_scaled(x, scale, lowest); }
+};
 
 // Per-row terms: a scalar where lanes are classes, a vector where lanes are rows.
 template <class S>

@@ -45,11 +45,6 @@ KDK_FN F select(const M& condition, const F& yes, const F& no) {
 }
 
 template <class F>
-KDK_FN F absolute(const F& x) {
-  return select(x < scalar_t<F>(0), F(-x), x);
-}
-
-template <class F>
 KDK_FN F broadcast(scalar_t<F> x) {
   return F{} + x;
 }
@@ -66,18 +61,16 @@ KDK_FN F exponential(const F& x) {
   }
 }
 
-// phi(d) = exp(-d) - 1 + d for |d| < 1/4, by its series: exact to the last bits where the closed form
-// would cancel.
+// phi(d) / d^2 for |d| < 1/4, where phi(d) = exp(-d) - 1 + d: exact to the last bits where the closed
+// form would cancel. Float: minimax; double: Taylor.
 template <class F>
 KDK_FN F phi_series(const F& d) {
   using R = scalar_t<F>;
   if constexpr (std::is_same_v<R, float>) {
-    F sum = d * R(-1.0 / 5040) + R(1.0 / 720);
-    sum = sum * d + R(-1.0 / 120);
-    sum = sum * d + R(1.0 / 24);
-    sum = sum * d + R(-1.0 / 6);
-    sum = sum * d + R(0.5);
-    return sum * d * d;
+    F sum = d * R(1.38953e-03) + R(-8.34884e-03);
+    sum = sum * d + R(4.166672e-02);
+    sum = sum * d + R(-1.6666642e-01);
+    return sum * d + R(0.5);
   } else {
     F sum = d * R(-1.0 / 6227020800.0) + R(1.0 / 479001600.0);
     sum = sum * d + R(-1.0 / 39916800.0);
@@ -89,27 +82,29 @@ KDK_FN F phi_series(const F& d) {
     sum = sum * d + R(-1.0 / 120.0);
     sum = sum * d + R(1.0 / 24.0);
     sum = sum * d + R(-1.0 / 6.0);
-    sum = sum * d + R(0.5);
-    return sum * d * d;
+    return sum * d + R(0.5);
   }
 }
 
-// One class's part of KL(p || q), with d = log p - log q:
+// One class's part of KL(p || q), with d = log p - log q, finite or +inf, and 0 where p = 0:
 //   value = p phi(d) = p d + (q - p),  slope = q - p.
 // Over a whole distribution sum(q - p) = 0, so the values sum to sum p d; but each is >= 0 and
-// nothing cancels, which keeps the divergence of nearly equal distributions exact. p = 0 gives
-// (q, q) whatever d is; NaN anywhere gives NaN.
+// nothing cancels, which keeps the divergence of nearly equal distributions exact. NaN gives NaN.
 template <class F>
 KDK_FN void kl_terms(const F& p, const F& q, const F& d, F& value, F& slope) {
   using R = scalar_t<F>;
-  const F phi = phi_series(d);
-  const auto near = absolute(d) < R(0.25);
+  const F square = d * d;
+  const F phi = phi_series(d) * square;
+  const auto near = square < R(0.0625);
   const F gap = q - p;
   slope = select(near, F(p * (phi - d)), gap);
   value = select(near, F(p * phi), F(gap + p * d));
-  const auto massless = p == R(0);
-  slope = select(massless, q, slope);
-  value = select(massless, q, value);
+}
+
+// log p - log q, and 0 where p = 0 (there it could be -inf - -inf).
+template <class F>
+KDK_FN F log_ratio(const F& p, const F& log_p, const F& log_q) {
+  return select(p == scalar_t<F>(0), F{}, F(log_p - log_q));
 }
 
 // KL of the two-point distributions [p_t, p_n] and [q_t, q_n], and q_t - p_t = d KL / d log-odds of q.
@@ -119,8 +114,8 @@ KDK_FN void binary_kl(const F& log_p_t, const F& log_p_n, const F& log_q_t, cons
                       F& value, F& slope) {
   F value_t, slope_t, value_n, slope_n;
   const F p_t = exponential(log_p_t), p_n = exponential(log_p_n);
-  kl_terms(p_t, exponential(log_q_t), F(log_p_t - log_q_t), value_t, slope_t);
-  kl_terms(p_n, exponential(log_q_n), F(log_p_n - log_q_n), value_n, slope_n);
+  kl_terms(p_t, exponential(log_q_t), log_ratio(p_t, log_p_t, log_q_t), value_t, slope_t);
+  kl_terms(p_n, exponential(log_q_n), log_ratio(p_n, log_p_n, log_q_n), value_n, slope_n);
   value = value_t + value_n;
   slope = select(p_t < p_n, slope_t, F(-slope_n));
 }

@@ -1,7 +1,7 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and the CPU under ``TRITON_INTERPRET=1``.
 
 A family of losses is a traversal (``rowwise.py`` for ``divergence`` and ``decoupled``,
-``correlation.py``); a loss is a rule, in a file of the loss's name with a constant ``FAMILY``. Such
+``crosswise.py`` for ``correlation``); a loss is a rule, in a file of the loss's name with a constant ``FAMILY``. Such
 a file is found by itself: adding a loss edits nothing here.
 
 Nothing is imported or queried before the first call.
@@ -19,27 +19,23 @@ from torch import Tensor
 
 
 @functools.cache
-def rule_module(family: str, name: str) -> ModuleType:
-    """The file that holds a loss's rule."""
-    return _rule_modules(family)[name]
-
-
-@functools.cache
-def _rule_modules(family: str) -> dict[str, ModuleType]:
-    modules = (
-        importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)
-    )
-    return {
-        module.__name__.rpartition(".")[2]: module
-        for module in modules
-        if getattr(module, "FAMILY", None) == family
+def _rule_modules() -> dict[str, ModuleType]:
+    modules = {
+        info.name: importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
     }
+    return {name: module for name, module in modules.items() if hasattr(module, "FAMILY")}
+
+
+def rule_module(name: str) -> ModuleType:
+    """The file that holds a loss's rule."""
+    return _rule_modules()[name]
 
 
 @functools.cache
 def rules(family: str) -> frozenset[str]:
     """The losses of a family for which a Triton rule exists."""
-    return frozenset(_rule_modules(family))
+    return frozenset(name for name, module in _rule_modules().items() if module.FAMILY == family)
 
 
 def row(*args: Any) -> tuple[Tensor, Tensor]:
@@ -58,16 +54,16 @@ def row_backward(*args: Any) -> Tensor:
 
 def correlation(*args: Any) -> tuple[Tensor, Tensor]:
     """A correlation loss and, if asked, its gradient: ``kdkernels::triton_correlation``."""
-    from . import correlation as traversal
+    from . import crosswise
 
-    return traversal.forward(*args)
+    return crosswise.forward(*args)
 
 
 def correlation_backward(*args: Any) -> Tensor:
     """The gradient of a correlation loss: ``kdkernels::triton_correlation_backward``."""
-    from . import correlation as traversal
+    from . import crosswise
 
-    return traversal.backward(*args)
+    return crosswise.backward(*args)
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:

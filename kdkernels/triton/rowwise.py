@@ -1,211 +1,143 @@
-"""The traversal of the row losses, families ``divergence`` and ``decoupled``: the kernel.
-
-With p, q the softmax of k t and k s, a rule gives each class a value and a slope, d value / d log q;
-the gradient by the logits is k (slope - q sum(slope)). In the decoupled family the target is left
-out of p and q (its logit counts as -inf), and an explicit rule of the log-odds of the target against
-the rest is added; those log-odds need no log(1 - x), only the normaliser of the rest. A rule is 0
-at p = q = 0.
-
-A row that fits one block is *resident*: the loops have one iteration, which the compiler unrolls,
-and then reads each logit once. A longer row is *streamed*: normalisers in a first sweep, values and
-gradient in a second, which runs backwards to find the end of the row in cache. Logit
-standardisation, and rules whose slopes do not sum to 0, add a sweep.
-"""
+"""The row losses on the host: allocation and launch of ``row_kernel``."""
 
 from __future__ import annotations
 
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from .blocks import add_to_moments, add_to_normaliser, block_columns, finite_max, load_logits, row_offset
-from .numerics import softplus
-
-# Sizes that vary from call to call must not recompile, nor change how a row is summed.
-VARYING = ("rows", "inner", "ignore_index")
-
-
-@triton.jit
-def log_odds(target_ptr, target_mask, maximum, total, k, ACC: tl.constexpr):
-    """Log-odds of the target against the other classes; NaN if both are -inf or any is NaN or inf."""
-    logit = tl.load(target_ptr, mask=target_mask, other=0.0).to(ACC)
-    logit = tl.where(logit == float("inf"), float("nan"), logit)
-    return (logit - maximum) * k - tl.log(total)
+from .._ops import loss_dtype
+from ..reference._rows import STANDARDIZE_EPS
+from . import launch, rule_module
+from .layout import rows_of
+from .row_kernel import row_kernel
 
 
-@triton.jit(do_not_specialize=VARYING)
-def row_kernel(
-    student_ptr,  # (rows, classes), strided
-    teacher_ptr,  # (rows, classes), strided
-    target_ptr,  # (rows,), strided, or None
-    count_ptr,  # (), the rows that are not ignored, or None: the mean is already in scale
-    upstream_ptr,  # (rows,), strided, or None for 1
-    loss_ptr,  # (rows,), or None
-    gradient_ptr,  # (rows, classes), strided, or None
-    rows,
-    classes,
-    inner,
-    student_outer_stride,
-    student_inner_stride,
-    student_class_stride,
-    teacher_outer_stride,
-    teacher_inner_stride,
-    teacher_class_stride,
-    gradient_outer_stride,
-    gradient_inner_stride,
-    gradient_class_stride,
-    target_stride,
-    upstream_stride,
-    ignore_index,
-    inverse_temperature: tl.float64,
-    scale: tl.float64,
-    first: tl.float64,
-    second: tl.float64,
-    RULE: tl.constexpr,
-    EXPLICIT: tl.constexpr,
-    CENTRED: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    EPS: tl.constexpr,
-    TWO_LEVEL: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    exists = row < rows
-    first = tl.full([], first, ACC)
-    second = tl.full([], second, ACC)
-    student_k = tl.full([], inverse_temperature, ACC)
-    teacher_k = student_k
-    weight = tl.full([], scale, ACC) + tl.zeros([ROWS, 1], ACC)
-    if count_ptr is not None:
-        weight = weight / tl.maximum(tl.load(count_ptr), 1).to(ACC)
+def forward(
+    student: Tensor,  # (rows..., classes) in any order and strides
+    teacher: Tensor,  # as student
+    target: Tensor | None,  # (rows...)
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    class_dim: int,
+    reduction: int,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d or (rows...), and gradient, like student or empty."""
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    losses = student.new_empty(shape, dtype=loss_dtype(student, teacher))
+    gradient = torch.empty_like(student) if need_gradient else None
+    _run(
+        student, teacher, target, None, losses, gradient, rule, options, temperature, scale,
+        standardize, ignore_index, class_dim, reduction,
+    )  # fmt: skip
+    loss = losses.sum() if reduction else losses
+    return loss, student.new_empty([0]) if gradient is None else gradient
 
-    # An ignored row is not read at all; a target that is no class makes the row NaN.
-    valid = exists
-    target = tl.full([ROWS, 1], -1, tl.int64)
-    if target_ptr is not None:
-        index = tl.load(target_ptr + row * target_stride, mask=exists, other=0).to(tl.int64)
-        valid = exists & (index != ignore_index)
-        if EXPLICIT is not None:
-            known = (index >= 0) & (index < classes)
-            weight = tl.where(known, weight, float("nan"))
-            target = tl.where(known, index, 0)
 
-    student_ptr += row_offset(row, inner, student_outer_stride, student_inner_stride, TWO_LEVEL)
-    teacher_ptr += row_offset(row, inner, teacher_outer_stride, teacher_inner_stride, TWO_LEVEL)
-    end = BLOCK if RESIDENT else classes
-    last = 0 if RESIDENT else (classes - 1) // BLOCK * BLOCK
+def backward(
+    upstream: Tensor,  # () or (rows...)
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    class_dim: int,
+    reduction: int,
+) -> Tensor:
+    """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
+    gradient = torch.empty_like(student)
+    _run(
+        student, teacher, target, upstream, None, gradient, rule, options, temperature, scale,
+        standardize, ignore_index, class_dim, reduction,
+    )  # fmt: skip
+    return gradient
 
-    if STANDARDIZE:
-        # Deviations from the first logit, so that a common offset of the row costs no accuracy.
-        student_base = tl.load(student_ptr, mask=valid, other=0.0).to(ACC)
-        teacher_base = tl.load(teacher_ptr, mask=valid, other=0.0).to(ACC)
-        student_mean = tl.zeros([ROWS, 1], ACC)
-        teacher_mean = tl.zeros([ROWS, 1], ACC)
-        student_squares = tl.zeros([ROWS, 1], ACC)
-        teacher_squares = tl.zeros([ROWS, 1], ACC)
-        for start in range(0, end, BLOCK):
-            columns = block_columns(start, BLOCK)
-            inside = valid & (columns < classes)
-            student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
-            teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
-            before = tl.full([], start, ACC)
-            count = tl.full([], tl.minimum(classes - start, BLOCK), ACC)
-            student_mean, student_squares = add_to_moments(
-                student_mean, student_squares, before, student - student_base, inside, count
-            )
-            teacher_mean, teacher_squares = add_to_moments(
-                teacher_mean, teacher_squares, before, teacher - teacher_base, inside, count
-            )
-        freedom = tl.full([], classes - 1, ACC)
-        student_std = tl.sqrt(student_squares / freedom)
-        teacher_k = student_k / (tl.sqrt(teacher_squares / freedom) + EPS)
-        student_k = student_k / (student_std + EPS)
 
-    student_max = tl.full([ROWS, 1], -float("inf"), ACC)
-    teacher_max = student_max
-    student_sum = tl.zeros([ROWS, 1], ACC)
-    teacher_sum = student_sum
-    for start in range(0, end, BLOCK):
-        columns = block_columns(start, BLOCK)
-        inside = valid & (columns < classes)
-        student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
-        teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
-        if EXPLICIT is not None:
-            student = tl.where(columns == target, -float("inf"), student)
-            teacher = tl.where(columns == target, -float("inf"), teacher)
-        student_max, student_sum = add_to_normaliser(student_max, student_sum, student, student_k)
-        teacher_max, teacher_sum = add_to_normaliser(teacher_max, teacher_sum, teacher, teacher_k)
-    student_max = finite_max(student_max)
-    teacher_max = finite_max(teacher_max)
-
-    if EXPLICIT is not None:
-        q_odds = log_odds(
-            student_ptr + target * student_class_stride,
-            valid, student_max, student_sum, student_k, ACC,
-        )  # fmt: skip
-        p_odds = log_odds(
-            teacher_ptr + target * teacher_class_stride,
-            valid, teacher_max, teacher_sum, teacher_k, ACC,
-        )  # fmt: skip
-        explicit_value, explicit_slope, implicit = EXPLICIT(
-            -softplus(-p_odds), -softplus(p_odds), -softplus(-q_odds), -softplus(q_odds), first, second
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    upstream: Tensor | None,
+    losses: Tensor | None,
+    gradient: Tensor | None,
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    class_dim: int,
+    reduction: int,
+) -> None:
+    if student.numel() == 0:
+        return
+    written = gradient
+    rows = rows_of(class_dim, student, teacher, student if written is None else written)
+    if rows is None:
+        student, teacher = student.contiguous(), teacher.contiguous()
+        written = None if gradient is None else torch.empty_like(student)
+        rows = rows_of(class_dim, student, teacher, student)
+        assert rows is not None  # a contiguous tensor has at most two levels
+    module = rule_module(rule)
+    count = None
+    if reduction == 1:
+        if target is None:
+            scale /= rows.rows
+        else:
+            count = (target.long() != ignore_index).sum()
+    if target is not None:
+        target = target.reshape(-1)
+    upstream_stride = 0
+    if upstream is not None and upstream.dim() > 0:
+        upstream = upstream.reshape(-1)
+        upstream_stride = upstream.stride(0)
+    accumulator = launch.accumulator(student.dtype, teacher.dtype)
+    classes = student.shape[class_dim]
+    config = launch.row_launch(classes, accumulator.primitive_bitwidth // 8)
+    first, second = (*options, 0.0, 0.0)[:2]
+    with launch.on_device(student):
+        row_kernel[(triton.cdiv(rows.rows, config.rows),)](
+            student,
+            teacher,
+            target,
+            count,
+            upstream,
+            losses,
+            written,
+            rows.rows,
+            classes,
+            rows.inner,
+            *rows.strides[0],
+            *rows.strides[1],
+            *rows.strides[2],
+            0 if target is None else target.stride(0),
+            upstream_stride,
+            ignore_index,
+            1.0 / temperature,
+            scale,
+            first,
+            second,
+            RULE=module.rule,
+            EXPLICIT=getattr(module, "explicit", None),
+            CENTRED=module.CENTRED,
+            STANDARDIZE=standardize,
+            EPS=STANDARDIZE_EPS,
+            TWO_LEVEL=rows.two_level,
+            RESIDENT=config.resident,
+            ACC=accumulator,
+            ROWS=config.rows,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+            **launch.OPTIONS,
         )
-        # Without any other class p and q are 0, not 0 / 0, and nothing flows into the others.
-        no_teacher = teacher_sum == 0
-        nothing = no_teacher | (student_sum == 0)
-        teacher_sum = tl.where(no_teacher, 1.0, teacher_sum)
-        student_sum = tl.where(student_sum == 0, 1.0, student_sum)
-    log_ratio = tl.log(teacher_sum / student_sum)
-
-    if upstream_ptr is not None:
-        upstream = tl.load(upstream_ptr + row * upstream_stride, mask=exists, other=0.0).to(ACC)
-    else:
-        upstream = tl.full([ROWS, 1], 1.0, ACC)
-    if gradient_ptr is not None:
-        gradient_ptr += row_offset(
-            row, inner, gradient_outer_stride, gradient_inner_stride, TWO_LEVEL
-        )
-    gradient_weight = weight * upstream * student_k
-
-    # Sums over the row, then the gradient, in one sweep where the gradient does not need the sums.
-    ONE_SWEEP: tl.constexpr = CENTRED and not STANDARDIZE
-    value_sum = tl.zeros([ROWS, 1], ACC)
-    slope_sum = tl.zeros([ROWS, 1], ACC)
-    slope_h = tl.zeros([ROWS, 1], ACC)
-    q_h = tl.zeros([ROWS, 1], ACC)
-    target_h = tl.zeros([ROWS, 1], ACC)
-    correction = tl.zeros([ROWS, 1], ACC)
-    for sweep in tl.static_range(1 if ONE_SWEEP else 2):
-        for back in range(0, end, BLOCK):
-            start = last - back if sweep == 0 else back
-            columns = block_columns(start, BLOCK)
-            inside = valid & (columns < classes)
-            student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
-            teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
-            if STANDARDIZE:
-                h = student - student_base - student_mean
-                h = tl.where(inside, h / (student_std + EPS), 0.0)
-            if EXPLICIT is not None:
-                student = tl.where(columns == target, -float("inf"), student)
-                teacher = tl.where(columns == target, -float("inf"), teacher)
-            student = student - student_max
-            teacher = teacher - teacher_max
-            q = tl.exp(student * student_k) / student_sum
-            p = tl.exp(teacher * teacher_k) / teacher_sum
-            if STANDARDIZE:
-                gap = teacher * teacher_k - student * student_k
-            else:
-                gap = (teacher - student) * student_k
-            value, slope = RULE(p, q, gap - log_ratio, first, second)
-            if EXPLICIT is not None:
-                slope = tl.where(nothing, 0.0, slope)
-            if sweep == 0:
-                value_sum += tl.sum(value, axis=1, keep_dims=True)
-                if not CENTRED:
-                    slope_sum += tl.sum(slope, axis=1, keep_dims=True)
-                if STANDARDIZE:
-                    slope_h += tl.sum(slope * h, axis=1, keep_dims=True)
-                    q_h += tl.sum(q * h, axis=1, keep_dims=True)
-                    target_h += tl.sum(tl.where(columns == target, h, 0.0), axis=1, keep_dims=True)
+    if written is not gradient:
+        gradient.copy_(written)

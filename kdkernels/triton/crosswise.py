@@ -1,0 +1,124 @@
+"""The correlation losses on the host: allocation and launch of ``cross_kernels``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .._ops import loss_dtype
+from . import cross_kernels as kernels
+from . import launch, rule_module
+from .layout import rows_of
+
+
+def forward(
+    student: Tensor,  # (rows..., classes) in any order and strides
+    teacher: Tensor,  # as student
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    class_dim: int,
+    reduction: int,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and gradient, like student or empty."""
+    gradient = torch.empty_like(student) if need_gradient else None
+    loss = _run(
+        student, teacher, None, gradient, rule, inter, intra, tau, eps, class_dim, reduction
+    )
+    return loss, student.new_empty([0]) if gradient is None else gradient
+
+
+def backward(
+    upstream: Tensor,  # ()
+    student: Tensor,
+    teacher: Tensor,
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    class_dim: int,
+    reduction: int,
+) -> Tensor:
+    """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
+    gradient = torch.empty_like(student)
+    _run(student, teacher, upstream, gradient, rule, inter, intra, tau, eps, class_dim, reduction)
+    return gradient
+
+
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    upstream: Tensor | None,
+    gradient: Tensor | None,
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    class_dim: int,
+    reduction: int,
+) -> Tensor:
+    dtype = loss_dtype(student, teacher)
+    if student.numel() == 0:
+        return student.new_zeros([], dtype=dtype)
+    written = gradient
+    layout = rows_of(class_dim, student, teacher, student if written is None else written)
+    if layout is None:
+        student, teacher = student.contiguous(), teacher.contiguous()
+        written = None if gradient is None else torch.empty_like(student)
+        layout = rows_of(class_dim, student, teacher, student)
+        assert layout is not None  # a contiguous tensor has at most two levels
+    rows, inner, two_level, (of_student, of_teacher, of_gradient) = layout
+    classes = student.shape[class_dim]
+    if reduction == 1:
+        inter /= rows
+        intra /= classes
+    accumulator = launch.accumulator(student.dtype, teacher.dtype)
+    itemsize = dtype.itemsize
+    by_row = launch.row_launch(classes, itemsize)
+    by_column = launch.column_launch(rows, classes, itemsize)
+    combine = launch.combine_launch(by_column.chunks, classes, itemsize)
+    shared = dict(ACC=accumulator, **launch.OPTIONS)
+    row_shape = dict(
+        TWO_LEVEL=two_level,
+        RESIDENT=by_row.resident,
+        ROWS=by_row.rows,
+        BLOCK=by_row.block,
+        num_warps=by_row.num_warps,
+        **shared,
+    )
+    row_grid = (triton.cdiv(rows, by_row.rows),)
+    losses = student.new_empty([rows + classes], dtype=dtype)
+    row_statistics = student.new_empty([6, rows], dtype=dtype)
+    column_statistics = student.new_empty([4, classes], dtype=dtype)
+    partial = student.new_empty([5, by_column.chunks, classes], dtype=dtype)
+    rule_function = rule_module(rule).rule
+    with launch.on_device(student):
+        kernels.row_kernel[row_grid](
+            student, teacher, losses, row_statistics, rows, classes, inner,
+            *of_student, *of_teacher, 1.0 / tau, inter, eps, RULE=rule_function, **row_shape,
+        )  # fmt: skip
+        kernels.column_kernel[(by_column.chunks * triton.cdiv(classes, by_column.block),)](
+            student, teacher, row_statistics, partial, rows, classes, inner,
+            by_column.chunk_rows, by_column.chunks, *of_student, *of_teacher, 1.0 / tau,
+            TWO_LEVEL=two_level, ROWS=by_column.rows, BLOCK=by_column.block,
+            num_warps=by_column.num_warps, **shared,
+        )  # fmt: skip
+        kernels.combine_kernel[(triton.cdiv(classes, combine.block),)](
+            partial, losses[rows:], column_statistics, rows, classes,
+            by_column.chunk_rows, by_column.chunks, intra, eps, RULE=rule_function,
+            ROWS=combine.rows, BLOCK=combine.block, num_warps=combine.num_warps, **shared,
+        )  # fmt: skip
+        if written is not None:
+            kernels.gradient_kernel[row_grid](
+                student, teacher, row_statistics, column_statistics, upstream, written,
+                rows, classes, inner, *of_student, *of_teacher, *of_gradient, 1.0 / tau, **row_shape,
+            )  # fmt: skip
+    if written is not gradient:
+        gradient.copy_(written)
+    return losses.sum()
