@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._checks import FLOATS
 from ._ops import loss_dtype
 
 BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps kdkernels"
@@ -61,25 +61,23 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 """The dtype codes of csrc/cpu/problem.h."""
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOATS}
+"""Patterns for the loss: ``empty_like`` costs less host time than ``empty``."""
 
 
 def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
     """Whether the addresses may be handed to the extension directly."""
     return (
-        type(student) in (Tensor, torch.nn.Parameter)
-        and type(teacher) in (Tensor, torch.nn.Parameter)
+        type(student) in _PLAIN_TYPES
+        and type(teacher) in _PLAIN_TYPES
         and class_dim == student.dim() - 1
         and student.is_contiguous()
         and teacher.is_contiguous()
         and not torch._C._are_functorch_transforms_active()
     )
-
-
-def _outputs(
-    student: Tensor, teacher: Tensor, need_gradient: bool, shape: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty(shape, dtype=loss_dtype(student, teacher))
-    return loss, torch.empty_like(student) if need_gradient else student.new_empty(0)
 
 
 def row(
@@ -95,7 +93,7 @@ def row(
     class_dim: int,
     reduction: int,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::row``, past the operator machinery where the tensors are plain."""
     if not _plain(student, teacher, class_dim):
         return torch.ops.kdkernels.row.default(
@@ -113,12 +111,14 @@ def row(
             need_gradient,
         )
     shape = student.shape
-    loss, gradient = _outputs(student, teacher, need_gradient, () if reduction else shape[:-1])
     classes = shape[-1]
+    dtype = loss_dtype(student, teacher)
+    loss = torch.empty_like(_SCALARS[dtype]) if reduction else student.new_empty(shape[:-1], dtype=dtype)
+    gradient = torch.empty_like(student) if need_gradient else None
     _extension.row(
         student.data_ptr(),
         teacher.data_ptr(),
-        gradient.data_ptr() if need_gradient else 0,
+        0 if gradient is None else gradient.data_ptr(),
         0 if target is None else target.data_ptr(),
         loss.data_ptr(),
         _CODES[student.dtype],
@@ -147,18 +147,19 @@ def correlation(
     class_dim: int,
     reduction: int,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::correlation``, past the operator machinery where the tensors are plain."""
     if not _plain(student, teacher, class_dim):
         return torch.ops.kdkernels.correlation.default(
             student, teacher, rule, inter, intra, tau, eps, class_dim, reduction, need_gradient
         )
-    loss, gradient = _outputs(student, teacher, need_gradient)
+    loss = torch.empty_like(_SCALARS[loss_dtype(student, teacher)])
+    gradient = torch.empty_like(student) if need_gradient else None
     classes = student.shape[-1]
     _extension.correlation(
         student.data_ptr(),
         teacher.data_ptr(),
-        gradient.data_ptr() if need_gradient else 0,
+        0 if gradient is None else gradient.data_ptr(),
         loss.data_ptr(),
         _CODES[student.dtype],
         _CODES[teacher.dtype],

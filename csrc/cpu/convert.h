@@ -73,21 +73,72 @@ KDK_FN To narrow(double x) {
   else return narrow<To>(float(x));
 }
 
+// Whole vectors of half-precision numbers, where the compiler would convert one at a time.
+template <class T>
+constexpr bool kHalf = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
+typedef uint16_t VecH __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t VecU __attribute__((vector_size(kBytes)));
+
+template <class T>
+KDK_FN VecF widen_vector(const T* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, f16>)
+    return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, f16>)
+    return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  if constexpr (std::is_same_v<T, bf16>) {
+    VecH half;
+    __builtin_memcpy(&half, from, sizeof half);
+    return bit_cast<VecF>(__builtin_convertvector(half, VecU) << 16);
+  }
+  VecF wide{};
+  for (int lane = 0; lane < kLanes<float>; ++lane) wide[lane] = widen(from[lane]);
+  return wide;
+}
+
+template <class T>
+KDK_FN void narrow_vector(T* to, const VecF& from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, f16>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)from, 0));
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, f16>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)from, 0));
+#endif
+  if constexpr (std::is_same_v<T, bf16>) {
+    const VecU bits = bit_cast<VecU>(from);
+    VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = rules::select(from == from, rounded, VecU{} + 0x7fc0);
+    const VecH half = __builtin_convertvector(rounded, VecH);
+    __builtin_memcpy(to, &half, sizeof half);
+    return;
+  }
+  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow<T>(float(from[lane]));
+}
+
 template <class T, class R>
 KDK_FN void read_run(const T* from, int64_t stride, int64_t count, R* to, int64_t to_stride) {
+  int64_t i = 0;
   if (stride == 1 && to_stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = R(widen(from[i]));
+    if constexpr (kHalf<T> && std::is_same_v<R, float>)
+      for (; i + kLanes<R> <= count; i += kLanes<R>) store<R>(to + i, widen_vector(from + i));
+    for (; i < count; ++i) to[i] = R(widen(from[i]));
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i * to_stride] = R(widen(from[i * stride]));
+    for (; i < count; ++i) to[i * to_stride] = R(widen(from[i * stride]));
   }
 }
 
 template <class T, class R>
 KDK_FN void write_run(T* to, int64_t stride, int64_t count, const R* from, int64_t from_stride) {
+  int64_t i = 0;
   if (stride == 1 && from_stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(from[i]);
+    if constexpr (kHalf<T> && std::is_same_v<R, float>)
+      for (; i + kLanes<R> <= count; i += kLanes<R>) narrow_vector(to + i, load<R>(from + i));
+    for (; i < count; ++i) to[i] = narrow<T>(from[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<T>(from[i * from_stride]);
+    for (; i < count; ++i) to[i * stride] = narrow<T>(from[i * from_stride]);
   }
 }
 

@@ -3,8 +3,9 @@
 // Three phases. (1) Rows, in chunks fixed by the shape: normalisers, row moments centred at 1/C, and
 // the centred moments of each column over a tile of rows, merged into the chunk's by Chan's formula
 // (raw moments would cancel in columns that hardly vary). (2) Columns: chunks merged in order,
-// relation and coefficients. (3) Rows again: gradient. The logits are read twice, nothing of size
-// N x C is kept, and the result does not depend on the number of threads.
+// relation and coefficients. (3) Rows again: gradient. Nothing of size N x C is kept but the
+// gradient, which holds the student's softmax in between; the result does not depend on the number
+// of threads.
 #pragma once
 
 #include "convert.h"
@@ -16,6 +17,7 @@ namespace kdkernels::KDK_ISA {
 using cpu::CorrelationProblem;
 
 constexpr int64_t kChunkRows = 64, kMostChunks = 32;
+constexpr int kMostTile = 16;
 
 template <class R>
 struct RowTerms {  // what the gradient needs of a row
@@ -33,6 +35,11 @@ struct CorrelationContext {
   RowTerms<R>* rows;
   R* moments;  // [chunks][kMoments][stride]
   R* columns;  // [4][stride]: of_p, of_q, mean p, mean q
+
+  // Whether the student's softmax stays in the gradient between the first and the last phase.
+  KDK_FN bool keeps_softmax() const {
+    return problem.gradient.data && direct<R>(problem.gradient);
+  }
 };
 
 // Rows -> tile[r][class], in the working type; `lanes` is scratch for rows whose classes are far
@@ -73,7 +80,8 @@ void write_tile(const Rows& x, int64_t row, int64_t count, int64_t classes, cons
   }
 }
 
-// Softmaxes of one row into q and p (padded with zeros to whole vectors), and its relation.
+// Softmaxes of one row into q and p, and its relation. p is padded with zeros to whole vectors; q may
+// be the row's gradient, which keeps it for the last phase.
 template <class Rule, class R>
 inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R* q, R* p,
                     RowTerms<R>& terms) {
@@ -90,7 +98,7 @@ inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R
         constexpr bool kPart = decltype(part)::value;
         const V e = exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
         const V f = exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
-        store<R>(q + i * kLanes<R>, e);
+        mode.template put<kPart>(q, i, e);
         store<R>(p + i * kLanes<R>, f);
         sum_s.add(e);
         sum_t.add(f);
@@ -108,12 +116,13 @@ inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
-        const V x = load<R>(q + i * kLanes<R>) * scale_s;
+        constexpr bool kPart = decltype(part)::value;
+        const V x = mode.template get<kPart>(q, i, R(0)) * scale_s;
         const V y = load<R>(p + i * kLanes<R>) * scale_t;
-        store<R>(q + i * kLanes<R>, x);
+        mode.template put<kPart>(q, i, x);
         store<R>(p + i * kLanes<R>, y);
         V a = x - mean, b = y - mean;
-        if constexpr (decltype(part)::value) {
+        if constexpr (kPart) {
           a = mask_rest(mode, a);
           b = mask_rest(mode, b);
         }
@@ -156,34 +165,40 @@ KDK_FN void store_moments(R* to, int64_t stride, int64_t i, const Vec<R> (&m)[kM
 
 // Column moments of a tile of `count` rows, merged into the chunk's moments of `before` rows.
 template <class R>
-void merge_tile(const R* q, const R* p, int64_t stride, int64_t classes, int64_t count,
+void merge_tile(const R* const* q, const R* p, int64_t stride, int64_t classes, int64_t count,
                 int64_t before, R* moments) {
   using V = Vec<R>;
+  const ByClass<R> mode{classes};
   const R inverse = R(1.0 / double(count));
-  for (int64_t i = 0; i < classes; i += kLanes<R>) {
-    V m[kMoments] = {};
-    for (int64_t r = 0; r < count; ++r) {
-      m[kMeanQ] += load<R>(q + r * stride + i);
-      m[kMeanP] += load<R>(p + r * stride + i);
-    }
-    m[kMeanQ] *= inverse;
-    m[kMeanP] *= inverse;
-    for (int64_t r = 0; r < count; ++r) {
-      const V a = load<R>(q + r * stride + i) - m[kMeanQ];
-      const V b = load<R>(p + r * stride + i) - m[kMeanP];
-      m[kQQ] += a * a;
-      m[kPP] += b * b;
-      m[kQP] += a * b;
-    }
-    if (before) {
-      V total[kMoments];
-      load_moments<R>(moments, stride, i, total);
-      merge(total, m, double(before), double(count));
-      store_moments<R>(moments, stride, i, total);
-    } else {
-      store_moments<R>(moments, stride, i, m);
-    }
-  }
+  sweep(
+      mode,
+      [&](int64_t step, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        const int64_t i = step * kLanes<R>;
+        V m[kMoments] = {};
+        for (int64_t r = 0; r < count; ++r) {
+          m[kMeanQ] += mode.template get<kPart>(q[r], step, R(0));
+          m[kMeanP] += load<R>(p + r * stride + i);
+        }
+        m[kMeanQ] *= inverse;
+        m[kMeanP] *= inverse;
+        for (int64_t r = 0; r < count; ++r) {
+          const V a = mode.template get<kPart>(q[r], step, R(0)) - m[kMeanQ];
+          const V b = load<R>(p + r * stride + i) - m[kMeanP];
+          m[kQQ] += a * a;
+          m[kPP] += b * b;
+          m[kQP] += a * b;
+        }
+        if (before) {
+          V total[kMoments];
+          load_moments<R>(moments, stride, i, total);
+          merge(total, m, double(before), double(count));
+          store_moments<R>(moments, stride, i, total);
+        } else {
+          store_moments<R>(moments, stride, i, m);
+        }
+      },
+      [&]() KDK_LAMBDA {});
 }
 
 template <class R>
@@ -204,7 +219,9 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
   const int64_t end = begin + c.chunk_rows < problem.rows ? begin + c.chunk_rows : problem.rows;
   const Tiles<R> tiles(c);
   const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
+  const bool kept = c.keeps_softmax();
   R* const loss = static_cast<R*>(problem.loss);
+  const R* softmax[kMostTile];
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
     // The softmaxes overwrite the logits where those had to be gathered into the tile.
@@ -221,13 +238,15 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
         s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
       if (direct_t)
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
+      if (kept) q = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
+      softmax[r] = q;
       RowTerms<R> terms;
       loss[row + r] = relate_row<Rule, R>(problem, s, t, q, p, terms) * R(problem.inter);
       terms.of_p *= R(problem.inter);
       terms.of_q *= R(problem.inter);
       c.rows[row + r] = terms;
     }
-    merge_tile<R>(tiles.first, tiles.second, c.stride, problem.classes, count, row - begin,
+    merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, count, row - begin,
                   c.moments + chunk * kMoments * c.stride);
   }
 }
@@ -262,8 +281,9 @@ void relate_columns(const CorrelationContext<R>& c, int64_t begin, int64_t end) 
   }
 }
 
-// Gradient of one row; q and p are scratch and may be where the logits are.
-template <class R>
+// Gradient of one row. Where kKept, `gradient` holds the student's softmax; else it is computed from
+// the logits s into q. `pull` is scratch and may be where the teacher's logits t are.
+template <bool kKept, class R>
 KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>& terms, const R* s,
                               const R* t, R* q, R* pull, R* gradient) {
   using V = Vec<R>;
@@ -282,13 +302,15 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
         const int64_t at = i * kLanes<R>;
-        const V x = scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
+        V x;
+        if constexpr (kKept) x = mode.template get<kPart>(gradient, i, R(0));
+        else x = scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
         const V y = scale_t * exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
         V g = row_p * (y - mean) + row_q * (x - mean);
         g += load<R>(c.columns + at) * (y - load<R>(c.columns + 2 * c.stride + at));
         g += load<R>(c.columns + c.stride + at) * (x - load<R>(c.columns + 3 * c.stride + at));
         if constexpr (kPart) g = mask_rest(mode, g);
-        store<R>(q + at, x);
+        if constexpr (!kKept) store<R>(q + at, x);
         store<R>(pull + at, g);
         dot.add(x * g);
       },
@@ -297,9 +319,12 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
         const int64_t at = i * kLanes<R>;
-        mode.template put<decltype(part)::value>(
-            gradient, i, V(load<R>(q + at) * factor * (load<R>(pull + at) - centre)));
+        V x;
+        if constexpr (kKept) x = mode.template get<kPart>(gradient, i, R(0));
+        else x = load<R>(q + at);
+        mode.template put<kPart>(gradient, i, V(x * factor * (load<R>(pull + at) - centre)));
       },
       [&]() KDK_LAMBDA {});
 }
@@ -308,8 +333,8 @@ template <class R>
 void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t end) {
   const CorrelationProblem& problem = c.problem;
   const Tiles<R> tiles(c);
-  const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
-  const bool direct_g = direct<R>(problem.gradient);
+  const bool kept = c.keeps_softmax();
+  const bool direct_s = kept || direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
     if (!direct_s)
@@ -318,19 +343,21 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
       read_tile(problem.teacher, row, count, problem.classes, tiles.second, c.stride, tiles.lanes);
     for (int64_t r = 0; r < count; ++r) {
       R* q = tiles.first + r * c.stride;
-      R* pull = tiles.second + r * c.stride;
-      const R* s = q;
+      R* pull = direct_t ? tiles.second : tiles.second + r * c.stride;
       const R* t = pull;
-      if (direct_s)
-        s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
       if (direct_t)
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
-      R* gradient = q;
-      if (direct_g)
-        gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
-      differentiate_row<R>(c, c.rows[row + r], s, t, q, pull, gradient);
+      if (kept) {
+        R* gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
+        differentiate_row<true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient);
+        continue;
+      }
+      const R* s = q;
+      if (direct_s)
+        s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
+      differentiate_row<false, R>(c, c.rows[row + r], s, t, q, pull, q);
     }
-    if (!direct_g)
+    if (!kept)
       write_tile(problem.gradient, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
   }
 }
@@ -343,7 +370,7 @@ void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor paralle
   if (chunks < 2) chunks = rows >= 16 && rows * classes >= 65536 ? 2 : 1;
   const int64_t chunk_rows = (rows + chunks - 1) / chunks;
   chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const int tile = classes <= 4096 ? 16 : classes <= 16384 ? 8 : 4;
+  const int tile = classes <= 4096 ? kMostTile : classes <= 65536 ? 8 : 4;
   cpu::Buffer buffer(sizeof(RowTerms<R>) * rows +
                      sizeof(R) * stride * (chunks * kMoments + 4));
   CorrelationContext<R> context{problem, chunks, chunk_rows, stride, tile, nullptr, nullptr, nullptr};

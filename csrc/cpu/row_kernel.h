@@ -20,6 +20,15 @@ struct Scratch {
   R* gap;
 };
 
+// What does not change from row to row.
+template <class R>
+struct Temperature {
+  R inverse;
+  Exponential<R> exponential;
+  KDK_FN explicit Temperature(double temperature)
+      : inverse(R(1.0 / temperature)), exponential(splat<R>(inverse)) {}
+};
+
 constexpr double kStandardizeEps = 1e-7;  // kdkernels/reference/_rows.py
 
 // Zero in the lanes past the end of the row.
@@ -103,12 +112,11 @@ struct PointwiseOf<Rule, true> {
 template <class Rule, bool kGradient, class M, class R = typename M::Real>
 KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, const R* s, const R* t,
                              R* gradient, const Scratch<R>& scratch,
-                             const typename M::S& coefficient) {
+                             const Temperature<R>& temperature, const typename M::S& coefficient) {
   using V = typename M::V;
   using S = typename M::S;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
   const R kMinusInfinity = -kInfinity<R>;
-  const R inverse_temperature = R(1.0 / problem.temperature);
 
   // Sweep 1: maxima over the classes of the softmax.
   S max_s, max_t;
@@ -118,7 +126,7 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
     max_t = rules::select(max_t == kMinusInfinity, S{}, max_t);
   }
 
-  S scale_s = rules::broadcast<S>(inverse_temperature), scale_t = scale_s;
+  S scale_s = rules::broadcast<S>(temperature.inverse), scale_t = scale_s;
   S mean_s{}, deviation_s{}, spread_s{};
   if (problem.standardize) {
     S mean_t{}, deviation_t{};
@@ -132,7 +140,11 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
   // Sweep 2: exponentials and their sums.
   const V origin_s = M::spread(max_s), origin_t = M::spread(max_t);
   const V factor_s = M::spread(scale_s), factor_t = M::spread(scale_t);
-  const Exponential<R> exp_s(factor_s), exp_t(factor_t);
+  Exponential<R> exp_s = temperature.exponential, exp_t = exp_s;
+  if (problem.standardize) {
+    exp_s = Exponential<R>(factor_s);
+    exp_t = Exponential<R>(factor_t);
+  }
   Blocked<V> sum_s, sum_t;
   sweep(
       mode,
@@ -158,26 +170,24 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
         sum_t.flush();
       });
   const S z_s = M::sum(sum_s.total), z_t = M::sum(sum_t.total);
-  const S log_z_s = logarithm(z_s), log_z_t = logarithm(z_t);
   S inverse_s = R(1) / z_s, inverse_t = R(1) / z_t;
 
   S value{}, explicit_slope{}, implicit_weight = rules::broadcast<S>(R(1));
   if constexpr (kDecoupled) {
     inverse_s = rules::select(z_s == R(0), S{}, inverse_s);
     inverse_t = rules::select(z_t == R(0), S{}, inverse_t);
-    // log-odds of the other classes against the target; log p_t = -softplus of it.
-    const S odds_s = log_z_s - (mode.pick_excluded(s) - max_s) * scale_s;
-    const S odds_t = log_z_t - (mode.pick_excluded(t) - max_t) * scale_t;
-    Rule::explicit_term(problem.options, S(-softplus(odds_t)), S(-softplus(S(-odds_t))),
-                        S(-softplus(odds_s)), S(-softplus(S(-odds_s))), value, explicit_slope,
-                        implicit_weight);
+    // Log-odds of the other classes against the target.
+    const S odds_s = logarithm(z_s) - (mode.pick_excluded(s) - max_s) * scale_s;
+    const S odds_t = logarithm(z_t) - (mode.pick_excluded(t) - max_t) * scale_t;
+    Rule::explicit_term(problem.options, two_point<R>(odds_t), two_point<R>(odds_s), value,
+                        explicit_slope, implicit_weight);
     // A teacher without other classes has no implicit term.
     implicit_weight = rules::select(z_t == R(0), S{}, implicit_weight);
   }
 
   // Sweep 3: value, and the gradient in the same sweep where the slopes of a row sum to zero.
   using Pointwise = typename PointwiseOf<Rule>::type;
-  const V log_ratio = M::spread(S(log_z_t - log_z_s));
+  const V log_ratio = M::spread(logarithm(S(z_t * inverse_s)));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
   const S g = coefficient * scale_s;
   const V g_implicit = M::spread(S(g * implicit_weight));

@@ -35,6 +35,7 @@ template <class Rule, class R>
 void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
   const int64_t classes = problem.classes;
   const Scratch<R> scratch = carve<R>(padded<R>(classes));
+  const Temperature<R> temperature(problem.temperature);
   const bool wants_gradient = problem.gradient.data != nullptr;
   const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
   const bool direct_g = direct<R>(problem.gradient);
@@ -60,10 +61,10 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     else read_row(problem.teacher, row, classes, scratch.teacher);
     const R factor = row_factor<R>(problem, row);
     if (wants_gradient) {
-      loss[row] = run_row<Rule, true>(mode, problem, s, t, gradient, scratch, factor);
+      loss[row] = run_row<Rule, true>(mode, problem, s, t, gradient, scratch, temperature, factor);
       if (!direct_g) write_row(problem.gradient, row, classes, gradient);
     } else {
-      loss[row] = run_row<Rule, false>(mode, problem, s, t, gradient, scratch, factor);
+      loss[row] = run_row<Rule, false>(mode, problem, s, t, gradient, scratch, temperature, factor);
     }
     loss[row] *= R(problem.scale);
   }
@@ -74,6 +75,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   constexpr int kW = kLanes<R>;
   const int64_t classes = problem.classes;
   const Scratch<R> scratch = carve<R>(classes * kW + 64);
+  const Temperature<R> temperature(problem.temperature);
   const bool wants_gradient = problem.gradient.data != nullptr;
   R* const loss = static_cast<R*>(problem.loss);
   ByRow<R> mode{classes};
@@ -94,7 +96,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     Vec<R> value;
     if (wants_gradient) {
       value = run_row<Rule, true>(mode, problem, scratch.student, scratch.teacher,
-                                  scratch.gradient, scratch, factor);
+                                  scratch.gradient, scratch, temperature, factor);
       if (problem.target) {
         for (int64_t c = 0; c < classes; ++c) {
           const Vec<R> out = load<R>(scratch.gradient + c * kW);
@@ -104,7 +106,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
       write_lanes(problem.gradient, row, count, classes, scratch.gradient);
     } else {
       value = run_row<Rule, false>(mode, problem, scratch.student, scratch.teacher,
-                                   scratch.gradient, scratch, factor);
+                                   scratch.gradient, scratch, temperature, factor);
     }
     value = rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)));
     for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];

@@ -190,6 +190,7 @@ KDK_FN VecD exp2_scaled(const VecD& x, const VecD& scale, const VecD&) {
 template <class R>
 struct Exponential {
   Vec<R> scale, lowest;
+  Exponential() = default;
   KDK_FN explicit Exponential(const Vec<R>& factor)
       : scale(factor * R(1.442695040888963407)), lowest(R(-200) / scale) {}
   KDK_FN Vec<R> operator()(const Vec<R>& x) const { return exp2_scaled(x, scale, lowest); }
@@ -207,18 +208,28 @@ KDK_FN S logarithm(const S& x) {
   }
 }
 
-// log(1 + exp(x)); NaN stays NaN.
-template <class S>
-KDK_FN S softplus(const S& x) {
-  if constexpr (std::is_arithmetic_v<S>) {
-    const S tail = std::log1p(std::exp(x < S(0) ? x : -x));
-    return x > S(0) ? x + tail : tail;
-  } else {
-    S y{};
-    for (unsigned lane = 0; lane < sizeof(S) / sizeof(y[0]); ++lane)
-      y[lane] = softplus<rules::scalar_t<S>>(x[lane]);
-    return y;
+// The two-point distribution whose log-odds n : t are x. NaN stays NaN.
+template <class R>
+KDK_FN rules::TwoPoint<R> two_point(R x) {
+  const R e = std::exp(x < R(0) ? x : -x), sum = R(1) + e;
+  // log(1 + e) in double, which keeps what 1 + e loses in float.
+  const R tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
+  const R likely = R(1) / sum, rare = e / sum;
+  const R log_likely = -tail, log_rare = -(x < R(0) ? -x : x) - tail;
+  return x > R(0) ? rules::TwoPoint<R>{rare, likely, log_rare, log_likely}
+                  : rules::TwoPoint<R>{likely, rare, log_likely, log_rare};
+}
+template <class R, class V, class = std::enable_if_t<!std::is_arithmetic_v<V>>>
+KDK_FN rules::TwoPoint<V> two_point(const V& x) {
+  rules::TwoPoint<V> pair{};
+  for (int lane = 0; lane < kLanes<R>; ++lane) {
+    const rules::TwoPoint<R> one = two_point<R>(x[lane]);
+    pair.t[lane] = one.t;
+    pair.n[lane] = one.n;
+    pair.log_t[lane] = one.log_t;
+    pair.log_n[lane] = one.log_n;
   }
+  return pair;
 }
 
 template <class S>

@@ -49,18 +49,6 @@ KDK_FN F broadcast(scalar_t<F> x) {
   return F{} + x;
 }
 
-// exp of a per-row term (the per-class exponentials belong to the traversals).
-template <class F>
-KDK_FN F exponential(const F& x) {
-  if constexpr (std::is_arithmetic_v<F>) {
-    return std::exp(x);
-  } else {
-    F y{};
-    for (unsigned lane = 0; lane < sizeof(F) / sizeof(y[0]); ++lane) y[lane] = std::exp(x[lane]);
-    return y;
-  }
-}
-
 // phi(d) / d^2 for |d| < 1/4, where phi(d) = exp(-d) - 1 + d: exact to the last bits where the closed
 // form would cancel. Float: minimax; double: Taylor.
 template <class F>
@@ -101,23 +89,28 @@ KDK_FN void kl_terms(const F& p, const F& q, const F& d, F& value, F& slope) {
   value = select(near, F(p * phi), F(gap + p * d));
 }
 
+// A distribution over two outcomes, the target class and the others, with its logarithms.
+template <class F>
+struct TwoPoint {
+  F t, n;          // probabilities
+  F log_t, log_n;  // log n is never log(1 - t): the traversals compute it from the log-odds
+};
+
 // log p - log q, and 0 where p = 0 (there it could be -inf - -inf).
 template <class F>
 KDK_FN F log_ratio(const F& p, const F& log_p, const F& log_q) {
   return select(p == scalar_t<F>(0), F{}, F(log_p - log_q));
 }
 
-// KL of the two-point distributions [p_t, p_n] and [q_t, q_n], and q_t - p_t = d KL / d log-odds of q.
-// The difference is taken on the rarer side, where it keeps its relative accuracy.
+// KL(p || q) of two-point distributions, and q_t - p_t = d KL / d (log-odds of q). The difference is
+// taken on the rarer side, where it keeps its relative accuracy.
 template <class F>
-KDK_FN void binary_kl(const F& log_p_t, const F& log_p_n, const F& log_q_t, const F& log_q_n,
-                      F& value, F& slope) {
+KDK_FN void binary_kl(const TwoPoint<F>& p, const TwoPoint<F>& q, F& value, F& slope) {
   F value_t, slope_t, value_n, slope_n;
-  const F p_t = exponential(log_p_t), p_n = exponential(log_p_n);
-  kl_terms(p_t, exponential(log_q_t), log_ratio(p_t, log_p_t, log_q_t), value_t, slope_t);
-  kl_terms(p_n, exponential(log_q_n), log_ratio(p_n, log_p_n, log_q_n), value_n, slope_n);
+  kl_terms(p.t, q.t, log_ratio(p.t, p.log_t, q.log_t), value_t, slope_t);
+  kl_terms(p.n, q.n, log_ratio(p.n, p.log_n, q.log_n), value_n, slope_n);
   value = value_t + value_n;
-  slope = select(p_t < p_n, slope_t, F(-slope_n));
+  slope = select(p.t < p.n, slope_t, F(-slope_n));
 }
 
 }  // namespace rules

@@ -68,21 +68,26 @@ def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def _warps(elements: int) -> int:
-    """About 16 elements a thread: enough loads in flight, few enough registers."""
-    return min(max(power_of_two(elements) // 512, 1), 16)
+def _warps(elements: int, a_thread: int = 16) -> int:
+    """Enough elements a thread for loads in flight, few enough that nothing spills."""
+    return min(max(power_of_two(elements) // (32 * a_thread), 1), 16)
 
 
-def row_launch(classes: int, itemsize: int, limits: Limits | None = None) -> RowLaunch:
-    """How a row of ``classes`` is walked with accumulators of ``itemsize`` bytes."""
+def row_launch(
+    classes: int, itemsize: int, standardize: bool = False, limits: Limits | None = None
+) -> RowLaunch:
+    """How a row of ``classes`` is walked with accumulators of ``itemsize`` bytes.
+
+    Standardisation, and several rows in a program, take registers: fewer elements a thread.
+    """
     limits = limits or LIMITS
     share = max(itemsize // 4, 1)
     block = power_of_two(classes)
     if block > max(limits.resident // share, 1):
         block = max(limits.streamed // share, 1)
-        return RowLaunch(False, 1, block, _warps(block * share))
+        return RowLaunch(False, 1, block, _warps(block * share, 8 if standardize else 16))
     rows = max(limits.tile // share // block, 1)
-    return RowLaunch(True, rows, block, _warps(rows * block * share))
+    return RowLaunch(True, rows, block, _warps(rows * block * share, 8 if rows > 1 else 16))
 
 
 PROGRAMS = 2048
@@ -99,8 +104,9 @@ def column_launch(
     tile = max(limits.tile * 2 // share // block, 1)
     tiles = -(-rows // tile)
     wanted = max(PROGRAMS // -(-classes // block), 1)
+    warps = _warps(tile * block * share, 8)
     chunk_rows = -(-tiles // min(tiles, wanted)) * tile
-    return ColumnLaunch(tile, block, chunk_rows, -(-rows // chunk_rows), _warps(tile * block * share))
+    return ColumnLaunch(tile, block, chunk_rows, -(-rows // chunk_rows), warps)
 
 
 def combine_launch(chunks: int, classes: int, itemsize: int, limits: Limits | None = None) -> RowLaunch:

@@ -102,7 +102,7 @@ def _run(
         upstream_stride = upstream.stride(0)
     accumulator = launch.accumulator(student.dtype, teacher.dtype)
     classes = student.shape[class_dim]
-    config = launch.row_launch(classes, accumulator.primitive_bitwidth // 8)
+    config = launch.row_launch(classes, accumulator.primitive_bitwidth // 8, standardize)
     first, second = (*options, 0.0, 0.0)[:2]
     with launch.on_device(student):
         row_kernel[(triton.cdiv(rows.rows, config.rows),)](
