@@ -17,6 +17,10 @@ class LossSpec:
     ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
     (one value a row), ``correlation`` couples the rows. ``samples`` are the option sets that the
     tests exercise, ``laws`` the names of the laws of ``tests/test_laws.py`` that it obeys.
+    ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
+    ``constant_weight`` that a weight computed from the student counts as a constant, so that the
+    gradient is not the derivative of the value; ``perturb`` how ``tests/test_arguments.py`` changes
+    the options that are not numbers.
     """
 
     name: str
@@ -32,9 +36,11 @@ class LossSpec:
     eps: str
     needs_target: bool = False
     takes_target: bool = False
+    constant_weight: bool = False
     backends: tuple[str, ...] = ("native", "triton", "reference")
     samples: tuple[Mapping[str, Any], ...] = ({},)
     laws: tuple[str, ...] = ()
+    note: str = ""
     perturb: Mapping[str, Any] = field(default_factory=dict)
 
     @property

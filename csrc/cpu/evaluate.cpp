@@ -1,8 +1,13 @@
 #include "evaluate.h"
 
+#include <cstdint>
 #include <stdexcept>
 
 #include "scratch.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace kdkernels::cpu {
 namespace {
@@ -27,6 +32,28 @@ double total(const void* values, int64_t count, bool wide) {
   throw std::invalid_argument("target must be in [0, " + std::to_string(problem.classes) +
                               ") or ignore_index=" + std::to_string(problem.ignore_index) +
                               ", got " + std::to_string(target));
+}
+
+// A large gradient is fresh memory, and its first touch faults page by page: ask for huge pages.
+void expect_writes(const Rows& gradient, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kHuge = std::uintptr_t(2) << 20;
+  if (!gradient.data || bytes < int64_t(4 * kHuge)) return;
+  const std::uintptr_t data = reinterpret_cast<std::uintptr_t>(gradient.data);
+  const std::uintptr_t begin = (data + kHuge - 1) / kHuge * kHuge;
+  const std::uintptr_t end = (data + std::uintptr_t(bytes)) / kHuge * kHuge;
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)gradient;
+  (void)bytes;
+#endif
+}
+
+template <class Problem>
+void expect_writes(const Problem& problem) {
+  constexpr int64_t kBytes[] = {8, 4, 2, 2};
+  expect_writes(problem.gradient,
+                problem.rows * problem.classes * kBytes[int(problem.gradient.type)]);
 }
 
 }  // namespace
@@ -55,6 +82,7 @@ double run(RowProblem& problem, const Kernels& kernels, bool wide, int64_t reduc
   const auto kernel = wide ? kernels.row_f64 : kernels.row_f32;
   if (!kernel) throw std::invalid_argument("rule must be a row loss, got another family");
   if (problem.rows == 0) return 0.0;
+  expect_writes(problem);
   if (reduction == kNone) {
     kernel(problem, parallel_for);
     return 0.0;
@@ -72,6 +100,7 @@ double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64
   if (reduction == kNone)
     throw std::invalid_argument("reduction must be 'mean' or 'sum', got 'none'");
   if (problem.rows == 0) return 0.0;
+  expect_writes(problem);
   if (reduction == kMean) {
     problem.inter /= double(problem.rows);
     problem.intra /= double(problem.classes);

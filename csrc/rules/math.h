@@ -49,6 +49,24 @@ KDK_FN F broadcast(scalar_t<F> x) {
   return F{} + x;
 }
 
+// The smaller of two; NaN where x is.
+template <class F>
+KDK_FN F smaller(const F& x, const F& bound) {
+  return select(x > bound, bound, x);
+}
+
+// exp of a per-row term (the exponentials of the classes belong to the traversals).
+template <class F>
+KDK_FN F exponential(const F& x) {
+  if constexpr (std::is_arithmetic_v<F>) {
+    return std::exp(x);
+  } else {
+    F y{};
+    for (unsigned lane = 0; lane < sizeof(F) / sizeof(y[0]); ++lane) y[lane] = std::exp(x[lane]);
+    return y;
+  }
+}
+
 // phi(d) / d^2 for |d| < 1/4, where phi(d) = exp(-d) - 1 + d: exact to the last bits where the closed
 // form would cancel. Float: minimax; double: Taylor.
 template <class F>

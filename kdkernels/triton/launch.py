@@ -85,7 +85,7 @@ def row_launch(
     block = power_of_two(classes)
     if block > max(limits.resident // share, 1):
         block = max(limits.streamed // share, 1)
-        return RowLaunch(False, 1, block, _warps(block * share, 8 if standardize else 16))
+        return RowLaunch(False, 1, block, _warps(block * share, 8 * share if standardize else 16))
     rows = max(limits.tile // share // block, 1)
     return RowLaunch(True, rows, block, _warps(rows * block * share, 8 if rows > 1 else 16))
 

@@ -1,0 +1,47 @@
+"""AEKT, Adaptive Explicit Knowledge Transfer (Park & Lee, 2024), reconstructed: the specification.
+
+The paper's exact formula was not available; this is a reconstruction from its abstract. Explicit
+knowledge (the teacher's confidence in the target class) is weighted by the teacher/student ratio,
+implicit knowledge (the non-target classes) as in DKD. With TCKD and NCKD of ``dkd.py``:
+
+    w = min(p_t / q_t, ratio_max), a constant (0 where p_t = 0)
+    loss_row = alpha * w^kappa * TCKD + beta * NCKD               (times T^2, outside)
+
+    d loss_row / d student_t = alpha w^kappa (q_t - p_t) / T
+    d loss_row / d student_i = [ -alpha w^kappa (q_t - p_t) q^_i + beta (q^_i - p^_i) ] / T
+
+kappa = 0 is exactly DKD. The weight is not differentiated: a student that is less sure of the target
+than the teacher (w > 1) is pulled harder, a surer one (w < 1) is held back less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rows import rescale
+from .dkd import decouple
+from .kd import divergence
+
+
+def aekt(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    kappa: float = 1.0,
+    ratio_max: float = 10.0,
+    temperature: float = 4.0,
+    standardize: bool = False,
+) -> Tensor:
+    """Loss of each row: (rows, classes) x (rows, classes) x (rows,) -> (rows,)."""
+    student, teacher = rescale(student, teacher, temperature, standardize)
+    log_q, log_q_others = decouple(student, target)
+    log_p, log_p_others = decouple(teacher, target)
+    log_p_t, log_q_t = log_p[:, 0], log_q[:, 0].detach()
+    log_ratio = torch.where(log_p_t == -torch.inf, log_p_t, log_p_t - log_q_t)
+    weight = log_ratio.exp().clamp(max=ratio_max) ** kappa
+    explicit = weight * divergence(log_p, log_q)
+    return alpha * explicit + beta * divergence(log_p_others, log_q_others)
