@@ -118,12 +118,42 @@ KDK_FN void narrow_vector(T* to, const VecF& from) {
   for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow<T>(float(from[lane]));
 }
 
+// The last `count` < kLanes of a run; the lanes past it are zero (read) or not written.
+template <class T>
+KDK_FN VecF widen_part(const T* from, int count) {
+#if defined(__AVX512F__)
+  T lanes[kLanes<float>];
+  const __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), half);
+  return widen_vector(lanes);
+#else
+  VecF wide{};
+  for (int lane = 0; lane < count; ++lane) wide[lane] = widen(from[lane]);
+  return wide;
+#endif
+}
+template <class T>
+KDK_FN void narrow_part(T* to, const VecF& from, int count) {
+#if defined(__AVX512F__)
+  T lanes[kLanes<float>];
+  narrow_vector(lanes, from);
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), half);
+#else
+  for (int lane = 0; lane < count; ++lane) to[lane] = narrow<T>(float(from[lane]));
+#endif
+}
+
+// Runs in scratch have room for whole vectors.
 template <class T, class R>
 KDK_FN void read_run(const T* from, int64_t stride, int64_t count, R* to, int64_t to_stride) {
   int64_t i = 0;
   if (stride == 1 && to_stride == 1) {
-    if constexpr (kHalf<T> && std::is_same_v<R, float>)
+    if constexpr (kHalf<T> && std::is_same_v<R, float>) {
       for (; i + kLanes<R> <= count; i += kLanes<R>) store<R>(to + i, widen_vector(from + i));
+      if (i < count) store<R>(to + i, widen_part(from + i, int(count - i)));
+      return;
+    }
     for (; i < count; ++i) to[i] = R(widen(from[i]));
   } else {
     for (; i < count; ++i) to[i * to_stride] = R(widen(from[i * stride]));
@@ -134,8 +164,11 @@ template <class T, class R>
 KDK_FN void write_run(T* to, int64_t stride, int64_t count, const R* from, int64_t from_stride) {
   int64_t i = 0;
   if (stride == 1 && from_stride == 1) {
-    if constexpr (kHalf<T> && std::is_same_v<R, float>)
+    if constexpr (kHalf<T> && std::is_same_v<R, float>) {
       for (; i + kLanes<R> <= count; i += kLanes<R>) narrow_vector(to + i, load<R>(from + i));
+      if (i < count) narrow_part(to + i, load<R>(from + i), int(count - i));
+      return;
+    }
     for (; i < count; ++i) to[i] = narrow<T>(from[i]);
   } else {
     for (; i < count; ++i) to[i * stride] = narrow<T>(from[i * from_stride]);

@@ -10,14 +10,13 @@
 
 namespace kdkernels::KDK_ISA {
 
+// Where a row's intermediates go. `exp_s` may be the row's gradient, or where the student's logits are
+// (`gap`: the teacher's) if those are not read again; exp_t and gap have room for whole vectors.
 template <class R>
-struct Scratch {
-  R* student;   // logits as R where they must be converted or gathered
-  R* teacher;
-  R* gradient;  // likewise
-  R* exp_s;     // exponentials, and the gap of the scaled logits
+struct Workspace {
+  R* exp_s;  // exponentials of the scaled logits
   R* exp_t;
-  R* gap;
+  R* gap;  // teacher's scaled logits minus the student's
 };
 
 // What does not change from row to row.
@@ -111,7 +110,7 @@ struct PointwiseOf<Rule, true> {
 // `coefficient` multiplies d value / d logits; the value is returned bare.
 template <class Rule, bool kGradient, class M, class R = typename M::Real>
 KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, const R* s, const R* t,
-                             R* gradient, const Scratch<R>& scratch,
+                             R* gradient, const Workspace<R>& work,
                              const Temperature<R>& temperature, const typename M::S& coefficient) {
   using V = typename M::V;
   using S = typename M::S;
@@ -137,6 +136,13 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
     scale_t = scale_t / (deviation_t + R(kStandardizeEps));
   }
 
+  // Relative to the maxima, and before sweep 2 may overwrite the logits.
+  S target_s{}, target_t{};
+  if constexpr (kDecoupled) {
+    target_s = (mode.pick_excluded(s) - max_s) * scale_s;
+    target_t = (mode.pick_excluded(t) - max_t) * scale_t;
+  }
+
   // Sweep 2: exponentials and their sums.
   const V origin_s = M::spread(max_s), origin_t = M::spread(max_t);
   const V factor_s = M::spread(scale_s), factor_t = M::spread(scale_t);
@@ -159,9 +165,9 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
         a -= origin_s;
         b -= origin_t;
         const V e = exp_s(a), f = exp_t(b);
-        store<R>(scratch.exp_s + i * kLanes<R>, e);
-        store<R>(scratch.exp_t + i * kLanes<R>, f);
-        store<R>(scratch.gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
+        mode.template put<kPart>(work.exp_s, i, e);
+        store<R>(work.exp_t + i * kLanes<R>, f);
+        store<R>(work.gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
         sum_s.add(e);
         sum_t.add(f);
       },
@@ -177,8 +183,8 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
     inverse_s = rules::select(z_s == R(0), S{}, inverse_s);
     inverse_t = rules::select(z_t == R(0), S{}, inverse_t);
     // Log-odds of the other classes against the target.
-    const S odds_s = logarithm(z_s) - (mode.pick_excluded(s) - max_s) * scale_s;
-    const S odds_t = logarithm(z_t) - (mode.pick_excluded(t) - max_t) * scale_t;
+    const S odds_s = logarithm(z_s) - target_s;
+    const S odds_t = logarithm(z_t) - target_t;
     Rule::explicit_term(problem.options, two_point<R>(odds_t), two_point<R>(odds_s), value,
                         explicit_slope, implicit_weight);
     // A teacher without other classes has no implicit term.
@@ -197,10 +203,10 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V q = load<R>(scratch.exp_s + i * kLanes<R>) * q_factor;
-        const V f = load<R>(scratch.exp_t + i * kLanes<R>);
+        const V q = mode.template get<kPart>(work.exp_s, i, R(0)) * q_factor;
+        const V f = load<R>(work.exp_t + i * kLanes<R>);
         const V p = f * p_factor;
-        V d = load<R>(scratch.gap + i * kLanes<R>) - log_ratio;
+        V d = load<R>(work.gap + i * kLanes<R>) - log_ratio;
         d = rules::select(f == R(0), V{}, d);  // -inf - -inf, where both are masked
         V v, slope;
         Pointwise::pointwise(problem.options, p, q, d, v, slope);
@@ -234,7 +240,7 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
         [&](int64_t i, auto part) KDK_LAMBDA {
           constexpr bool kPart = decltype(part)::value;
           V out = mode.template get<kPart>(gradient, i, R(0));
-          out -= pull * (load<R>(scratch.exp_s + i * kLanes<R>) * q_factor);
+          out -= pull * (mode.template get<kPart>(work.exp_s, i, R(0)) * q_factor);
           if constexpr (kDecoupled) mode.set_excluded(i, out, g_explicit);
           mode.template put<kPart>(gradient, i, out);
         },

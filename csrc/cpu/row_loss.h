@@ -17,12 +17,29 @@ KDK_FN int64_t padded(int64_t classes) {
   return (classes + 63) / 64 * 64 + 64;
 }
 
-// Scratch of `count` values for each array.
+// A thread's scratch, `count` values each.
 template <class R>
-KDK_FN Scratch<R> carve(int64_t count) {
-  R* base = static_cast<R*>(cpu::scratch(sizeof(R) * 6 * count));
-  return {base, base + count, base + 2 * count, base + 3 * count, base + 4 * count,
-          base + 5 * count};
+struct Scratch {
+  R *student, *teacher, *gradient, *exp_s, *exp_t, *gap;
+
+  // Arrays whose content is dead by the time another is written share memory: the exponentials and
+  // the gradient take the place of the logits, unless the rule reads those again.
+  KDK_FN Scratch(int64_t count, bool logits_read_again) {
+    const int arrays = logits_read_again ? 6 : 3;
+    R* base = static_cast<R*>(cpu::scratch(sizeof(R) * arrays * count));
+    student = base;
+    teacher = base + count;
+    exp_t = base + 2 * count;
+    gradient = logits_read_again ? base + 3 * count : student;
+    exp_s = logits_read_again ? base + 4 * count : student;
+    gap = logits_read_again ? base + 5 * count : teacher;
+  }
+  KDK_FN Workspace<R> workspace() const { return {exp_s, exp_t, gap}; }
+};
+
+template <class Rule>
+KDK_FN bool reads_logits_again(const RowProblem& problem) {
+  return problem.standardize || !PointwiseOf<Rule>::type::centred;
 }
 
 template <class R>
@@ -34,7 +51,8 @@ KDK_FN R row_factor(const RowProblem& problem, int64_t row) {
 template <class Rule, class R>
 void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
   const int64_t classes = problem.classes;
-  const Scratch<R> scratch = carve<R>(padded<R>(classes));
+  const bool again = reads_logits_again<Rule>(problem);
+  const Scratch<R> scratch(padded<R>(classes), again);
   const Temperature<R> temperature(problem.temperature);
   const bool wants_gradient = problem.gradient.data != nullptr;
   const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
@@ -60,11 +78,13 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     if (direct_t) t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row);
     else read_row(problem.teacher, row, classes, scratch.teacher);
     const R factor = row_factor<R>(problem, row);
+    Workspace<R> work = scratch.workspace();
+    if (wants_gradient && direct_g && !again) work.exp_s = gradient;
     if (wants_gradient) {
-      loss[row] = run_row<Rule, true>(mode, problem, s, t, gradient, scratch, temperature, factor);
+      loss[row] = run_row<Rule, true>(mode, problem, s, t, gradient, work, temperature, factor);
       if (!direct_g) write_row(problem.gradient, row, classes, gradient);
     } else {
-      loss[row] = run_row<Rule, false>(mode, problem, s, t, gradient, scratch, temperature, factor);
+      loss[row] = run_row<Rule, false>(mode, problem, s, t, gradient, work, temperature, factor);
     }
     loss[row] *= R(problem.scale);
   }
@@ -74,7 +94,7 @@ template <class Rule, class R>
 void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   constexpr int kW = kLanes<R>;
   const int64_t classes = problem.classes;
-  const Scratch<R> scratch = carve<R>(classes * kW + 64);
+  const Scratch<R> scratch(classes * kW + 64, reads_logits_again<Rule>(problem));
   const Temperature<R> temperature(problem.temperature);
   const bool wants_gradient = problem.gradient.data != nullptr;
   R* const loss = static_cast<R*>(problem.loss);
@@ -96,7 +116,8 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     Vec<R> value;
     if (wants_gradient) {
       value = run_row<Rule, true>(mode, problem, scratch.student, scratch.teacher,
-                                  scratch.gradient, scratch, temperature, factor);
+                                  scratch.gradient, scratch.workspace(), temperature,
+                                  factor);
       if (problem.target) {
         for (int64_t c = 0; c < classes; ++c) {
           const Vec<R> out = load<R>(scratch.gradient + c * kW);
@@ -106,7 +127,8 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
       write_lanes(problem.gradient, row, count, classes, scratch.gradient);
     } else {
       value = run_row<Rule, false>(mode, problem, scratch.student, scratch.teacher,
-                                   scratch.gradient, scratch, temperature, factor);
+                                   scratch.gradient, scratch.workspace(), temperature,
+                                  factor);
     }
     value = rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)));
     for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];
