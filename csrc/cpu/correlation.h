@@ -282,10 +282,11 @@ void relate_columns(const CorrelationContext<R>& c, int64_t begin, int64_t end) 
 }
 
 // Gradient of one row. Where kKept, `gradient` holds the student's softmax; else it is computed from
-// the logits s into q. `pull` is scratch and may be where the teacher's logits t are.
+// the logits s into q. `pull` is scratch and may be where the teacher's logits t are. The row
+// `ahead` elements further is fetched meanwhile: these are too many streams for the hardware.
 template <bool kKept, class R>
 KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>& terms, const R* s,
-                              const R* t, R* q, R* pull, R* gradient) {
+                              const R* t, R* q, R* pull, R* gradient, int64_t ahead) {
   using V = Vec<R>;
   const CorrelationProblem& problem = c.problem;
   const ByClass<R> mode{problem.classes};
@@ -302,6 +303,8 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
         const int64_t at = i * kLanes<R>;
+        __builtin_prefetch(t + ahead + at, 0, 2);
+        if constexpr (kKept) __builtin_prefetch(gradient + ahead + at, 0, 2);
         V x;
         if constexpr (kKept) x = mode.template get<kPart>(gradient, i, R(0));
         else x = scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
@@ -335,6 +338,7 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
   const Tiles<R> tiles(c);
   const bool kept = c.keeps_softmax();
   const bool direct_s = kept || direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
+  const int64_t last = problem.rows - 1;
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
     if (!direct_s)
@@ -349,13 +353,14 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
       if (kept) {
         R* gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
-        differentiate_row<true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient);
+        const int64_t ahead = row + r < last ? problem.classes : 0;
+        differentiate_row<true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient, ahead);
         continue;
       }
       const R* s = q;
       if (direct_s)
         s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
-      differentiate_row<false, R>(c, c.rows[row + r], s, t, q, pull, q);
+      differentiate_row<false, R>(c, c.rows[row + r], s, t, q, pull, q, 0);
     }
     if (!kept)
       write_tile(problem.gradient, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
