@@ -56,13 +56,16 @@ def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
 _choices: dict[tuple[str, str | None, str], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def _choose(name: str, requested: str | None, device_type: str) -> str:
     key = (name, requested, device_type)
     chosen = _choices.get(key)
     if chosen is None:
         chosen = _choices[key] = _first_able(SPECS[name], requested, device_type)
     return chosen
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler and of Triton.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _first_able(spec: LossSpec, requested: str | None, device_type: str) -> str:

@@ -1,8 +1,8 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and the CPU under ``TRITON_INTERPRET=1``.
 
 A family of losses is a traversal (``rowwise.py`` for ``divergence`` and ``decoupled``,
-``crosswise.py`` for ``correlation``); a loss is a rule, in a file of the loss's name with a constant ``FAMILY``. Such
-a file is found by itself: adding a loss edits nothing here.
+``crosswise.py`` for ``correlation``); a loss is a rule, in a file of the loss's name that defines
+``FAMILY``. Such a file is found by itself: adding a loss edits nothing here.
 
 Nothing is imported or queried before the first call.
 """
@@ -35,7 +35,8 @@ def rule_module(name: str) -> ModuleType:
 @functools.cache
 def rules(family: str) -> frozenset[str]:
     """The losses of a family for which a Triton rule exists."""
-    return frozenset(name for name, module in _rule_modules().items() if module.FAMILY == family)
+    families = {name: module.FAMILY for name, module in _rule_modules().items()}
+    return frozenset(name for name in families if families[name] == family)
 
 
 def row(*args: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VARYING = ("rows", "inner", "chunk_rows", "chunks", "ignore_index")
+"""Sizes that differ from call to call: they must not recompile, nor change how a row is summed."""
+
 
 @triton.jit
 def row_offset(row, inner, outer_stride, inner_stride, TWO_LEVEL: tl.constexpr):
@@ -65,3 +68,9 @@ def add_to_moments(mean, squares, before, values, inside, count):
     delta = block_mean - mean
     share = count / (before + count)
     return mean + delta * share, squares + block_squares + delta * delta * (before * share)
+
+
+@triton.jit
+def softmax(logits, maximum, total, k):
+    """Probabilities from a row's normaliser."""
+    return tl.exp((logits - maximum) * k) / total

@@ -1,4 +1,4 @@
-"""The correlation losses on the host: allocation and launch of ``cross_kernels``."""
+"""The correlation losses on the host: allocation and launch of their kernels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 
 from .._ops import loss_dtype
-from . import cross_kernels as kernels
-from . import launch, rule_module
+from . import column_kernels, cross_kernels, launch, rule_module
 from .layout import rows_of
 
 
@@ -99,26 +98,26 @@ def _run(
     partial = student.new_empty([5, by_column.chunks, classes], dtype=dtype)
     rule_function = rule_module(rule).rule
     with launch.on_device(student):
-        kernels.row_kernel[row_grid](
+        cross_kernels.correlation_row_kernel[row_grid](
             student, teacher, losses, row_statistics, rows, classes, inner,
             *of_student, *of_teacher, 1.0 / tau, inter, eps, RULE=rule_function, **row_shape,
         )  # fmt: skip
-        kernels.column_kernel[(by_column.chunks * triton.cdiv(classes, by_column.block),)](
+        column_kernels.column_kernel[(by_column.chunks * triton.cdiv(classes, by_column.block),)](
             student, teacher, row_statistics, partial, rows, classes, inner,
             by_column.chunk_rows, by_column.chunks, *of_student, *of_teacher, 1.0 / tau,
             TWO_LEVEL=two_level, ROWS=by_column.rows, BLOCK=by_column.block,
             num_warps=by_column.num_warps, **shared,
         )  # fmt: skip
-        kernels.combine_kernel[(triton.cdiv(classes, combine.block),)](
+        column_kernels.combine_kernel[(triton.cdiv(classes, combine.block),)](
             partial, losses[rows:], column_statistics, rows, classes,
             by_column.chunk_rows, by_column.chunks, intra, eps, RULE=rule_function,
             ROWS=combine.rows, BLOCK=combine.block, num_warps=combine.num_warps, **shared,
         )  # fmt: skip
         if written is not None:
-            kernels.gradient_kernel[row_grid](
-                student, teacher, row_statistics, column_statistics, upstream, written,
-                rows, classes, inner, *of_student, *of_teacher, *of_gradient, 1.0 / tau, **row_shape,
+            cross_kernels.gradient_kernel[row_grid](
+                student, teacher, row_statistics, column_statistics, upstream, written, rows,
+                classes, inner, *of_student, *of_teacher, *of_gradient, 1.0 / tau, **row_shape,
             )  # fmt: skip
-    if written is not gradient:
+    if gradient is not None and written is not None and written is not gradient:
         gradient.copy_(written)
     return losses.sum()

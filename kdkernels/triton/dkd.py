@@ -14,7 +14,9 @@ _binary = kd.rule
 
 
 @triton.jit
-def explicit(log_p_target, log_p_rest, log_q_target, log_q_rest, alpha, beta):
+def explicit(
+    log_p_target, log_p_rest, log_q_target, log_q_rest, alpha, beta, third, fourth
+):  # fmt: skip
     """The target-class term, its derivative by the student's log-odds, and the other term's weight.
 
     The derivative alpha (q_t - p_t) is KD's slope at the target.

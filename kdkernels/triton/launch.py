@@ -15,7 +15,8 @@ from torch import Tensor
 
 FUSE_MULTIPLY_ADD = False
 """Contraction to fma would round one of two equal products and not the other, so that equal rows
-would not give exactly 0; the kernels wait for memory anyway. Triton's default depends on its version.
+would not give exactly 0; the kernels wait for memory anyway. Triton's default depends on its
+version.
 """
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": FUSE_MULTIPLY_ADD}
 
@@ -48,7 +49,7 @@ class RowLaunch(NamedTuple):
 
 
 class ColumnLaunch(NamedTuple):
-    """Tiles of ``rows`` x ``block``; each of ``chunks`` programs a block walks ``chunk_rows`` rows."""
+    """Tiles of ``rows`` x ``block``; each of a block's ``chunks`` programs walks ``chunk_rows``."""
 
     rows: int
     block: int
@@ -73,19 +74,17 @@ def _warps(elements: int, a_thread: int = 16) -> int:
     return min(max(power_of_two(elements) // (32 * a_thread), 1), 16)
 
 
-def row_launch(
-    classes: int, itemsize: int, standardize: bool = False, limits: Limits | None = None
-) -> RowLaunch:
+def row_launch(classes: int, itemsize: int, limits: Limits | None = None) -> RowLaunch:
     """How a row of ``classes`` is walked with accumulators of ``itemsize`` bytes.
 
-    Standardisation, and several rows in a program, take registers: fewer elements a thread.
+    Loops, and several rows in a program, take registers: fewer elements a thread.
     """
     limits = limits or LIMITS
     share = max(itemsize // 4, 1)
     block = power_of_two(classes)
     if block > max(limits.resident // share, 1):
         block = max(limits.streamed // share, 1)
-        return RowLaunch(False, 1, block, _warps(block * share, 8 * share if standardize else 16))
+        return RowLaunch(False, 1, block, _warps(block * share, 8 * share))
     rows = max(limits.tile // share // block, 1)
     return RowLaunch(True, rows, block, _warps(rows * block * share, 8 if rows > 1 else 16))
 
@@ -109,7 +108,9 @@ def column_launch(
     return ColumnLaunch(tile, block, chunk_rows, -(-rows // chunk_rows), warps)
 
 
-def combine_launch(chunks: int, classes: int, itemsize: int, limits: Limits | None = None) -> RowLaunch:
+def combine_launch(
+    chunks: int, classes: int, itemsize: int, limits: Limits | None = None
+) -> RowLaunch:
     """How the chunks' column sums are combined: ``rows`` chunks x ``block`` classes at a time."""
     limits = limits or LIMITS
     block = min(power_of_two(classes), 16)

@@ -21,9 +21,7 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, int, int], ...]
 
 
-def collapse(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], class_dim: int
-) -> Rows | None:
+def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]], class_dim: int) -> Rows | None:
     """Merge the row dimensions of tensors of one shape; None if more than two levels remain."""
     rows = 1
     levels: list[tuple[int, tuple[int, ...]]] = []
@@ -44,7 +42,9 @@ def collapse(
     inner, inner_step = levels[-1] if levels else (1, none)
     outer_step = levels[0][1] if len(levels) == 2 else none
     classes = (s[class_dim] for s in strides)
-    return Rows(rows, inner, len(levels) == 2, tuple(zip(outer_step, inner_step, classes, strict=True)))
+    return Rows(
+        rows, inner, len(levels) == 2, tuple(zip(outer_step, inner_step, classes, strict=True))
+    )
 
 
 def rows_of(class_dim: int, *tensors: Tensor) -> Rows | None:

@@ -1,10 +1,10 @@
 """The traversal of the row losses, families ``divergence`` and ``decoupled``: the kernel.
 
-With p, q the softmax of k t and k s, a rule gives each class a value and a slope, d value / d log q;
-the gradient by the logits is k (slope - q sum(slope)). In the decoupled family the target is left
-out of p and q (its logit counts as -inf), and an explicit rule of the log-odds of the target against
-the rest is added; those log-odds need no log(1 - x), only the normaliser of the rest. A rule is 0
-at p = q = 0.
+With p, q the softmax of k t and k s, a rule gives each class a value and a slope, the derivative of
+the value by log q; the gradient by the logits is k (slope - q sum(slope)). A rule must be 0 at
+p = q = 0. In the decoupled family the target is left out of p and q (its logit counts as -inf), and
+an explicit rule of the log-odds of the target against the rest is added; those log-odds need no
+log(1 - x), only the normaliser of the rest.
 
 A row that fits one block is *resident*: the loops have one iteration, which the compiler unrolls,
 and then reads each logit once. A longer row is *streamed*: normalisers in a first sweep, values and
@@ -17,16 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import add_to_moments, add_to_normaliser, block_columns, finite_max, load_logits, row_offset
+from .blocks import (
+    VARYING,
+    add_to_moments,
+    add_to_normaliser,
+    block_columns,
+    finite_max,
+    load_logits,
+    row_offset,
+)
 from .numerics import softplus
-
-# Sizes that vary from call to call must not recompile, nor change how a row is summed.
-VARYING = ("rows", "inner", "ignore_index")
 
 
 @triton.jit
 def log_odds(target_ptr, target_mask, maximum, total, k, ACC: tl.constexpr):
-    """Log-odds of the target against the other classes; NaN if both are -inf or any is NaN or inf."""
+    """Log-odds of the target against the rest; NaN if both are -inf or any is NaN or inf."""
     logit = tl.load(target_ptr, mask=target_mask, other=0.0).to(ACC)
     logit = tl.where(logit == float("inf"), float("nan"), logit)
     return (logit - maximum) * k - tl.log(total)
@@ -77,6 +82,8 @@ def row_kernel(
     scale: tl.float64,
     first: tl.float64,
     second: tl.float64,
+    third: tl.float64,
+    fourth: tl.float64,
     RULE: tl.constexpr,
     EXPLICIT: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -92,6 +99,8 @@ def row_kernel(
     exists = row < rows
     first = tl.full([], first, ACC)
     second = tl.full([], second, ACC)
+    third = tl.full([], third, ACC)
+    fourth = tl.full([], fourth, ACC)
     student_k = tl.full([], inverse_temperature, ACC)
     teacher_k = student_k
     weight = tl.full([], scale, ACC) + tl.zeros([ROWS, 1], ACC)
@@ -168,7 +177,14 @@ def row_kernel(
             valid, teacher_max, teacher_sum, teacher_k, ACC,
         )  # fmt: skip
         explicit_value, explicit_slope, implicit = EXPLICIT(
-            -softplus(-p_odds), -softplus(p_odds), -softplus(-q_odds), -softplus(q_odds), first, second
+            -softplus(-p_odds),
+            -softplus(p_odds),
+            -softplus(-q_odds),
+            -softplus(q_odds),
+            first,
+            second,
+            third,
+            fourth,
         )
         # Without any other class p and q are 0, not 0 / 0, and nothing flows into the others.
         no_teacher = teacher_sum == 0

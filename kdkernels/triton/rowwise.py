@@ -102,8 +102,8 @@ def _run(
         upstream_stride = upstream.stride(0)
     accumulator = launch.accumulator(student.dtype, teacher.dtype)
     classes = student.shape[class_dim]
-    config = launch.row_launch(classes, accumulator.primitive_bitwidth // 8, standardize)
-    first, second = (*options, 0.0, 0.0)[:2]
+    config = launch.row_launch(classes, accumulator.primitive_bitwidth // 8)
+    first, second, third, fourth = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
     with launch.on_device(student):
         row_kernel[(triton.cdiv(rows.rows, config.rows),)](
             student,
@@ -126,6 +126,8 @@ def _run(
             scale,
             first,
             second,
+            third,
+            fourth,
             RULE=module.rule,
             EXPLICIT=getattr(module, "explicit", None),
             CENTRED=module.CENTRED,
@@ -139,5 +141,5 @@ def _run(
             num_warps=config.num_warps,
             **launch.OPTIONS,
         )
-    if written is not gradient:
+    if gradient is not None and written is not None and written is not gradient:
         gradient.copy_(written)
