@@ -126,7 +126,7 @@ def ninja_file(output: Path) -> str:
     defines = [
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION={target_macro()}",
-        f"-DKDK_TORCH_TARGET=\\\"{TORCH_TARGET}\\\"",
+        f'-DKDK_TORCH_TARGET=\\"{TORCH_TARGET}\\"',
         "'-DKDK_RULES(X)=" + " ".join(f"X({rule})" for rule in rules) + "'",
         "'-DKDK_ISAS(rule)=" + " ".join(f"X(rule,{name})" for name in sets) + "'",
     ]

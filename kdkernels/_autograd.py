@@ -1,10 +1,10 @@
 """Autograd around the kernels, once for all losses.
 
-For a scalar loss the forward pass also computes the gradient, while the rows are in cache, and keeps
-it privately; the first backward pass scales it by the upstream scalar and gives it away, so a step
-moves each byte once and allocates one gradient. A second backward pass (``retain_graph=True``)
-recomputes it. ``float16`` and ``reduction='none'`` compute the gradient in the backward pass instead
-(see ``_ops.stores_gradient``).
+For a scalar loss the forward pass also computes the gradient, while the rows are in cache, and
+keeps it privately; the first backward pass scales it by the upstream scalar and gives it away, so a
+step moves each byte once and allocates one gradient. A second backward pass (``retain_graph=True``)
+recomputes it. ``float16`` and ``reduction='none'`` compute the gradient in the backward pass
+instead (see ``_ops.stores_gradient``).
 
 Eager calls take a lean ``autograd.Function``; under ``torch.compile`` the operators of ``_ops`` are
 called, which the compiler sees through.
@@ -50,13 +50,15 @@ class _Fused(torch.autograd.Function):
             gradient = kernels.scale_(gradient, upstream)
         else:
             gradient = kernels.backward(upstream, *ctx.saved_tensors, *ctx.args)
-        if torch.is_grad_enabled():  # create_graph=True: a second differentiation must not be silent
-            gradient = _Once.apply(gradient, upstream, ctx.saved_tensors[0])
+        if torch.is_grad_enabled():  # create_graph=True: to differentiate again must not be silent
+            gradient = _apply_once(gradient, upstream, ctx.saved_tensors[0])
         return gradient, None, None, None
 
 
+# Typed: torch leaves `apply` untyped.
+_apply_transformed: Callable[..., Tensor] = _Fused.apply
 # `Function.apply` without its preparation for functorch transforms, a tenth of a small loss's time.
-_apply_fused = super(torch.autograd.Function, _Fused).apply
+_apply_fused: Callable[..., Tensor] = super(torch.autograd.Function, _Fused).apply
 
 
 class _Once(torch.autograd.Function):
@@ -69,6 +71,8 @@ class _Once(torch.autograd.Function):
     backward = staticmethod(no_double_backward)
 
 
+_apply_once: Callable[..., Tensor] = _Once.apply
+
 _loaded: dict[tuple[str, str], Kernels] = {}
 
 
@@ -77,13 +81,14 @@ def apply(backend: str, family: str, student: Tensor, teacher: Tensor, *args: An
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         operator = getattr(torch.ops.kdkernels, operator_name(backend, family)).default
-        return operator(student, teacher, *args, needs_grad and stores_gradient(student, args[-1]))[0]
+        store = needs_grad and stores_gradient(student, args[-1])
+        return operator(student, teacher, *args, store)[0]
     kernels = _loaded.get((backend, family))
     if kernels is None:
         kernels = _loaded[backend, family] = _load(backend, family)
     if needs_grad:
         if torch._C._are_functorch_transforms_active():
-            return _Fused.apply(student, teacher, kernels, args)
+            return _apply_transformed(student, teacher, kernels, args)
         return _apply_fused(student, teacher, kernels, args)
     return kernels.forward(student, teacher, *args, False)[0]
 

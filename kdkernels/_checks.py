@@ -1,7 +1,7 @@
 """Argument checks, written once: every loss raises the same errors with the same words.
 
-All messages read ``name must be <expected>, got <got>``. Checks look only at metadata (shape, dtype,
-device, flags), so they cost no kernel launch and no synchronisation and are traceable by
+All messages read ``name must be <expected>, got <got>``. Checks look only at metadata (shape,
+dtype, device, flags), so they cost no kernel launch and no synchronisation and are traceable by
 ``torch.compile``.
 """
 
@@ -104,7 +104,7 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise fail_type(name, "a number", type(value).__name__)
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break the compiler's graph
         raise fail(name, "finite", value)
     return value
 

@@ -1,9 +1,9 @@
 """Which backend runs a call: one predicate feeds the choice, the error texts and the test skips.
 
-``why_not`` lists the reasons why a backend cannot run a loss on some inputs (empty: it can). Without
-a request the first backend of ``native``, ``triton``, ``reference`` with no reason is taken. A
-request (``backend=``, ``kdkernels.use_backend`` or ``KDKERNELS_BACKEND``) never falls back: it runs
-or raises with the reasons.
+``why_not`` lists the reasons why a backend cannot run a loss on some inputs (empty: it can).
+Without a request the first backend of ``native``, ``triton``, ``reference`` with no reason is
+taken. A request (``backend=``, ``kdkernels.use_backend`` or ``KDKERNELS_BACKEND``) never falls
+back: it runs or raises with the reasons.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The operators: schemas once, with fake kernels and autograd, whoever implements them.
 
 Each family has two operators, a forward that returns ``(loss, gradient)`` and a backward that
-recomputes; each exists twice, ``kdkernels::row`` (compiled code, registered by the extension for its
-devices) and ``kdkernels::triton_row``. ``torch.compile`` and ``torch.library.opcheck`` see these
-operators; the eager path of ``_autograd`` calls the same kernels with less host time.
+recomputes; each exists twice, ``kdkernels::row`` (compiled code, registered by the extension for
+its devices) and ``kdkernels::triton_row``. ``torch.compile`` and ``torch.library.opcheck`` see
+these operators; the eager path of ``_autograd`` calls the same kernels with less host time.
 
 The schemas stand here and not in C++ because a pure-Python installation needs them too, and because
 they must not exist twice; the extension only adds implementations.
@@ -26,7 +26,6 @@ _CORRELATION = (
     " int class_dim, int reduction"
 )
 FAMILIES = {"row": _ROW, "correlation": _CORRELATION}
-
 
 
 def operator_name(backend: str, family: str) -> str:

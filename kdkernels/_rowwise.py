@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +83,6 @@ def row_loss(
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Check the values of CPU targets; on a GPU this would synchronise, and the kernels give NaN."""
+    """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         _checks.target_range(target, classes, ignore_index)

@@ -1,4 +1,4 @@
-"""The losses as functions, ``kdkernels.functional.kd_loss`` and so on: one for each registry row."""
+"""The losses as functions, ``kdkernels.functional.kd_loss`` and so on: one a registry row."""
 
 from .losses import *  # noqa: F403
 from .registry import SPECS

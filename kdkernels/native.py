@@ -76,6 +76,8 @@ def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
         and class_dim == student.dim() - 1
         and student.is_contiguous()
         and teacher.is_contiguous()
+        and not student.is_neg()  # a lazily negated view, which the dispatcher would resolve
+        and not teacher.is_neg()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -113,7 +115,10 @@ def row(
     shape = student.shape
     classes = shape[-1]
     dtype = loss_dtype(student, teacher)
-    loss = torch.empty_like(_SCALARS[dtype]) if reduction else student.new_empty(shape[:-1], dtype=dtype)
+    if reduction:
+        loss = torch.empty_like(_SCALARS[dtype])
+    else:
+        loss = student.new_empty(shape[:-1], dtype=dtype)
     gradient = torch.empty_like(student) if need_gradient else None
     _extension.row(
         student.data_ptr(),

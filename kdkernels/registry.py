@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor, dtype
 from torch.nn.modules.loss import _Loss
 
 
@@ -15,12 +15,15 @@ class LossSpec:
     """All that the project knows about one loss.
 
     ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
-    (one value a row), ``correlation`` couples the rows. ``samples`` are the option sets that the
-    tests exercise, ``laws`` the names of the laws of ``tests/test_laws.py`` that it obeys.
+    (one value a row), ``correlation`` couples the rows, ``embedding`` takes features or embeddings
+    of a batch, and ``inputs`` makes small tensors for it, in the order of its arguments.
+    ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
+    ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
-    ``constant_weight`` that a weight computed from the student counts as a constant, so that the
-    gradient is not the derivative of the value; ``perturb`` how ``tests/test_arguments.py`` changes
-    the options that are not numbers.
+    ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
+    the student and counts as a constant, so that the gradient is not the derivative of the value
+    (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
+    not numbers.
     """
 
     name: str
@@ -36,12 +39,13 @@ class LossSpec:
     eps: str
     needs_target: bool = False
     takes_target: bool = False
-    constant_weight: bool = False
+    constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")
     samples: tuple[Mapping[str, Any], ...] = ({},)
     laws: tuple[str, ...] = ()
     note: str = ""
     perturb: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Callable[[Generator, dtype], tuple[Tensor, ...]] | None = None
 
     @property
     def by_row(self) -> bool:

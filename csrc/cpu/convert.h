@@ -175,6 +175,13 @@ KDK_FN void write_run(T* to, int64_t stride, int64_t count, const R* from, int64
   }
 }
 
+constexpr int element_bytes(Scalar type) {
+  return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2;
+}
+KDK_FN const char* address(const Rows& x, int64_t row) {
+  return static_cast<const char*>(x.data) + x.offset(row) * element_bytes(x.type);
+}
+
 // Calls f with a typed pointer.
 template <class F>
 KDK_FN void with_type(const Rows& x, F&& f) {

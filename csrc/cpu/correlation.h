@@ -88,7 +88,7 @@ inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R
   using V = Vec<R>;
   const ByClass<R> mode{problem.classes};
   const R fill = -kInfinity<R>;
-  maxima<false>(mode, s, t, terms.max_s, terms.max_t);
+  maxima<false>(mode, InPlace<R>{s}, InPlace<R>{t}, terms.max_s, terms.max_t);
   const V origin_s = splat<R>(terms.max_s), origin_t = splat<R>(terms.max_t);
   const Exponential<R> exponential(splat<R>(R(1.0 / problem.tau)));
   Blocked<V> sum_s, sum_t;
@@ -117,8 +117,8 @@ inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V x = mode.template get<kPart>(q, i, R(0)) * scale_s;
-        const V y = load<R>(p + i * kLanes<R>) * scale_t;
+        const V x = rounded(V(mode.template get<kPart>(q, i, R(0)) * scale_s));
+        const V y = rounded(V(load<R>(p + i * kLanes<R>) * scale_t));
         mode.template put<kPart>(q, i, x);
         store<R>(p + i * kLanes<R>, y);
         V a = x - mean, b = y - mean;
@@ -307,8 +307,9 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
         if constexpr (kKept) __builtin_prefetch(gradient + ahead + at, 0, 2);
         V x;
         if constexpr (kKept) x = mode.template get<kPart>(gradient, i, R(0));
-        else x = scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
-        const V y = scale_t * exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
+        else x = rounded(V(scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s))));
+        const V y =
+            rounded(V(scale_t * exponential(V(mode.template get<kPart>(t, i, fill) - origin_t))));
         V g = row_p * (y - mean) + row_q * (x - mean);
         g += load<R>(c.columns + at) * (y - load<R>(c.columns + 2 * c.stride + at));
         g += load<R>(c.columns + c.stride + at) * (x - load<R>(c.columns + 3 * c.stride + at));

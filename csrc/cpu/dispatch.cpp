@@ -68,6 +68,8 @@ const char* name(Family family) {
     case Family::divergence: return "divergence";
     case Family::decoupled: return "decoupled";
     case Family::correlation: return "correlation";
+    case Family::factor:
+    case Family::tuple: return "embedding";
   }
   return "";
 }

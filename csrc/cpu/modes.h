@@ -19,7 +19,6 @@ struct ByClass {
   using Real = R;
   using V = Vec<R>;
   using S = R;
-  static constexpr int kLanesPerRow = kLanes<R>;
 
   int64_t classes;
   int64_t excluded = -1;  // the target class, where it stands apart
@@ -43,7 +42,10 @@ struct ByClass {
       v[excluded % kLanes<R>] = fill;
   }
   KDK_FN void set_excluded(int64_t, V&, const V&) const {}  // see finish_excluded
-  KDK_FN void finish_excluded(R* gradient, const S& value) const { gradient[excluded] = value; }
+  template <class Sink>
+  KDK_FN void finish_excluded(const Sink& gradient, const S& value) const {
+    gradient.set(excluded, value);
+  }
   KDK_FN S pick_excluded(const R* p) const { return p[excluded]; }
   KDK_FN static V spread(const S& s) { return splat<R>(s); }
   KDK_FN static S sum(const V& v) { return reduce_sum<R>(v); }
@@ -56,7 +58,6 @@ struct ByRow {
   using V = Vec<R>;
   using S = V;
   using I = typename Simd<R>::I;
-  static constexpr int kLanesPerRow = 1;
 
   int64_t classes;
   I excluded{};  // the target class of each lane's row
@@ -79,7 +80,8 @@ struct ByRow {
   KDK_FN void set_excluded(int64_t step, V& v, const V& value) const {
     v = rules::select(is_excluded(step), value, v);
   }
-  KDK_FN void finish_excluded(R*, const S&) const {}
+  template <class Sink>
+  KDK_FN void finish_excluded(const Sink&, const S&) const {}
   KDK_FN S pick_excluded(const R* p) const {
     S s{};
     for (int lane = 0; lane < kLanes<R>; ++lane) s[lane] = p[excluded[lane] * kLanes<R> + lane];

@@ -62,6 +62,25 @@ struct CorrelationProblem {
   Options options;
 };
 
+struct FactorProblem {  // rows are samples, classes their elements
+  Rows inheritance, exploration, teacher;
+  Rows inheritance_gradient, exploration_gradient;  // data is null where none is wanted
+  double* loss;                                     // value of each sample
+  int64_t samples, width;
+  double inheritance_weight, exploration_weight;  // coefficients of a sample's sums
+  bool cosine;
+};
+
+struct TupleProblem {
+  const void *student, *teacher;  // distances, (batch, batch), in the working type
+  void* gradient;                 // of the sum over tuples by the student's distances, or null
+  const int64_t* target;
+  double* loss;     // sum over the tuples of each anchor
+  int64_t* tuples;  // number of tuples of each anchor
+  int64_t batch;
+  double margin, temperature;
+};
+
 // torch's thread pool: f(context, begin, end) over [0, count).
 using Task = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Task task, void* context);
@@ -73,6 +92,10 @@ struct Kernels {
   void (*row_f64)(const RowProblem&, ParallelFor);
   void (*correlation_f32)(const CorrelationProblem&, ParallelFor);
   void (*correlation_f64)(const CorrelationProblem&, ParallelFor);
+  void (*factors_f32)(const FactorProblem&, ParallelFor);
+  void (*factors_f64)(const FactorProblem&, ParallelFor);
+  void (*tuples_f32)(const TupleProblem&, ParallelFor);
+  void (*tuples_f64)(const TupleProblem&, ParallelFor);
 };
 
 }  // namespace kdkernels::cpu

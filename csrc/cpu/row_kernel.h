@@ -1,22 +1,45 @@
 // One row (or one vector of rows) of the divergence and target-decoupled families.
 //
-// Three sweeps over logits that stay in cache: maxima; exponentials and their sums; value and
-// gradient. The exponentials are kept in scratch, so that each class costs two. `standardize` adds the
-// sweeps of its mean, deviation and projection.
+// Three stages over logits that stay in cache: maxima; exponentials and their sums; value and
+// gradient. Each is a function of the row's state, so that a driver can run the first stage of a later
+// row before the last of an earlier one and hide the latency of the reductions and logarithms between
+// them. The exponentials are kept in scratch, so that each class costs two.
 #pragma once
 
 #include "modes.h"
 #include "problem.h"
+#include "sources.h"
 
 namespace kdkernels::KDK_ISA {
 
-// Where a row's intermediates go. `exp_s` may be the row's gradient, or where the student's logits are
-// (`gap`: the teacher's) if those are not read again; exp_t and gap have room for whole vectors.
-template <class R>
-struct Workspace {
-  R* exp_s;  // exponentials of the scaled logits
-  R* exp_t;
-  R* gap;  // teacher's scaled logits minus the student's
+// Logits to fetch into cache while the last stage computes; nothing where `data` is null.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t bytes = 0;  // of an element
+
+  template <class R>
+  KDK_FN void fetch(int64_t step) const {
+    __builtin_prefetch(data + step * kLanes<R> * bytes, 0, 2);
+  }
+};
+
+// A row on its way through the stages. The first group is set by the driver.
+template <class M, class R = typename M::Real>
+struct RowState {
+  using S = typename M::S;
+  M mode;
+  const R *s, *t;  // logits (after the first stage, where they had to be converted)
+  R* exp_s;        // exponentials of the scaled logits; may be the row's gradient, or s
+  R* exp_t;        // has room for whole vectors, as `gap` has
+  R* gap;          // teacher's scaled logits minus the student's; may be t
+  S coefficient;   // multiplies d value / d logits
+  Ahead ahead_s{}, ahead_t{};  // the next row
+
+  S max_s, max_t;        // origins of the exponentials
+  S scale_s, scale_t;    // 1 / temperature, over the deviation if standardised
+  S mean_s, deviation_s, spread_s;
+  S target_s, target_t;  // scaled logits of the target
+  S z_s, z_t;            // sums of the exponentials
 };
 
 // What does not change from row to row.
@@ -65,14 +88,15 @@ KDK_FN void moments(const M& mode, const R* x, typename M::S& mean, typename M::
 }
 
 // Maxima of a row pair, two chains wide each to hide the latency.
-template <bool kExclude, class M, class R = typename M::Real>
-KDK_FN void maxima(const M& mode, const R* s, const R* t, typename M::S& max_s,
+template <bool kExclude, class M, class A, class B>
+KDK_FN void maxima(const M& mode, const A& s, const B& t, typename M::S& max_s,
                    typename M::S& max_t) {
   using V = typename M::V;
+  using R = typename M::Real;
   const R fill = -kInfinity<R>;
   V s0 = splat<R>(fill), s1 = s0, t0 = s0, t1 = s0;
-  const auto fetch = [&](const R* x, int64_t i, auto part) KDK_LAMBDA {
-    V v = mode.template get<decltype(part)::value>(x, i, fill);
+  const auto fetch = [&](const auto& x, int64_t i, auto part) KDK_LAMBDA {
+    V v = x.template get<decltype(part)::value>(mode, i, fill);
     if constexpr (kExclude) mode.exclude(i, v, fill);
     return v;
   };
@@ -106,46 +130,45 @@ struct PointwiseOf<Rule, true> {
   using type = typename Rule::Implicit;
 };
 
-// Value of a row; writes its gradient times `coefficient` where kGradient.
-// `coefficient` multiplies d value / d logits; the value is returned bare.
-template <class Rule, bool kGradient, class M, class R = typename M::Real>
-KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, const R* s, const R* t,
-                             R* gradient, const Workspace<R>& work,
-                             const Temperature<R>& temperature, const typename M::S& coefficient) {
-  using V = typename M::V;
+// Stage 1: maxima over the classes of the softmax, and the scale. `source_s` and `source_t` yield the
+// logits, which are at row.s and row.t afterwards.
+template <class Rule, class M, class A, class B, class R = typename M::Real>
+KDK_FN void find_maxima(RowState<M>& row, const cpu::RowProblem& problem,
+                        const Temperature<R>& temperature, const A& source_s, const B& source_t) {
   using S = typename M::S;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
-  const R kMinusInfinity = -kInfinity<R>;
-
-  // Sweep 1: maxima over the classes of the softmax.
-  S max_s, max_t;
-  maxima<kDecoupled>(mode, s, t, max_s, max_t);
+  maxima<kDecoupled>(row.mode, source_s, source_t, row.max_s, row.max_t);
   if constexpr (kDecoupled) {  // no class but the target: any finite origin will do
-    max_s = rules::select(max_s == kMinusInfinity, S{}, max_s);
-    max_t = rules::select(max_t == kMinusInfinity, S{}, max_t);
+    row.max_s = rules::select(row.max_s == -kInfinity<R>, S{}, row.max_s);
+    row.max_t = rules::select(row.max_t == -kInfinity<R>, S{}, row.max_t);
   }
-
-  S scale_s = rules::broadcast<S>(temperature.inverse), scale_t = scale_s;
-  S mean_s{}, deviation_s{}, spread_s{};
+  row.scale_s = row.scale_t = rules::broadcast<S>(temperature.inverse);
   if (problem.standardize) {
     S mean_t{}, deviation_t{};
-    moments(mode, s, mean_s, deviation_s);
-    moments(mode, t, mean_t, deviation_t);
-    spread_s = deviation_s + R(kStandardizeEps);
-    scale_s = scale_s / spread_s;
-    scale_t = scale_t / (deviation_t + R(kStandardizeEps));
+    moments(row.mode, row.s, row.mean_s, row.deviation_s);
+    moments(row.mode, row.t, mean_t, deviation_t);
+    row.spread_s = row.deviation_s + R(kStandardizeEps);
+    row.scale_s = row.scale_s / row.spread_s;
+    row.scale_t = row.scale_t / (deviation_t + R(kStandardizeEps));
   }
-
-  // Relative to the maxima, and before sweep 2 may overwrite the logits.
-  S target_s{}, target_t{};
-  if constexpr (kDecoupled) {
-    target_s = (mode.pick_excluded(s) - max_s) * scale_s;
-    target_t = (mode.pick_excluded(t) - max_t) * scale_t;
+  if constexpr (kDecoupled) {  // before stage 2 may overwrite the logits
+    row.target_s = (row.mode.pick_excluded(row.s) - row.max_s) * row.scale_s;
+    row.target_t = (row.mode.pick_excluded(row.t) - row.max_t) * row.scale_t;
   }
+}
 
-  // Sweep 2: exponentials and their sums.
-  const V origin_s = M::spread(max_s), origin_t = M::spread(max_t);
-  const V factor_s = M::spread(scale_s), factor_t = M::spread(scale_t);
+// Stage 2: exponentials and their sums.
+template <class Rule, class M, class R = typename M::Real>
+KDK_FN void exponentiate(RowState<M>& row, const cpu::RowProblem& problem,
+                         const Temperature<R>& temperature) {
+  using V = typename M::V;
+  constexpr bool kDecoupled = Rule::family == Family::decoupled;
+  const R fill = -kInfinity<R>;
+  const M mode = row.mode;
+  const V origin_s = M::spread(row.max_s), origin_t = M::spread(row.max_t);
+  const V factor_s = M::spread(row.scale_s), factor_t = M::spread(row.scale_t);
+  const R *s = row.s, *t = row.t;
+  R *const to_s = row.exp_s, *const to_t = row.exp_t, *const to_gap = row.gap;
   Exponential<R> exp_s = temperature.exponential, exp_t = exp_s;
   if (problem.standardize) {
     exp_s = Exponential<R>(factor_s);
@@ -156,18 +179,18 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        V a = mode.template get<kPart>(s, i, kMinusInfinity);
-        V b = mode.template get<kPart>(t, i, kMinusInfinity);
+        V a = mode.template get<kPart>(s, i, fill);
+        V b = mode.template get<kPart>(t, i, fill);
         if constexpr (kDecoupled) {
-          mode.exclude(i, a, kMinusInfinity);
-          mode.exclude(i, b, kMinusInfinity);
+          mode.exclude(i, a, fill);
+          mode.exclude(i, b, fill);
         }
         a -= origin_s;
         b -= origin_t;
         const V e = exp_s(a), f = exp_t(b);
-        mode.template put<kPart>(work.exp_s, i, e);
-        store<R>(work.exp_t + i * kLanes<R>, f);
-        store<R>(work.gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
+        mode.template put<kPart>(to_s, i, e);
+        store<R>(to_t + i * kLanes<R>, f);
+        store<R>(to_gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
         sum_s.add(e);
         sum_t.add(f);
       },
@@ -175,27 +198,98 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
         sum_s.flush();
         sum_t.flush();
       });
-  const S z_s = M::sum(sum_s.total), z_t = M::sum(sum_t.total);
-  S inverse_s = R(1) / z_s, inverse_t = R(1) / z_t;
+  row.z_s = M::sum(sum_s.total);
+  row.z_t = M::sum(sum_t.total);
+}
+
+// The softmax's derivative takes the mean slope off: gradient -= pull * exp_s.
+template <bool kDecoupled, class M, class R = typename M::Real>
+KDK_FN void project(const RowState<M>& row, const Sink<R, R>& sink, const typename M::S& pull,
+                    const typename M::V& at_target) {
+  using V = typename M::V;
+  const M mode = row.mode;
+  const V factor = M::spread(pull);
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        V out = mode.template get<kPart>(sink.to, i, R(0));
+        out -= factor * mode.template get<kPart>(row.exp_s, i, R(0));
+        if constexpr (kDecoupled) mode.set_excluded(i, out, at_target);
+        sink.template put<kPart>(mode, i, out);
+      },
+      [&]() KDK_LAMBDA {});
+}
+
+// The part of the gradient that flows through the student's deviation.
+template <class M, class R = typename M::Real>
+KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink) {
+  using V = typename M::V;
+  using S = typename M::S;
+  const M mode = row.mode;
+  Blocked<V> dot;
+  const V centre = M::spread(row.mean_s);
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        V d = mode.template get<kPart>(row.s, i, R(0)) - centre;
+        if constexpr (kPart) d = mask_rest(mode, d);
+        dot.add(mode.template get<kPart>(sink.to, i, R(0)) * d);
+      },
+      [&]() KDK_LAMBDA { dot.flush(); });
+  S pull = M::sum(dot.total) / (row.spread_s * row.deviation_s * R(mode.classes - 1));
+  pull = rules::select(row.deviation_s == R(0), S{}, pull);
+  const V factor = M::spread(pull);
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        V out = mode.template get<kPart>(sink.to, i, R(0));
+        out -= factor * (mode.template get<kPart>(row.s, i, R(0)) - centre);
+        sink.template put<kPart>(mode, i, out);
+      },
+      [&]() KDK_LAMBDA {});
+}
+// Where only the working type can be a sink, the others need not compile.
+template <bool, class M, class T, class R = typename M::Real,
+          class = std::enable_if_t<!std::is_same_v<T, R>>>
+KDK_FN void project(const RowState<M>&, const Sink<T, R>&, const typename M::S&,
+                    const typename M::V&) {}
+template <class M, class T, class R = typename M::Real,
+          class = std::enable_if_t<!std::is_same_v<T, R>>>
+KDK_FN void through_deviation(const RowState<M>&, const Sink<T, R>&) {}
+
+// Stage 3: the value (bare), and the gradient times the row's coefficient into `sink`. Rules that need
+// more than one sweep for the gradient (`reads_logits_again`) have a sink in the working type.
+template <class Rule, bool kGradient, class M, class Sink, class R = typename M::Real>
+KDK_FN typename M::S finish(const RowState<M>& row, const cpu::RowProblem& problem,
+                            const Sink& sink) {
+  using V = typename M::V;
+  using S = typename M::S;
+  using Pointwise = typename PointwiseOf<Rule>::type;
+  constexpr bool kDecoupled = Rule::family == Family::decoupled;
+  const M mode = row.mode;
+  const R *const from_s = row.exp_s, *const from_t = row.exp_t, *const from_gap = row.gap;
+  const Ahead ahead_s = row.ahead_s, ahead_t = row.ahead_t;
+  S inverse_s = R(1) / row.z_s, inverse_t = R(1) / row.z_t;
 
   S value{}, explicit_slope{}, implicit_weight = rules::broadcast<S>(R(1));
   if constexpr (kDecoupled) {
-    inverse_s = rules::select(z_s == R(0), S{}, inverse_s);
-    inverse_t = rules::select(z_t == R(0), S{}, inverse_t);
+    inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);
+    inverse_t = rules::select(row.z_t == R(0), S{}, inverse_t);
     // Log-odds of the other classes against the target.
-    const S odds_s = logarithm(z_s) - target_s;
-    const S odds_t = logarithm(z_t) - target_t;
+    const S odds_s = logarithm(row.z_s) - row.target_s;
+    const S odds_t = logarithm(row.z_t) - row.target_t;
     Rule::explicit_term(problem.options, two_point<R>(odds_t), two_point<R>(odds_s), value,
                         explicit_slope, implicit_weight);
     // A teacher without other classes has no implicit term.
-    implicit_weight = rules::select(z_t == R(0), S{}, implicit_weight);
+    implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);
   }
 
-  // Sweep 3: value, and the gradient in the same sweep where the slopes of a row sum to zero.
-  using Pointwise = typename PointwiseOf<Rule>::type;
-  const V log_ratio = M::spread(logarithm(S(z_t * inverse_s)));
+  const V log_z_ratio = M::spread(logarithm(S(row.z_t * inverse_s)));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
-  const S g = coefficient * scale_s;
+  const S g = row.coefficient * row.scale_s;
   const V g_implicit = M::spread(S(g * implicit_weight));
   const V g_explicit = M::spread(S(g * explicit_slope));
   Blocked<V> total, slopes;
@@ -203,11 +297,14 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V q = mode.template get<kPart>(work.exp_s, i, R(0)) * q_factor;
-        const V f = load<R>(work.exp_t + i * kLanes<R>);
+        if (!kPart && ahead_s.data) {
+          ahead_s.template fetch<R>(i);
+          ahead_t.template fetch<R>(i);
+        }
+        const V q = mode.template get<kPart>(from_s, i, R(0)) * q_factor;
+        const V f = load<R>(from_t + i * kLanes<R>);
         const V p = f * p_factor;
-        V d = load<R>(work.gap + i * kLanes<R>) - log_ratio;
-        d = rules::select(f == R(0), V{}, d);  // -inf - -inf, where both are masked
+        const V d = rules::log_ratio(f, V(load<R>(from_gap + i * kLanes<R>) - log_z_ratio));
         V v, slope;
         Pointwise::pointwise(problem.options, p, q, d, v, slope);
         total.add(v);
@@ -218,7 +315,7 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
             out -= g_explicit * q;
             mode.set_excluded(i, out, g_explicit);
           }
-          mode.template put<kPart>(gradient, i, out);
+          sink.template put<kPart>(mode, i, out);
         }
       },
       [&]() KDK_LAMBDA {
@@ -228,50 +325,17 @@ KDK_FN typename M::S run_row(const M& mode, const cpu::RowProblem& problem, cons
   const S divergence = M::sum(total.total);
   if constexpr (kDecoupled) {
     // 0 * inf would be NaN where the term is absent.
-    value += rules::select(z_t == R(0), S{}, S(implicit_weight * divergence));
+    value += rules::select(row.z_t == R(0), S{}, S(implicit_weight * divergence));
   } else {
     value = divergence;
   }
-
-  if constexpr (kGradient && !Pointwise::centred) {  // project on the tangent of the softmax
-    const V pull = M::spread(S(g * (implicit_weight * M::sum(slopes.total) + explicit_slope)));
-    sweep(
-        mode,
-        [&](int64_t i, auto part) KDK_LAMBDA {
-          constexpr bool kPart = decltype(part)::value;
-          V out = mode.template get<kPart>(gradient, i, R(0));
-          out -= pull * (mode.template get<kPart>(work.exp_s, i, R(0)) * q_factor);
-          if constexpr (kDecoupled) mode.set_excluded(i, out, g_explicit);
-          mode.template put<kPart>(gradient, i, out);
-        },
-        [&]() KDK_LAMBDA {});
-  }
-  if constexpr (kGradient && kDecoupled) mode.finish_excluded(gradient, S(g * explicit_slope));
-
-  if (kGradient && problem.standardize) {  // through the student's deviation
-    Blocked<V> dot;
-    const V centre = M::spread(mean_s);
-    sweep(
-        mode,
-        [&](int64_t i, auto part) KDK_LAMBDA {
-          constexpr bool kPart = decltype(part)::value;
-          V d = mode.template get<kPart>(s, i, R(0)) - centre;
-          if constexpr (kPart) d = mask_rest(mode, d);
-          dot.add(mode.template get<kPart>(gradient, i, R(0)) * d);
-        },
-        [&]() KDK_LAMBDA { dot.flush(); });
-    S pull = M::sum(dot.total) / (spread_s * deviation_s * R(mode.classes - 1));
-    pull = rules::select(deviation_s == R(0), S{}, pull);
-    const V factor = M::spread(pull);
-    sweep(
-        mode,
-        [&](int64_t i, auto part) KDK_LAMBDA {
-          constexpr bool kPart = decltype(part)::value;
-          V out = mode.template get<kPart>(gradient, i, R(0));
-          out -= factor * (mode.template get<kPart>(s, i, R(0)) - centre);
-          mode.template put<kPart>(gradient, i, out);
-        },
-        [&]() KDK_LAMBDA {});
+  if constexpr (kGradient) {
+    if constexpr (!Pointwise::centred) {
+      const S pull = g * (implicit_weight * M::sum(slopes.total) + explicit_slope);
+      project<kDecoupled>(row, sink, S(pull * inverse_s), g_explicit);
+    }
+    if constexpr (kDecoupled) mode.finish_excluded(sink, S(g * explicit_slope));
+    if (problem.standardize) through_deviation(row, sink);
   }
   return value;
 }

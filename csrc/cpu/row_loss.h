@@ -17,24 +17,35 @@ KDK_FN int64_t padded(int64_t classes) {
   return (classes + 63) / 64 * 64 + 64;
 }
 
-// A thread's scratch, `count` values each.
+constexpr int64_t kPipelined = 512;      // most classes for which rows go through the stages abreast
+constexpr int kAbreast = 3;
+constexpr int64_t kFetched = 4096;       // fewest classes for which the next row is fetched ahead
+
+// A thread's scratch, `count` values each, for `sets` rows at once.
 template <class R>
 struct Scratch {
-  R *student, *teacher, *gradient, *exp_s, *exp_t, *gap;
+  R* base;
+  int64_t count;
+  bool logits_read_again;
+
+  KDK_FN Scratch(int64_t count, int sets, bool logits_read_again)
+      : base(static_cast<R*>(cpu::scratch(sizeof(R) * 6 * count * sets))),
+        count(count),
+        logits_read_again(logits_read_again) {}
 
   // Arrays whose content is dead by the time another is written share memory: the exponentials and
   // the gradient take the place of the logits, unless the rule reads those again.
-  KDK_FN Scratch(int64_t count, bool logits_read_again) {
-    const int arrays = logits_read_again ? 6 : 3;
-    R* base = static_cast<R*>(cpu::scratch(sizeof(R) * arrays * count));
-    student = base;
-    teacher = base + count;
-    exp_t = base + 2 * count;
-    gradient = logits_read_again ? base + 3 * count : student;
-    exp_s = logits_read_again ? base + 4 * count : student;
-    gap = logits_read_again ? base + 5 * count : teacher;
+  KDK_FN R* student(int set) const { return base + (6 * set) * count; }
+  KDK_FN R* teacher(int set) const { return base + (6 * set + 1) * count; }
+  KDK_FN R* gradient(int set) const {
+    return logits_read_again ? base + (6 * set + 3) * count : student(set);
   }
-  KDK_FN Workspace<R> workspace() const { return {exp_s, exp_t, gap}; }
+  template <class M>
+  KDK_FN void give(RowState<M>& row, int set) const {
+    row.exp_t = base + (6 * set + 2) * count;
+    row.exp_s = logits_read_again ? base + (6 * set + 4) * count : student(set);
+    row.gap = logits_read_again ? base + (6 * set + 5) * count : teacher(set);
+  }
 };
 
 template <class Rule>
@@ -48,87 +59,146 @@ KDK_FN R row_factor(const RowProblem& problem, int64_t row) {
   return R(problem.scale) * upstream;
 }
 
-template <class Rule, class R>
+// Calls f with the source of a row's logits, which are at `at` after stage 1.
+template <class R, class F>
+KDK_FN void with_source(const Rows& x, int64_t row, int64_t classes, R* scratch, const R*& at,
+                        F&& f) {
+  if (direct<R>(x)) {
+    at = static_cast<const R*>(x.data) + x.offset(row);
+    return f(InPlace<R>{at});
+  }
+  at = scratch;
+  if constexpr (std::is_same_v<R, float>) {
+    if (x.class_stride == 1 && x.type == Scalar::bf16)
+      return f(Widened<bf16>{static_cast<const bf16*>(x.data) + x.offset(row), scratch});
+    if (x.class_stride == 1 && x.type == Scalar::f16)
+      return f(Widened<f16>{static_cast<const f16*>(x.data) + x.offset(row), scratch});
+  }
+  read_row(x, row, classes, scratch);
+  f(InPlace<R>{scratch});
+}
+
+// Rows begin to end, lanes along the classes. T is the gradient's type where it can be written where
+// it lies, else R (and then each row goes through scratch); void where none is wanted.
+template <class Rule, class R, class T>
 void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
+  using G = std::conditional_t<std::is_void_v<T>, R, T>;
+  constexpr bool kGradient = !std::is_void_v<T>;
   const int64_t classes = problem.classes;
   const bool again = reads_logits_again<Rule>(problem);
-  const Scratch<R> scratch(padded<R>(classes), again);
+  const bool in_place = kGradient && problem.gradient.class_stride == 1 &&
+                        (problem.gradient.type == kScalar<R> || !std::is_same_v<G, R>);
+  const int abreast = classes <= kPipelined ? kAbreast : 1;
+  const Scratch<R> scratch(padded<R>(classes), abreast, again);
   const Temperature<R> temperature(problem.temperature);
-  const bool wants_gradient = problem.gradient.data != nullptr;
-  const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
-  const bool direct_g = direct<R>(problem.gradient);
   R* const loss = static_cast<R*>(problem.loss);
-  ByClass<R> mode{classes};
-  for (int64_t row = begin; row < end; ++row) {
-    R* gradient = scratch.gradient;
-    if (wants_gradient && direct_g)
-      gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row);
-    if (problem.target && problem.target[row] == problem.ignore_index) {
+  RowState<ByClass<R>> states[kAbreast];
+
+  const auto ignored = [&](int64_t row) KDK_LAMBDA {
+    return problem.target && problem.target[row] == problem.ignore_index;
+  };
+  const auto sink = [&](int64_t row) KDK_LAMBDA {
+    if constexpr (!kGradient) return Sink<G, R>{nullptr};
+    else if (!in_place) return Sink<G, R>{reinterpret_cast<G*>(scratch.gradient(row % abreast))};
+    return Sink<G, R>{static_cast<G*>(problem.gradient.data) + problem.gradient.offset(row)};
+  };
+  const auto start = [&](int64_t row) KDK_LAMBDA {
+    const int set = int(row % abreast);
+    RowState<ByClass<R>>& state = states[set];
+    state.mode = ByClass<R>{classes, problem.target ? problem.target[row] : -1};
+    state.coefficient = row_factor<R>(problem, row);
+    if (classes >= kFetched && row + 1 < end) {
+      state.ahead_s = {address(problem.student, row + 1), element_bytes(problem.student.type)};
+      state.ahead_t = {address(problem.teacher, row + 1), element_bytes(problem.teacher.type)};
+    }
+    scratch.give(state, set);
+    if constexpr (kGradient && std::is_same_v<G, R>)
+      if (in_place && !again) state.exp_s = sink(row).to;
+    with_source<R>(problem.student, row, classes, scratch.student(set), state.s,
+                   [&](const auto& s) KDK_LAMBDA {
+      with_source<R>(problem.teacher, row, classes, scratch.teacher(set), state.t,
+                     [&](const auto& t) KDK_LAMBDA {
+        find_maxima<Rule>(state, problem, temperature, s, t);
+      });
+    });
+  };
+  const auto end_row = [&](int64_t row) KDK_LAMBDA {
+    const Sink<G, R> to = sink(row);
+    if (ignored(row)) {
       loss[row] = R(0);
-      if (!wants_gradient) continue;
-      std::memset(gradient, 0, sizeof(R) * classes);
-      if (!direct_g) write_row(problem.gradient, row, classes, gradient);
-      continue;
-    }
-    if (problem.target) mode.excluded = problem.target[row];
-    const R* s = scratch.student;
-    const R* t = scratch.teacher;
-    if (direct_s) s = static_cast<const R*>(problem.student.data) + problem.student.offset(row);
-    else read_row(problem.student, row, classes, scratch.student);
-    if (direct_t) t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row);
-    else read_row(problem.teacher, row, classes, scratch.teacher);
-    const R factor = row_factor<R>(problem, row);
-    Workspace<R> work = scratch.workspace();
-    if (wants_gradient && direct_g && !again) work.exp_s = gradient;
-    if (wants_gradient) {
-      loss[row] = run_row<Rule, true>(mode, problem, s, t, gradient, work, temperature, factor);
-      if (!direct_g) write_row(problem.gradient, row, classes, gradient);
+      if constexpr (kGradient) std::memset(to.to, 0, sizeof(G) * classes);
     } else {
-      loss[row] = run_row<Rule, false>(mode, problem, s, t, gradient, work, temperature, factor);
+      loss[row] = R(problem.scale) * finish<Rule, kGradient>(states[row % abreast], problem, to);
     }
-    loss[row] *= R(problem.scale);
+    if constexpr (kGradient && std::is_same_v<G, R>)
+      if (!in_place) write_row(problem.gradient, row, classes, to.to);
+  };
+
+  const int64_t lag = abreast / 2;  // rows between one stage and the next
+  for (int64_t row = begin; row < end + 2 * lag; ++row) {
+    if (row < end && !ignored(row)) start(row);
+    const int64_t second = row - lag, third = row - 2 * lag;
+    if (second >= begin && second < end && !ignored(second))
+      exponentiate<Rule>(states[second % abreast], problem, temperature);
+    if (third >= begin) end_row(third);
   }
 }
 
 template <class Rule, class R>
+void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
+  const Rows& gradient = problem.gradient;
+  if (!gradient.data) return rows_by_class<Rule, R, void>(problem, begin, end);
+  if constexpr (std::is_same_v<R, float>) {
+    if (gradient.class_stride == 1 && !reads_logits_again<Rule>(problem)) {
+      if (gradient.type == Scalar::bf16) return rows_by_class<Rule, R, bf16>(problem, begin, end);
+      if (gradient.type == Scalar::f16) return rows_by_class<Rule, R, f16>(problem, begin, end);
+    }
+  }
+  rows_by_class<Rule, R, R>(problem, begin, end);
+}
+
+// Rows begin to end, lanes across the rows.
+template <class Rule, class R>
 void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   constexpr int kW = kLanes<R>;
   const int64_t classes = problem.classes;
-  const Scratch<R> scratch(classes * kW + 64, reads_logits_again<Rule>(problem));
+  const Scratch<R> scratch(classes * kW + 64, 1, reads_logits_again<Rule>(problem));
   const Temperature<R> temperature(problem.temperature);
-  const bool wants_gradient = problem.gradient.data != nullptr;
   R* const loss = static_cast<R*>(problem.loss);
-  ByRow<R> mode{classes};
+  RowState<ByRow<R>> state;
+  scratch.give(state, 0);
+  state.mode.classes = classes;
+  state.s = scratch.student(0);
+  state.t = scratch.teacher(0);
+  const Sink<R, R> sink{scratch.gradient(0)};
   for (int64_t row = begin; row < end; row += kW) {
     const int count = int(end - row < kW ? end - row : kW);
-    Vec<R> factor{};
     typename Simd<R>::I ignored{};
+    state.coefficient = Vec<R>{};
+    state.mode.excluded = typename Simd<R>::I{};
     for (int lane = 0; lane < count; ++lane) {
-      factor[lane] = row_factor<R>(problem, row + lane);
+      state.coefficient[lane] = row_factor<R>(problem, row + lane);
       if (!problem.target) continue;
       const int64_t target = problem.target[row + lane];
       ignored[lane] = target == problem.ignore_index ? -1 : 0;
-      mode.excluded[lane] = typename Simd<R>::Int(ignored[lane] ? 0 : target);
+      state.mode.excluded[lane] = typename Simd<R>::Int(ignored[lane] ? 0 : target);
     }
-    for (int lane = count; lane < kW; ++lane) mode.excluded[lane] = 0;
-    read_lanes(problem.student, row, count, classes, scratch.student);
-    read_lanes(problem.teacher, row, count, classes, scratch.teacher);
+    read_lanes(problem.student, row, count, classes, scratch.student(0));
+    read_lanes(problem.teacher, row, count, classes, scratch.teacher(0));
+    find_maxima<Rule>(state, problem, temperature, InPlace<R>{state.s}, InPlace<R>{state.t});
+    exponentiate<Rule>(state, problem, temperature);
     Vec<R> value;
-    if (wants_gradient) {
-      value = run_row<Rule, true>(mode, problem, scratch.student, scratch.teacher,
-                                  scratch.gradient, scratch.workspace(), temperature,
-                                  factor);
+    if (problem.gradient.data) {
+      value = finish<Rule, true>(state, problem, sink);
       if (problem.target) {
         for (int64_t c = 0; c < classes; ++c) {
-          const Vec<R> out = load<R>(scratch.gradient + c * kW);
-          store<R>(scratch.gradient + c * kW, rules::select(ignored, Vec<R>{}, out));
+          const Vec<R> out = load<R>(sink.to + c * kW);
+          store<R>(sink.to + c * kW, rules::select(ignored, Vec<R>{}, out));
         }
       }
-      write_lanes(problem.gradient, row, count, classes, scratch.gradient);
+      write_lanes(problem.gradient, row, count, classes, sink.to);
     } else {
-      value = run_row<Rule, false>(mode, problem, scratch.student, scratch.teacher,
-                                   scratch.gradient, scratch.workspace(), temperature,
-                                  factor);
+      value = finish<Rule, false>(state, problem, sink);
     }
     value = rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)));
     for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];

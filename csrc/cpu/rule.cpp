@@ -9,6 +9,8 @@
 
 #include KDK_HEADER(KDK_RULE)
 #include "correlation.h"
+#include "embedding_factor.h"
+#include "embedding_tuple.h"
 #include "row_loss.h"
 
 namespace kdkernels::cpu {
@@ -16,10 +18,17 @@ namespace kdkernels::cpu {
 template <class Rule>
 constexpr Kernels kernels() {
   namespace isa = kdkernels::KDK_ISA;
-  Kernels table{Rule::family, nullptr, nullptr, nullptr, nullptr};
+  Kernels table{};
+  table.family = Rule::family;
   if constexpr (Rule::family == Family::correlation) {
     table.correlation_f32 = isa::run_correlation<Rule, float>;
     table.correlation_f64 = isa::run_correlation<Rule, double>;
+  } else if constexpr (Rule::family == Family::factor) {
+    table.factors_f32 = isa::run_factors<Rule, float>;
+    table.factors_f64 = isa::run_factors<Rule, double>;
+  } else if constexpr (Rule::family == Family::tuple) {
+    table.tuples_f32 = isa::run_tuples<Rule, float>;
+    table.tuples_f64 = isa::run_tuples<Rule, double>;
   } else {
     table.row_f32 = isa::run_rows<Rule, float>;
     table.row_f64 = isa::run_rows<Rule, double>;

@@ -100,6 +100,20 @@ KDK_FN void store_part(R* p, const Vec<R>& v, int count) {
 #endif
 }
 
+// The value as rounded: keeps the compiler from fusing the multiplication that made it into what
+// follows, where it must be bitwise what was stored elsewhere.
+template <class V>
+KDK_FN V rounded(V v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 // Lane numbers 0, 1, 2, ... plus `first`.
 template <class R>
 KDK_FN typename Simd<R>::I lane_numbers(int64_t first) {

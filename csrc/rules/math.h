@@ -19,7 +19,7 @@
 namespace kdkernels {
 
 // The traversal that a rule asks for.
-enum class Family { divergence, decoupled, correlation };
+enum class Family { divergence, decoupled, correlation, factor, tuple };
 
 // Options of a loss, in the order in which its file in kdkernels/losses passes them.
 struct Options {
@@ -92,7 +92,8 @@ KDK_FN F phi_series(const F& d) {
   }
 }
 
-// One class's part of KL(p || q), with d = log p - log q, finite or +inf, and 0 where p = 0:
+// One class's part of KL(p || q), with d = log p - log q; any number far from 0 where p = 0 (there
+// the difference could be -inf - -inf):
 //   value = p phi(d) = p d + (q - p),  slope = q - p.
 // Over a whole distribution sum(q - p) = 0, so the values sum to sum p d; but each is >= 0 and
 // nothing cancels, which keeps the divergence of nearly equal distributions exact. NaN gives NaN.
@@ -114,10 +115,10 @@ struct TwoPoint {
   F log_t, log_n;  // log n is never log(1 - t): the traversals compute it from the log-odds
 };
 
-// log p - log q, and 0 where p = 0 (there it could be -inf - -inf).
+// log p - log q as kl_terms wants it.
 template <class F>
-KDK_FN F log_ratio(const F& p, const F& log_p, const F& log_q) {
-  return select(p == scalar_t<F>(0), F{}, F(log_p - log_q));
+KDK_FN F log_ratio(const F& p, const F& difference) {
+  return select(p == scalar_t<F>(0), broadcast<F>(scalar_t<F>(1)), difference);
 }
 
 // KL(p || q) of two-point distributions, and q_t - p_t = d KL / d (log-odds of q). The difference is
@@ -125,8 +126,8 @@ KDK_FN F log_ratio(const F& p, const F& log_p, const F& log_q) {
 template <class F>
 KDK_FN void binary_kl(const TwoPoint<F>& p, const TwoPoint<F>& q, F& value, F& slope) {
   F value_t, slope_t, value_n, slope_n;
-  kl_terms(p.t, q.t, log_ratio(p.t, p.log_t, q.log_t), value_t, slope_t);
-  kl_terms(p.n, q.n, log_ratio(p.n, p.log_n, q.log_n), value_n, slope_n);
+  kl_terms(p.t, q.t, log_ratio(p.t, F(p.log_t - q.log_t)), value_t, slope_t);
+  kl_terms(p.n, q.n, log_ratio(p.n, F(p.log_n - q.log_n)), value_n, slope_n);
   value = value_t + value_n;
   slope = select(p.t < p.n, slope_t, F(-slope_n));
 }

@@ -4,6 +4,23 @@ To add a loss, import its public names here (one line); everything else finds it
 """
 
 from .aekt import AEKTLoss as AEKTLoss, aekt_loss as aekt_loss
+from .attention import (
+    AttentionTransferLoss as AttentionTransferLoss,
+    attention_transfer_loss as attention_transfer_loss,
+)
 from .dist import DISTLoss as DISTLoss, dist_loss as dist_loss
 from .dkd import DKDLoss as DKDLoss, dkd_loss as dkd_loss
+from .hint import HintLoss as HintLoss, hint_loss as hint_loss
+from .iekd import IEKDLoss as IEKDLoss, iekd_loss as iekd_loss
 from .kd import KDLoss as KDLoss, kd_loss as kd_loss
+from .pkd import PKDLoss as PKDLoss, pkd_loss as pkd_loss
+from .refilled import (
+    ClassCenters as ClassCenters,
+    LocalClassifierLoss as LocalClassifierLoss,
+    TupleMatchingLoss as TupleMatchingLoss,
+    class_centers as class_centers,
+    local_classifier_loss as local_classifier_loss,
+    semihard_tuples as semihard_tuples,
+    tuple_matching_loss as tuple_matching_loss,
+)
+from .rkd import RKDLoss as RKDLoss, rkd_loss as rkd_loss

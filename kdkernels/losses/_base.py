@@ -10,8 +10,10 @@ from .. import _checks, _dispatch
 class LossModule(_Loss):
     """A loss module: holds the keyword arguments of its function and nothing else."""
 
-    def __init__(self, *, reduction: str, loss_weight: float, backend: str | None) -> None:
-        _checks.reduction(reduction)
+    def __init__(
+        self, *, reduction: str, loss_weight: float, backend: str | None, by_row: bool = True
+    ) -> None:
+        (_checks.reduction if by_row else _checks.batch_reduction)(reduction)
         super().__init__(reduction=reduction)
         self.loss_weight = _checks.number("loss_weight", loss_weight)
         if backend is not None:

@@ -27,7 +27,7 @@ def aekt_loss(
     standardize: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Target-class knowledge weighted by the teacher/student ratio, non-target knowledge as in DKD.
+    r"""Target-class knowledge weighted by the teacher/student ratio, the rest as in DKD.
 
     **Reconstructed from the abstract; the paper's exact formula was not available.** With TCKD and
     NCKD as in :func:`kdkernels.functional.dkd_loss`:
@@ -154,7 +154,7 @@ AEKT = register(
         eps="none needed",
         needs_target=True,
         takes_target=True,
-        constant_weight=True,
+        constant_weight="kappa",
         note="reconstructed from the abstract; the paper's exact formula was not available",
         samples=(
             {},

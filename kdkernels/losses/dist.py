@@ -32,8 +32,8 @@ def dist_loss(
               \rho(a, b) = \frac{\langle \tilde a, \tilde b\rangle}
               {\|\tilde a\| \|\tilde b\| + \varepsilon}
 
-    where a tilde means centred. The column term is over all rows given: all tokens of (B, S, V), all
-    pixels of (N, C, H, W), the local batch of a process under DDP.
+    where a tilde means centred. The column term is over all rows given: all tokens of (B, S, V),
+    all pixels of (N, C, H, W), the local batch of a process under DDP.
 
     Args:
         student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
@@ -85,8 +85,9 @@ class DISTLoss(LossModule):
         loss_weight: float = 1.0,
         backend: str | None = None,
     ) -> None:
-        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        _checks.batch_reduction(reduction)
+        super().__init__(
+            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
+        )
         self.beta = _checks.non_negative("beta", beta)
         self.gamma = _checks.non_negative("gamma", gamma)
         self.tau = _checks.positive("tau", tau)

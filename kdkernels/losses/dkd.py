@@ -29,7 +29,8 @@ def dkd_loss(
 
     With t the row's target, :math:`\hat p, \hat q` the softmax over the classes other than t:
 
-    .. math:: L = T^2 \frac1N \sum_n \Big[ \alpha\, \mathrm{KL}\big([p_t, 1-p_t] \,\|\, [q_t, 1-q_t]\big)
+    .. math:: L = T^2 \frac1N \sum_n \Big[
+              \alpha\, \mathrm{KL}\big([p_t, 1-p_t] \,\|\, [q_t, 1-q_t]\big)
               + \beta \sum_{i \ne t} \hat p_i \log\frac{\hat p_i}{\hat q_i} \Big]
 
     :math:`\log(1 - q_t)` is a difference of logsumexps, so a confident student or teacher gives no

@@ -10,8 +10,8 @@ implicit knowledge (the non-target classes) as in DKD. With TCKD and NCKD of ``d
     d loss_row / d student_t = alpha w^kappa (q_t - p_t) / T
     d loss_row / d student_i = [ -alpha w^kappa (q_t - p_t) q^_i + beta (q^_i - p^_i) ] / T
 
-kappa = 0 is exactly DKD. The weight is not differentiated: a student that is less sure of the target
-than the teacher (w > 1) is pulled harder, a surer one (w < 1) is held back less.
+kappa = 0 is exactly DKD. The weight is not differentiated: a student that is less sure of the
+target than the teacher (w > 1) is pulled harder, a surer one (w < 1) is held back less.
 """
 
 from __future__ import annotations

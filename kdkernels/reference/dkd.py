@@ -30,7 +30,11 @@ def decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
     log_others, lse_others = masked_log_softmax(logits, excluded)
     pair = torch.stack([logits.gather(-1, index).squeeze(-1), lse_others], -1)
-    return torch.log_softmax(pair, -1), log_others
+    # A row that is all -inf is NaN through its pair, which hangs on the target's logit alone there.
+    # This term carries the NaN to the gradient of every class; in other rows both are exact zeros.
+    dead = (pair == -torch.inf).all(-1, keepdim=True)
+    row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
+    return torch.log_softmax(pair, -1) + row_sum * torch.where(dead, torch.nan, 1.0), log_others
 
 
 def dkd(

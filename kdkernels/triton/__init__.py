@@ -39,32 +39,34 @@ def rules(family: str) -> frozenset[str]:
     return frozenset(name for name in families if families[name] == family)
 
 
-def row(*args: Any) -> tuple[Tensor, Tensor]:
+def row(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """A row loss and, if asked, its gradient: the operator ``kdkernels::triton_row``."""
     from . import rowwise
 
-    return rowwise.forward(*args)
+    return rowwise.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
 
 
-def row_backward(*args: Any) -> Tensor:
+def row_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
     """The gradient of a row loss, recomputed: ``kdkernels::triton_row_backward``."""
     from . import rowwise
 
-    return rowwise.backward(*args)
+    resolved = (upstream.resolve_neg(), student.resolve_neg(), teacher.resolve_neg())
+    return rowwise.backward(*resolved, *args)
 
 
-def correlation(*args: Any) -> tuple[Tensor, Tensor]:
+def correlation(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """A correlation loss and, if asked, its gradient: ``kdkernels::triton_correlation``."""
     from . import crosswise
 
-    return crosswise.forward(*args)
+    return crosswise.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
 
 
-def correlation_backward(*args: Any) -> Tensor:
+def correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
     """The gradient of a correlation loss: ``kdkernels::triton_correlation_backward``."""
     from . import crosswise
 
-    return crosswise.backward(*args)
+    resolved = (upstream.resolve_neg(), student.resolve_neg(), teacher.resolve_neg())
+    return crosswise.backward(*resolved, *args)
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+# Everything a newcomer needs. `make` alone lists the targets; each one installs what it needs into
+# $(VENV) first. Override on the command line, for example:  make test PYTHON=python3.12 JOBS=8
+
+PYTHON      ?= python3
+VENV        ?= .venv
+JOBS        ?= 2
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+
+BIN  := $(VENV)/bin
+PY   := $(BIN)/python
+PIP  := $(PY) -m pip --disable-pip-version-check
+
+# What the compiled extension and the package's metadata are made from.
+SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format clean
+
+help:  ## list the targets
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	  awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS), and PIP_ARGS, PYTEST_ARGS,"
+	@echo "DEMO_ARGS, BENCH_ARGS: what to add to a command (BENCH_ARGS=--quick, DEMO_ARGS='--seeds 0')."
+	@echo "No GPU? PIP_ARGS='--extra-index-url URL', with the URL of PyTorch's CPU wheels (see"
+	@echo "pytorch.org, Get Started), avoids gigabytes of CUDA libraries."
+
+install: $(VENV)/.installed  ## create the environment and build the package into it (editable)
+
+demo: $(VENV)/.installed  ## distil on real handwritten digits: table, figure; two minutes, no GPU
+	$(PY) examples/distill.py --output runs/demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed  ## run the tests
+	$(PY) -m pytest -n $(JOBS) -rfEs --benchmark-disable tests $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
+	$(PY) -m benchmarks.run $(BENCH_ARGS)
+
+lint: $(VENV)/.linters  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.linters  ## apply the style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## delete the environment, builds, caches and runs
+	rm -rf "$(VENV)" build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .benchmarks
+	find kdkernels \( -name '*.so' -o -name '*.pyd' \) -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: a step runs again only when what it depends on has changed.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "kdkernels needs Python 3.10 or newer, and PYTHON=$(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv "$(VENV)" || { \
+	  echo "Could not create $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+# The build sees the environment's torch (no isolation), so torch and the build tools come first.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools wheel ninja pybind11 torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,examples]'
+	@$(PY) -m kdkernels.info
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) -c constraints.txt ruff mypy pre-commit
+	@touch $@

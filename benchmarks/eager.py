@@ -1,0 +1,108 @@
+"""The losses as people write them without this library: a few lines of eager PyTorch.
+
+They follow the form of the code published with the papers, because that is what is copied into
+projects: DKD builds one-hot masks and shifts the target logit by -1000, DIST computes the cosine
+of centred rows and transposes for the columns. For (N, C, H, W) KD and DKD work on dim 1 in place,
+which is their fastest form, and DIST flattens the pixels to rows, as its authors do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.registry import LossSpec
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    log_q = F.log_softmax(student / temperature, dim=1)
+    p = F.softmax(teacher / temperature, dim=1)
+    if student.dim() == 2:
+        return F.kl_div(log_q, p, reduction="batchmean") * temperature * temperature
+    pixels = student.numel() // student.shape[1]
+    return F.kl_div(log_q, p, reduction="sum") / pixels * temperature * temperature
+
+
+def _collapse(probs: Tensor, target_mask: Tensor, other_mask: Tensor) -> Tensor:
+    """Probabilities of the target class and of all others together."""
+    target = (probs * target_mask).sum(dim=1, keepdim=True)
+    others = (probs * other_mask).sum(dim=1, keepdim=True)
+    return torch.cat([target, others], dim=1)
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    index = target.unsqueeze(1)
+    target_mask = torch.zeros_like(student).scatter_(1, index, 1).bool()
+    other_mask = torch.ones_like(student).scatter_(1, index, 0).bool()
+    q = F.softmax(student / temperature, dim=1)
+    p = F.softmax(teacher / temperature, dim=1)
+    log_q_pair = torch.log(_collapse(q, target_mask, other_mask))
+    p_pair = _collapse(p, target_mask, other_mask)
+    rows = target.numel()
+    scale = temperature**2 / rows
+    tckd = F.kl_div(log_q_pair, p_pair, reduction="sum") * scale
+    p_others = F.softmax(teacher / temperature - 1000.0 * target_mask, dim=1)
+    log_q_others = F.log_softmax(student / temperature - 1000.0 * target_mask, dim=1)
+    nckd = F.kl_div(log_q_others, p_others, reduction="sum") * scale
+    return alpha * tckd + beta * nckd
+
+
+def _cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    norms: Tensor = a.norm(dim=1) * b.norm(dim=1)
+    return (a * b).sum(1) / (norms + eps)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    return _cosine(a - a.mean(1).unsqueeze(1), b - b.mean(1).unsqueeze(1))
+
+
+def _inter(q: Tensor, p: Tensor) -> Tensor:
+    return 1 - _pearson(q, p).mean()
+
+
+def dist(
+    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0
+) -> Tensor:
+    if student.dim() == 4:
+        classes = student.shape[1]
+        student = student.transpose(1, 3).reshape(-1, classes)
+        teacher = teacher.transpose(1, 3).reshape(-1, classes)
+    q = (student / tau).softmax(dim=1)
+    p = (teacher / tau).softmax(dim=1)
+    inter = tau**2 * _inter(q, p)
+    intra = tau**2 * _inter(q.transpose(0, 1), p.transpose(0, 1))
+    return beta * inter + gamma * intra
+
+
+EAGER: dict[str, Callable[..., Tensor]] = {"kd": kd, "dkd": dkd, "dist": dist}
+
+
+def eager(spec: LossSpec) -> Callable[..., Tensor]:
+    """The eager form of a loss; a loss that has none here is represented by its reference."""
+    written = EAGER.get(spec.name)
+    if written is None:
+
+        def reference(*args: Tensor) -> Tensor:
+            return spec.function(*args, backend="reference")
+
+        return reference
+    form: Callable[..., Tensor] = written
+
+    def loss(student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+        # Under autocast softmax and kl_div run in float32, whatever the dtype of the logits.
+        if student.dtype in (torch.float16, torch.bfloat16):
+            student, teacher = student.float(), teacher.float()
+        return form(student, teacher, *args)
+
+    return loss

@@ -1,0 +1,156 @@
+"""Data held as tensors on the training device, with augmentation in batches.
+
+Both data sets fit in memory, so an epoch is a permutation and some indexing: no worker processes,
+and every batch is a function of (seed, epoch, process) alone, which makes resuming exact.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and an evaluation split, standardised, on one device."""
+
+    images: Tensor
+    targets: Tensor
+    test_images: Tensor
+    test_targets: Tensor
+    classes: int
+    shift: int
+    """Random shifts by up to this many pixels."""
+    flip: bool
+    """Random mirroring (wrong for digits)."""
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    def to(self, device: torch.device) -> Data:
+        return replace(
+            self,
+            images=self.images.to(device),
+            targets=self.targets.to(device),
+            test_images=self.test_images.to(device),
+            test_targets=self.test_targets.to(device),
+        )
+
+    def subset(self, count: int | None, seed: int) -> Data:
+        """A balanced part of the training split, ``count`` images of it, drawn by ``seed``."""
+        if count is None or count >= len(self.targets):
+            return self
+        order = torch.randperm(len(self.targets), generator=generator("subset", seed))
+        targets = self.targets.cpu()[order]
+        rank = torch.empty_like(targets)  # position of an image among those of its class
+        for label in range(self.classes):
+            where = (targets == label).nonzero().flatten()
+            rank[where] = torch.arange(len(where))
+        keep = order[rank.argsort(stable=True)[:count]].to(self.targets.device)
+        return replace(self, images=self.images[keep], targets=self.targets[keep])
+
+    def validation(self, fraction: float = 0.4) -> Data:
+        """Evaluate on a fixed part of the training split, which is then not trained on."""
+        order = torch.randperm(len(self.targets), generator=generator("validation"))
+        held, kept = order.tensor_split([int(len(order) * fraction)])
+        held, kept = held.to(self.targets.device), kept.to(self.targets.device)
+        return replace(
+            self,
+            images=self.images[kept],
+            targets=self.targets[kept],
+            test_images=self.images[held],
+            test_targets=self.targets[held],
+        )
+
+    def steps(self, batch: int, world: int) -> int:
+        """Batches in an epoch; ``batch`` counts the images of all processes together."""
+        return max(1, len(self.targets) // world // max(1, batch // world))
+
+    def epoch(
+        self, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented batches of this process: the processes share one permutation."""
+        order = torch.randperm(len(self.targets), generator=generator("order", seed, epoch))
+        mine = order[: len(order) // world * world][rank::world].to(self.targets.device)
+        dice = generator("augment", seed, epoch, rank)
+        size = max(1, batch // world)
+        for step in range(self.steps(batch, world)):
+            rows = mine[step * size : (step + 1) * size]
+            yield self._augment(self.images[rows], dice), self.targets[rows]
+
+    def _augment(self, images: Tensor, dice: torch.Generator) -> Tensor:
+        count, _, height, width = images.shape
+        device = images.device
+        if self.shift:
+            pad = self.shift
+            moves = torch.randint(2 * pad + 1, (2, count, 1), generator=dice).to(device)
+            rows = moves[0] + torch.arange(height, device=device)
+            columns = moves[1] + torch.arange(width, device=device)
+            padded = torch.nn.functional.pad(images, [pad] * 4, mode="replicate")
+            which = torch.arange(count, device=device)[:, None, None]
+            picked = padded[which, :, rows[:, :, None], columns[:, None, :]]
+            images = picked.permute(0, 3, 1, 2).contiguous()
+        if self.flip:
+            mirror = (torch.rand(count, 1, 1, 1, generator=dice) < 0.5).to(device)
+            images = torch.where(mirror, images.flip(3), images)
+        return images
+
+
+def generator(*keys: object) -> torch.Generator:
+    """A random generator that depends on nothing but ``keys``."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(keys).encode()))
+
+
+def digits() -> Data:
+    """scikit-learn's bundled handwritten digits: 1797 real 8x8 images, 10 classes, no download.
+
+    The split is fixed and stratified: 1000 images to train on, 797 to test on.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
+    targets = torch.tensor(bunch.target, dtype=torch.int64)
+    train, test = train_test_split(
+        range(len(targets)), train_size=1000, random_state=0, stratify=bunch.target
+    )
+    scale = images[train].mean(), images[train].std()
+    images = (images - scale[0]) / scale[1]
+    return Data(images[train], targets[train], images[test], targets[test], 10, shift=1, flip=False)
+
+
+def cifar100(root: str | None) -> Data:
+    """CIFAR-100 through torchvision: 50000 training and 10000 test images, 100 classes."""
+    if importlib.util.find_spec("torchvision") is None:
+        raise SystemExit(
+            "distill.py: --dataset cifar100 needs torchvision, which is not installed.\n"
+            "Install the build that matches your torch:  pip install torchvision"
+        )
+    if root is None:
+        raise SystemExit(
+            "distill.py: --dataset cifar100 needs --data-root DIR, the folder that holds (or will\n"
+            "receive) the data; the first use downloads it there, about 170 MB."
+        )
+    import numpy
+    from torchvision.datasets import CIFAR100
+
+    def load(train: bool) -> tuple[Tensor, Tensor]:
+        part = CIFAR100(root, train=train, download=True)
+        images = torch.from_numpy(numpy.asarray(part.data)).permute(0, 3, 1, 2).float().div_(255)
+        return images, torch.tensor(part.targets, dtype=torch.int64)
+
+    (images, targets), (test_images, test_targets) = load(True), load(False)
+    mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    images, test_images = (images - mean) / std, (test_images - mean) / std
+    return Data(images, targets, test_images, test_targets, 100, shift=4, flip=True)
+
+
+def load(dataset: str, root: str | None) -> Data:
+    return digits() if dataset == "digits" else cifar100(root)

@@ -1,0 +1,265 @@
+"""Training of one network: the loop, its checkpoints, and what torchrun needs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data import Data
+from models import Output, ResNet
+from recipes import Recipe, Step
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# A run that may not start from the saved state, because the settings differ.
+MISMATCH = (
+    "distill.py: {path} was made with other settings ({what}).\n"
+    "Choose another --output, or start over with --fresh."
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started; alone by default."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def join(device: str | None) -> World:
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return World(torch.device(kind))
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            kind = f"cuda:{torch.cuda.current_device()}"
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        return World(torch.device(kind), dist.get_rank(), size)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def total(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: a teacher (no ``teacher`` of its own) or a student."""
+
+    role: str
+    recipe: Recipe
+    options: dict[str, float]
+    seed: int
+    model: ResNet
+    data: Data
+    epochs: int
+    batch: int
+    lr: float
+    weight_decay: float
+    amp: str | None
+    backend: str | None
+    settings: dict[str, Any]
+    """What the result depends on; a checkpoint made with other settings is refused."""
+    teacher: ResNet | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.recipe.name}-seed{self.seed}"
+
+
+@dataclass
+class History:
+    """Per epoch: training loss, accuracy on the evaluation split, seconds a step."""
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class Distiller(nn.Module):
+    """Student, extra modules and loss in one forward, so that DDP sees every gradient."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.student = job.model
+        build = job.recipe.extra
+        self.extra: nn.Module | None = None
+        if build is not None and job.teacher is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(job.seed)
+                self.extra = build(job.model, job.teacher)
+        self.job = job
+
+    def forward(
+        self, images: Tensor, target: Tensor, teacher: Output | None, progress: float
+    ) -> Tensor:
+        job = self.job
+        student: Output = self.student(images)
+        loss = job.options["ce"] * F.cross_entropy(student.logits, target)
+        if job.recipe.term is not None and teacher is not None:
+            step = Step(student, teacher, target, progress, job.options, job.backend, self.extra)
+            loss = loss + job.recipe.term(step)
+        return loss
+
+
+def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> History:
+    """Train ``job.model`` in place, or finish what an earlier call left under ``folder``."""
+    device, path = world.device, folder / f"{job.name}.pt"
+    job.model.to(device)
+    distiller = Distiller(job).to(device)
+    optimizer = torch.optim.SGD(
+        _groups(distiller, job.weight_decay), lr=job.lr, momentum=0.9, nesterov=True
+    )
+    steps = job.data.steps(job.batch, world.size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=job.amp == "fp16")
+    parts = {"model": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+
+    history = History()
+    world.barrier()  # nobody reads while the main process still writes
+    if path.exists():
+        history = _restore(path, job, parts, device)
+    start = len(history.loss)
+    if start == job.epochs:
+        return history
+
+    wrapped: nn.Module = distiller
+    if world.size > 1:
+        wrapped = DistributedDataParallel(distiller)
+    bar = tqdm(
+        total=job.epochs * steps,
+        initial=start * steps,
+        desc=job.name,
+        unit="step",
+        disable=not world.main,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
+    with bar:
+        for epoch in range(start, job.epochs):
+            loss, seconds = _train_epoch(
+                job, world, wrapped, optimizer, schedule, scaler, epoch, bar
+            )
+            history.loss.append(loss)
+            history.accuracy.append(evaluate(job.model, job.data, world))
+            history.seconds.append(seconds)
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{history.accuracy[-1]:.2f}%")
+            if world.main and ((epoch + 1) % save_every == 0 or epoch + 1 == job.epochs):
+                _save(path, job, parts, history)
+    world.barrier()
+    return history
+
+
+def _train_epoch(
+    job: Job,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    epoch: int,
+    bar: tqdm[Any],
+) -> tuple[float, float]:
+    """Mean loss and seconds a step; the device is asked for numbers once, at the end."""
+    model.train()
+    if job.teacher is not None:
+        job.teacher.eval()
+    begin = time.perf_counter()
+    total, steps = torch.zeros((), device=world.device), 0
+    batches: Iterable[tuple[Tensor, Tensor]] = job.data.epoch(
+        job.batch, job.seed, epoch, world.rank, world.size
+    )
+    for images, target in batches:
+        teacher = None
+        with _autocast(world.device, job.amp):
+            if job.teacher is not None and job.recipe.term is not None:
+                with torch.no_grad():
+                    teacher = job.teacher(images)
+            loss = model(images, target, teacher, (epoch + 1) / job.epochs)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        total += loss.detach()
+        steps += 1
+        bar.update()
+    mean = world.total(total).item() / steps / world.size
+    return mean, (time.perf_counter() - begin) / steps
+
+
+def evaluate(model: ResNet, data: Data, world: World, batch: int = 1024) -> float:
+    """Accuracy in percent on the evaluation split, which the processes share."""
+    model.eval()
+    if world.size > 1:  # batch-norm statistics: those of the main process
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    images = data.test_images[world.rank :: world.size]
+    targets = data.test_targets[world.rank :: world.size]
+    right = torch.zeros((), dtype=torch.int64, device=world.device)
+    with torch.inference_mode():
+        for some, target in zip(images.split(batch), targets.split(batch), strict=True):
+            right += (model(some).logits.argmax(1) == target).sum()
+    return 100.0 * world.total(right).item() / len(data.test_targets)
+
+
+def _autocast(device: torch.device, amp: str | None) -> AbstractContextManager[Any]:
+    if amp is None:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and filters, none for biases and batch-norm."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def _save(path: Path, job: Job, parts: dict[str, Any], history: History) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    write(path, {"settings": job.settings, "history": vars(history), **state})
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write all or nothing: an interrupt leaves the previous file in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _restore(path: Path, job: Job, parts: dict[str, Any], device: torch.device) -> History:
+    state = torch.load(path, map_location=device, weights_only=True)
+    saved = state["settings"]
+    if saved != job.settings:
+        keys = sorted(k for k in {*saved, *job.settings} if saved.get(k) != job.settings.get(k))
+        what = "; ".join(f"{k}: {saved.get(k)}, now {job.settings.get(k)}" for k in keys)
+        raise SystemExit(MISMATCH.format(path=path, what=what))
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return History(**state["history"])

@@ -1,0 +1,45 @@
+"""The compiled extension (csrc/bindings.cpp); a pure-Python installation has none."""
+
+def build_info() -> dict[str, str]: ...
+def cpu_capability() -> str: ...
+def cpu_capabilities() -> list[str]: ...
+def rules(family: str) -> list[str]: ...
+
+# By address: what is absent is 0; dtype codes are those of csrc/cpu/problem.h.
+
+def row(
+    student: int,
+    teacher: int,
+    gradient: int,
+    target: int,
+    loss: int,
+    student_type: int,
+    teacher_type: int,
+    rows: int,
+    classes: int,
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    reduction: int,
+    /,
+) -> None: ...
+def correlation(
+    student: int,
+    teacher: int,
+    gradient: int,
+    loss: int,
+    student_type: int,
+    teacher_type: int,
+    rows: int,
+    classes: int,
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    reduction: int,
+    /,
+) -> None: ...

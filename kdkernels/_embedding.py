@@ -1,0 +1,165 @@
+"""The public path of the embedding losses: checks, and autograd around their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops_embedding, native
+from ._autograd import _apply_once
+from .reference.refilled import distances
+
+
+def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
+    """Check a floating-point tensor of one of the ranks, given with their shapes in words."""
+    if not isinstance(value, Tensor):
+        raise _checks.fail_type(name, "a Tensor", type(value).__name__)
+    if value.dtype not in _checks.FLOATS:
+        raise _checks.fail_type(name, "float64, float32, float16 or bfloat16", value.dtype)
+    if value.dim() not in ranks:
+        raise _checks.fail(name, " or ".join(ranks.values()), f"shape {tuple(value.shape)}")
+    if 0 in value.shape[1:]:
+        raise _checks.fail(name, "of at least one element a sample", f"shape {tuple(value.shape)}")
+    return value
+
+
+def constant(name: str, value: Tensor) -> None:
+    """Check that a teacher's tensor is a constant."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise _checks.fail(
+            name,
+            "a constant (call .detach() on it, or run the teacher under torch.no_grad())",
+            "a tensor that requires grad",
+        )
+
+
+def beside(name: str, value: Tensor, student: Tensor) -> None:
+    """Check that a tensor is on the student's device."""
+    if value.device != student.device:
+        raise _checks.fail(name, f"on the student's device {student.device}", value.device)
+
+
+def like(name: str, value: Tensor, student: Tensor) -> None:
+    """Check shape and device against the student's."""
+    if value.shape != student.shape:
+        raise _checks.fail(
+            name, f"of the student's shape {tuple(student.shape)}", tuple(value.shape)
+        )
+    beside(name, value, student)
+
+
+def labels(value: Any, samples: int, device: torch.device) -> Tensor:
+    """Check one class index a sample; returns them as contiguous int64."""
+    if not isinstance(value, Tensor):
+        raise _checks.fail_type("target", "a Tensor of class indices", type(value).__name__)
+    if value.shape != (samples,):
+        raise _checks.fail("target", f"of shape {(samples,)}", tuple(value.shape))
+    if value.dtype not in _checks.INTEGERS:
+        raise _checks.fail_type("target", "integer class indices", value.dtype)
+    if value.device != device:
+        raise _checks.fail("target", f"on the student's device {device}", value.device)
+    return value.to(torch.int64).contiguous()
+
+
+def in_range(target: Tensor, classes: int) -> None:
+    """Check the values of CPU targets; on a GPU this would synchronise."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (target < 0) | (target >= classes)
+    if bad.any():
+        raise _checks.fail("target", f"in [0, {classes})", int(target[bad][0]))
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring all to the working dtype: float64 if any is, else float32."""
+    dtype = _ops_embedding.working_dtype(*tensors)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+class _Factors(torch.autograd.Function):
+    """IE-KD in eager mode; see ``_autograd._Fused``, whose scheme this is with two gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, inh: Tensor, exp: Tensor, teacher: Tensor, args: Any) -> Tensor:
+        needs = ctx.needs_input_grad[:2]
+        ctx.stored = stored = _stores(inh, exp)
+        wanted = needs if stored else (False, False)
+        loss, *gradients = torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, *wanted)
+        ctx.gradients = gradients if stored else None
+        ctx.args = args
+        ctx.save_for_backward(inh, exp, teacher)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
+        if ctx.stored:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                gradients = torch.ops.kdkernels.iekd.default(*ctx.saved_tensors, *ctx.args, *needs)[
+                    1:
+                ]
+            gradients = [native.scale_(g, upstream) for g in gradients]
+        else:
+            gradients = torch.ops.kdkernels.iekd_backward.default(
+                upstream, *ctx.saved_tensors, *ctx.args, *needs
+            )
+        if torch.is_grad_enabled():  # create_graph=True must not be silent
+            saved = ctx.saved_tensors
+            gradients = [
+                _apply_once(g, upstream, x) for g, x in zip(gradients, saved, strict=False)
+            ]
+        return (
+            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+            None,
+            None,
+        )
+
+
+_apply_factors: Callable[..., Tensor] = _Factors.apply
+
+
+def _stores(inh: Tensor, exp: Tensor) -> bool:
+    """Whether the gradients are computed in the forward pass (see ``_ops.stores_gradient``)."""
+    return torch.float16 not in (inh.dtype, exp.dtype)
+
+
+def factors(inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    """IE-KD's kernel on (B, ...) factors; ``args`` are the numbers of its schema."""
+    three: tuple[Tensor, ...] = (inh, exp, teacher)
+    if inh.dim() == 4 and not inh.is_contiguous():
+        # The order of a sample's elements does not matter, as long as it is the same for all.
+        last = torch.channels_last
+        if all(x.is_contiguous(memory_format=last) for x in three):
+            three = tuple(x.permute(0, 2, 3, 1) for x in three)
+    inh, exp, teacher = (x.flatten(1) for x in three)
+    needs = inh.requires_grad, exp.requires_grad
+    if not torch.is_grad_enabled() or not any(needs):
+        return torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, False, False)[0]
+    if torch.compiler.is_compiling():
+        wanted = needs if _stores(inh, exp) else (False, False)
+        return torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, *wanted)[0]
+    return _apply_factors(inh, exp, teacher, args)
+
+
+def tuples(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    margin: float,
+    temperature: float,
+    scale: float,
+    reduction: int,
+) -> Tensor:
+    """REFILLED's tuples: distances by torch in float64, everything about tuples in the kernel."""
+    dtype = _ops_embedding.working_dtype(student, teacher)
+    d_student = distances(student).to(dtype)
+    with torch.no_grad():
+        d_teacher = distances(teacher).to(dtype)
+    need_gradient = d_student.requires_grad and torch.is_grad_enabled()
+    return torch.ops.kdkernels.tuple_matching.default(
+        d_student, d_teacher, target, margin, temperature, scale, reduction, need_gradient
+    )[0]

@@ -1,0 +1,126 @@
+"""Attention transfer (Zagoruyko & Komodakis, ICLR 2017; 1612.03928)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _embedding
+from .._dispatch import choose
+from ..reference.attention import attention_transfer as reference
+from ..registry import LossSpec, register
+from ._base import LossModule
+
+_RANKS = {4: "(B, C, H, W)"}
+
+
+def _power(value: float) -> float:
+    value = _checks.number("p", value)
+    if value < 1.0:
+        raise _checks.fail("p", ">= 1", value)
+    return value
+
+
+def attention_transfer_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    p: float = 2.0,
+    *,
+    reduction: str = "mean",
+    loss_weight: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Where the features are large: normalised spatial attention maps matched to the teacher's.
+
+    .. math:: Q = \frac{q}{\max(\|q\|_2, 10^{-12})},\quad q = \tfrac1C \sum_c |F_c|^p,\qquad
+              L = \tfrac1{B H W} \sum (Q_S - Q_T)^2
+
+    Channels may differ, positions must not. One call a stage; the published weight is 1000 / 2 on
+    the sum of three stages. A sample of zeros has the map 0.
+
+
+    Args:
+        student_features: (B, C, H, W); float64, float32, float16 or bfloat16.
+        teacher_features: (B, C', H, W) on the same device; own dtype; a constant.
+        p: power >= 1 (published: 2).
+        reduction: ``'mean'`` (alias ``'batchmean'``) over samples and positions, or ``'sum'``.
+        loss_weight: multiplies the loss.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+
+    Returns:
+        0-d float32 (float64 if either input is).
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    p = _power(p)
+    _checks.batch_reduction(reduction)
+    loss_weight = _checks.number("loss_weight", loss_weight)
+    _embedding.tensor("student_features", student_features, _RANKS)
+    _embedding.tensor("teacher_features", teacher_features, _RANKS)
+    _embedding.beside("teacher_features", teacher_features, student_features)
+    batch, _, height, width = student_features.shape
+    got = tuple(teacher_features.shape)
+    if (got[0], *got[2:]) != (batch, height, width):
+        raise _checks.fail("teacher_features", f"({batch}, C, {height}, {width})", f"shape {got}")
+    _embedding.constant("teacher_features", teacher_features)
+    choose(
+        ATTENTION, student_features, backend
+    )  # raises where a backend is asked for that is not there
+    student, teacher = _embedding.promote(student_features, teacher_features)
+    name = "sum" if reduction == "sum" else "mean"
+    loss = reference(student, teacher, p=p, reduction=name)
+    return (loss_weight * loss).to(student.dtype)
+
+
+class AttentionTransferLoss(LossModule):
+    """Module form of :func:`kdkernels.functional.attention_transfer_loss`; see there."""
+
+    def __init__(
+        self,
+        p: float = 2.0,
+        *,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
+        )
+        self.p = _power(p)
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        return attention_transfer_loss(
+            student_features,
+            teacher_features,
+            self.p,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+
+
+def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student = torch.randn(3, 4, 5, 5, generator=generator).to(dtype)
+    return student, torch.randn(3, 6, 5, 5, generator=generator).to(dtype)
+
+
+ATTENTION = register(
+    LossSpec(
+        name="attention",
+        title="AT",
+        paper="Zagoruyko & Komodakis, ICLR 2017 (1612.03928)",
+        formula="mean (Q_S − Q_T)², Q = n(mean_c |F_c|^p)",
+        reduction="mean over samples and positions",
+        eps="norms at least 1e-12",
+        note="composed of torch operations",
+        samples=({}, {"p": 3.0, "loss_weight": 500.0}),
+        function=attention_transfer_loss,
+        module=AttentionTransferLoss,
+        reference=reference,
+        family="embedding",
+        temperature="none",
+        backends=("reference",),
+        inputs=_inputs,
+    )
+)

@@ -1,0 +1,115 @@
+"""PKD: Pearson correlation of feature maps (Cao et al., NeurIPS 2022; 2207.02039)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _embedding
+from .._dispatch import choose
+from ..reference.pkd import pkd as reference
+from ..registry import LossSpec, register
+from ._base import LossModule
+
+_RANKS = {4: "(N, C, H, W)"}
+
+
+def pkd_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    reduction: str = "mean",
+    loss_weight: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Feature maps compared after each channel is standardised: scale and offset do not matter.
+
+    With n(x) = (x - mean) / (std + 1e-6) of a channel over samples and positions (unbiased std):
+
+    .. math:: L = \tfrac12 \operatorname{mean} (n(S) - n(T))^2 = \tfrac{M - 1}{M}
+              \tfrac1C \sum_c (1 - \rho_c),\quad M = N H W
+
+    A student of another height and width is resized to the teacher's, bilinearly. One call a level;
+    published weights are 10 (RetinaNet) and 6, on the sum of the levels. A constant channel becomes
+    zeros.
+
+
+    Args:
+        student_features: (N, C, H, W); float64, float32, float16 or bfloat16.
+        teacher_features: (N, C, H', W') on the same device, N H' W' >= 2; own dtype; a constant.
+        reduction: ``'mean'`` (alias ``'batchmean'``) over all elements, or ``'sum'``.
+        loss_weight: multiplies the loss.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+
+    Returns:
+        0-d float32 (float64 if either input is).
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    _checks.batch_reduction(reduction)
+    loss_weight = _checks.number("loss_weight", loss_weight)
+    _embedding.tensor("student_features", student_features, _RANKS)
+    _embedding.tensor("teacher_features", teacher_features, _RANKS)
+    _embedding.beside("teacher_features", teacher_features, student_features)
+    expected, got = student_features.shape[:2], tuple(teacher_features.shape)
+    if got[:2] != expected:
+        raise _checks.fail("teacher_features", f"{(*expected, 'H', 'W')}", f"shape {got}")
+    if teacher_features.numel() < 2 * expected[1]:
+        raise _checks.fail("teacher_features", "of at least two values a channel", f"shape {got}")
+    _embedding.constant("teacher_features", teacher_features)
+    choose(PKD, student_features, backend)  # raises where a backend is asked for that is not there
+    student, teacher = _embedding.promote(student_features, teacher_features)
+    name = "sum" if reduction == "sum" else "mean"
+    loss = reference(student, teacher, reduction=name)
+    return (loss_weight * loss).to(student.dtype)
+
+
+class PKDLoss(LossModule):
+    """Module form of :func:`kdkernels.functional.pkd_loss`; see there."""
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
+        )
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        return pkd_loss(
+            student_features,
+            teacher_features,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+
+
+def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student = torch.randn(3, 4, 5, 5, generator=generator).to(dtype)
+    return student, torch.randn(3, 4, 5, 5, generator=generator).to(dtype)
+
+
+PKD = register(
+    LossSpec(
+        name="pkd",
+        title="PKD",
+        paper="Cao et al., NeurIPS 2022 (2207.02039)",
+        formula="½ · mean (n(S) − n(T))² = mean_c (1 − ρ_c)·(M − 1)/M",
+        reduction="mean over all elements",
+        eps="1e-6, added to the deviation",
+        note="composed of torch operations",
+        samples=({}, {"loss_weight": 10.0}),
+        function=pkd_loss,
+        module=PKDLoss,
+        reference=reference,
+        family="embedding",
+        temperature="none",
+        backends=("reference",),
+        inputs=_inputs,
+    )
+)

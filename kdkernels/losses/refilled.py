@@ -1,0 +1,288 @@
+"""REFILLED: relationship facilitated local classifier distillation (Ye et al., CVPR 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks, _embedding
+from .._dispatch import choose
+from ..reference import refilled as reference
+from ..registry import LossSpec, register
+from ._base import LossModule
+from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
+from ._tuples import semihard_tuples as semihard_tuples
+from .kd import kd_loss
+
+_MATRIX = {2: "(B, D)"}
+PAPER = "Ye et al., CVPR 2020 (2205.01915)"
+
+
+def tuple_matching_loss(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    margin: float = 0.2,
+    *,
+    reduction: str = "mean",
+    loss_weight: float = 1000.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Stage 1 of REFILLED: the teacher's comparisons in tuples that the student finds hard.
+
+    For every anchor and positive of its class, with the semi-hard negatives
+    :math:`0 < D^S_{an} - D^S_{ap} \le margin` (at least one):
+
+    .. math:: L = w \frac1{|tuples|} \sum_{(a, p)} \mathrm{KL}(\pi^T \| \pi^S),\quad
+              \pi = \mathrm{softmax}([-D_{ap}, -D_{an_1}, \dots, -D_{an_m}] / \tau)
+
+    D are Euclidean distances of L2-normalised embeddings, so teacher and student may have different
+    widths and rotations change nothing. The tuples are constants for the gradient. A batch without
+    a tuple gives 0, attached to the graph. At equal embeddings a distance has derivative 0.
+
+    Quirks: no factor T^2; distances are at most 2, so at temperature 4 the distributions are nearly
+    uniform, hence the published weight 1000, which is the default of ``loss_weight``. The published
+    code has a form with single triplets too, one negative a time, whose value is half of the mean
+    KL (both outcomes are counted as samples by ``batchmean``); this is its tuple form, a plain
+    mean.
+
+    Args:
+        student_embeddings: (B, D); float64, float32, float16 or bfloat16.
+        teacher_embeddings: (B, D') on the same device; own dtype; a constant.
+        target: (B,) integer class indices, of any classes.
+        temperature: tau > 0.
+        margin: width of the semi-hard band, >= 0.
+        reduction: ``'mean'`` (alias ``'batchmean'``) over tuples, or ``'sum'``.
+        loss_weight: multiplies the loss (published: 1000).
+        backend: ``'native'``, ``'reference'``; None chooses. The reference takes memory of order
+            B^3.
+
+    Returns:
+        0-d float32 (float64 if either input is). The distances are computed in float64.
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    temperature = _checks.positive("temperature", temperature)
+    margin = _checks.non_negative("margin", margin)
+    code = _checks.batch_reduction(reduction)
+    loss_weight = _checks.number("loss_weight", loss_weight)
+    _embedding.tensor("student_embeddings", student_embeddings, _MATRIX)
+    _embedding.tensor("teacher_embeddings", teacher_embeddings, _MATRIX)
+    _embedding.beside("teacher_embeddings", teacher_embeddings, student_embeddings)
+    samples = len(student_embeddings)
+    if len(teacher_embeddings) != samples:
+        raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
+    _embedding.constant("teacher_embeddings", teacher_embeddings)
+    target = _embedding.labels(target, samples, student_embeddings.device)
+    if choose(TUPLE_MATCHING, student_embeddings, backend) == "reference":
+        return loss_weight * reference.tuple_matching(
+            student_embeddings,
+            teacher_embeddings,
+            target,
+            temperature=temperature,
+            margin=margin,
+            reduction=reduction,
+        )
+    return _embedding.tuples(
+        student_embeddings, teacher_embeddings, target, margin, temperature, loss_weight, code
+    )
+
+
+class TupleMatchingLoss(LossModule):
+    """Module form of :func:`kdkernels.functional.tuple_matching_loss`; see there.
+
+    ``TupleMatchingLoss(temperature=4.0)(student_embeddings, teacher_embeddings, target)``
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        margin: float = 0.2,
+        *,
+        reduction: str = "mean",
+        loss_weight: float = 1000.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
+        )
+        self.temperature = _checks.positive("temperature", temperature)
+        self.margin = _checks.non_negative("margin", margin)
+
+    def forward(
+        self, student_embeddings: Tensor, teacher_embeddings: Tensor, target: Tensor
+    ) -> Tensor:
+        return tuple_matching_loss(
+            student_embeddings,
+            teacher_embeddings,
+            target,
+            self.temperature,
+            self.margin,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+
+
+def local_classifier_loss(
+    student_logits: Tensor,
+    teacher_embeddings: Tensor,
+    centers: Tensor,
+    target: Tensor,
+    temperature: float = 2.0,
+    *,
+    reduction: str = "mean",
+    loss_weight: float = 100.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Stage 2 of REFILLED: the classifier that the teacher's embedding induces, on local classes.
+
+    With K' the classes present in ``target``, :math:`c_k` the class centres and
+    :math:`\phi_T` the teacher's embedding (not normalised):
+
+    .. math:: L = w \frac1B \sum_b \mathrm{KL}\big(\mathrm{softmax}(\phi_T \cdot c_{K'} / T) \,\|\,
+              \mathrm{softmax}(z_{K'} / T)\big)
+
+    Centres are those of the student's classes (:class:`ClassCenters`), so the teacher may have been
+    trained on the same, on overlapping or on other classes. Columns of classes that are not present
+    get exactly zero gradient. Runs on the KD kernel.
+
+    Quirks: the published code has no factor T^2, nor has this; its weight 100 is the default of
+    ``loss_weight``. The published code takes global centres, the paper's are of the batch
+    (:func:`class_centers`).
+
+    Args:
+        student_logits: (B, C); float64, float32, float16 or bfloat16.
+        teacher_embeddings: (B, D); a constant.
+        centers: (C, D), L2-normalised; a constant.
+        target: (B,) class indices in [0, C).
+        temperature: T > 0.
+        reduction: ``'mean'`` (alias ``'batchmean'``), ``'sum'`` or ``'none'`` (one value a sample).
+        loss_weight: multiplies the loss inside the kernel (published: 100).
+        backend: as for :func:`kd_loss`; None chooses.
+
+    Returns:
+        float32 (float64 for float64 inputs); 0-d, or (B,) for ``'none'``.
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    temperature = _checks.positive("temperature", temperature)
+    loss_weight = _checks.number("loss_weight", loss_weight)
+    _embedding.tensor("student_logits", student_logits, {2: "(B, C)"})
+    _embedding.tensor("teacher_embeddings", teacher_embeddings, _MATRIX)
+    _embedding.tensor("centers", centers, {2: "(C, D)"})
+    samples, classes = student_logits.shape
+    if len(teacher_embeddings) != samples:
+        raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
+    expected = (classes, teacher_embeddings.shape[1])
+    if centers.shape != expected:
+        raise _checks.fail("centers", f"of shape {expected}", tuple(centers.shape))
+    for name, value in (("teacher_embeddings", teacher_embeddings), ("centers", centers)):
+        _embedding.beside(name, value, student_logits)
+        _embedding.constant(name, value)
+    target = _embedding.labels(target, samples, student_logits.device)
+    _embedding.in_range(target, classes)
+    absent = torch.ones(classes, dtype=torch.bool, device=target.device)
+    absent = absent.index_fill(0, target, False)
+    embeddings, centers = _embedding.promote(teacher_embeddings, centers)
+    teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
+    return kd_loss(
+        student_logits.masked_fill(absent, -torch.inf),
+        teacher_logits.detach(),
+        temperature,
+        reduction=reduction,
+        loss_weight=loss_weight / temperature**2,
+        backend=backend,
+    )
+
+
+class LocalClassifierLoss(LossModule):
+    """Module form of :func:`kdkernels.functional.local_classifier_loss`; see there.
+
+    ``LocalClassifierLoss(temperature=2.0)(student_logits, teacher_embeddings, centers, target)``
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        *,
+        reduction: str = "mean",
+        loss_weight: float = 100.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
+        self.temperature = _checks.positive("temperature", temperature)
+
+    def forward(
+        self, student_logits: Tensor, teacher_embeddings: Tensor, centers: Tensor, target: Tensor
+    ) -> Tensor:
+        return local_classifier_loss(
+            student_logits,
+            teacher_embeddings,
+            centers,
+            target,
+            self.temperature,
+            reduction=self.reduction,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+
+
+def _tuple_inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student = torch.randn(12, 6, generator=generator).to(dtype)
+    teacher = torch.randn(12, 9, generator=generator).to(dtype)
+    return student, teacher, torch.randint(3, (12,), generator=generator)
+
+
+def _classifier_inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student = torch.randn(6, 8, generator=generator).to(dtype)
+    teacher = torch.randn(6, 5, generator=generator).to(dtype)
+    centers = F.normalize(torch.randn(8, 5, generator=generator)).to(dtype)
+    return student, teacher, centers, torch.randint(8, (6,), generator=generator)
+
+
+TUPLE_MATCHING = register(
+    LossSpec(
+        name="tuple_matching",
+        title="REFILLED, stage 1",
+        paper=PAPER,
+        function=tuple_matching_loss,
+        module=TupleMatchingLoss,
+        reference=reference.tuple_matching,
+        family="embedding",
+        formula="1000 · mean KL(π_T ‖ π_S), π = softmax(−[D_ap, D_an…]/τ)",
+        temperature="no τ²",
+        reduction="mean over tuples",
+        eps="none needed",
+        needs_target=True,
+        takes_target=True,
+        backends=("native", "reference"),
+        samples=({}, {"temperature": 0.5, "margin": 1.0}, {"loss_weight": 1.0, "margin": 2.0}),
+        inputs=_tuple_inputs,
+    )
+)
+LOCAL_CLASSIFIER = register(
+    LossSpec(
+        name="local_classifier",
+        title="REFILLED, stage 2",
+        paper=PAPER,
+        function=local_classifier_loss,
+        module=LocalClassifierLoss,
+        reference=reference.local_classifier,
+        family="embedding",
+        formula="100 · mean KL over the classes present",
+        temperature="no T²",
+        reduction="mean over samples",
+        eps="none needed",
+        needs_target=True,
+        takes_target=True,
+        backends=("reference",),
+        note="composed: a product, then the KD kernel",
+        samples=({}, {"temperature": 1.0, "loss_weight": 1.0}),
+        inputs=_classifier_inputs,
+    )
+)

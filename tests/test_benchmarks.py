@@ -1,0 +1,284 @@
+"""The benchmark suite itself: it refuses wrong results, covers all losses and divides correctly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contenders, measure, report, run, targets
+from benchmarks.eager import EAGER, eager
+from benchmarks.problem import Problem, Refused
+from benchmarks.results import compare, trim
+from benchmarks.shapes import BY_NAME, MODES, WORKLOADS, Workload
+from benchmarks.test_speed import time_case
+from kdkernels import info
+from kdkernels.registry import SPECS, LossSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = Workload("tiny", "tiny", (6, 11))
+TINY_IMAGE = Workload("tiny_image", "tiny image", (2, 5, 3, 4))
+SHAPES = {
+    "64x100", "256x100", "256x1000", "1024x1000", "256x21841", "256x32000", "128x128256",
+    "8x150x64x64",
+}  # fmt: skip
+LOGIT_LOSSES = [spec for spec in SPECS.values() if spec.family != "embedding"]
+each_loss = pytest.mark.parametrize("spec", LOGIT_LOSSES, ids=lambda spec: spec.name)
+
+
+class NotToBeTimed:
+    """Stands for pytest-benchmark's fixture; nothing may reach it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a refused result reached the timer ({name})")
+
+
+def problem(
+    spec: LossSpec, workload: Workload = TINY, dtype: torch.dtype = torch.float32
+) -> Problem:
+    return Problem(spec, workload, dtype)
+
+
+def test_workloads_are_the_promised_ones() -> None:
+    assert {workload.size for workload in WORKLOADS} == SHAPES
+    assert len(BY_NAME) == len(WORKLOADS)
+    assert any(workload.quick for workload in WORKLOADS)
+    assert any(workload.half for workload in WORKLOADS)
+
+
+@each_loss
+@pytest.mark.parametrize("workload", (TINY, TINY_IMAGE), ids=lambda workload: workload.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_eager_forms_are_the_losses(spec: LossSpec, workload: Workload, dtype: torch.dtype) -> None:
+    for mode in MODES:
+        problem(spec, workload, dtype).check("eager", eager(spec), mode)
+
+
+def test_published_losses_have_an_eager_form() -> None:
+    assert {"kd", "dkd", "dist"} <= EAGER.keys() <= SPECS.keys()
+
+
+def _scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: 1.01 * function(*args)
+
+
+def _nan(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: function(*args) * float("nan")
+
+
+def _right_value_wrong_gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrong(*args: Tensor) -> Tensor:
+        loss = function(*args)
+        return 2 * loss - loss.detach()
+
+    return wrong
+
+
+def _one_element_of_the_gradient_lost(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrong(student: Tensor, *args: Tensor) -> Tensor:
+        held = torch.zeros_like(student, dtype=torch.bool)
+        held.view(-1)[0] = True
+        return function(torch.where(held, student.detach(), student), *args)
+
+    return wrong
+
+
+def _raises(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrong(*args: Tensor) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    return wrong
+
+
+WRONG = (_scaled, _nan, _right_value_wrong_gradient, _one_element_of_the_gradient_lost, _raises)
+
+
+@each_loss
+@pytest.mark.parametrize("break_it", WRONG, ids=lambda function: function.__name__.strip("_"))
+def test_wrong_results_are_refused(
+    spec: LossSpec, break_it: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = break_it(eager(spec))
+    monkeypatch.setattr(contenders, "build", lambda name, problem: wrong)
+    with pytest.raises(Refused, match=rf"ours of {spec.name} at 6x11 (disagrees|failed)"):
+        time_case(NotToBeTimed(), problem(spec), "ours", "forward_backward", 0.01)
+
+
+@each_loss
+def test_wrong_values_are_refused_without_gradients(spec: LossSpec) -> None:
+    def wrong_in_inference(*args: Tensor) -> Tensor:
+        loss = eager(spec)(*args)
+        return loss if torch.is_grad_enabled() else 1.01 * loss
+
+    problem(spec).check("ours", wrong_in_inference, "forward_backward")
+    with pytest.raises(Refused, match="error of the value"):
+        problem(spec).check("ours", wrong_in_inference, "forward")
+
+
+@each_loss
+def test_interpreted_kernels_are_not_timed(spec: LossSpec) -> None:
+    assert "interpreted" in contenders.why_not("triton", spec, "cpu")[0]
+    assert contenders.why_not("floor", spec, "cpu") == []
+    assert contenders.ours(spec, "cpu") in ("native", "reference")
+
+
+def test_steps_do_what_is_measured() -> None:
+    case = problem(SPECS["kd"])
+    measure.step(eager(case.spec), case, "forward")()
+    assert case.student.grad is None
+    step = measure.step(eager(case.spec), case, "forward_backward")
+    step()
+    first = case.student.grad
+    step()
+    assert first is not None and case.student.grad is not first  # fresh, not accumulated
+    torch.testing.assert_close(case.student.grad, first)
+
+
+def test_peak_memory_counts_what_is_alive_together() -> None:
+    case = problem(SPECS["kd"], Workload("x", "x", (64, 100)))
+
+    def two_then_one() -> None:
+        a = torch.empty(1000)
+        b = torch.empty(1000)
+        del a
+        c = torch.empty(500)
+        del b, c
+
+    assert measure.peak_bytes(two_then_one, case) == 8000
+    add = measure.step(contenders.build("floor", case), case, "forward", floor=True)
+    assert measure.peak_bytes(add, case) == case.floor_bytes // 3
+
+
+def test_interleaved_times_all() -> None:
+    times = measure.interleaved(
+        {"a": lambda: sum(range(10)), "b": lambda: sum(range(20000))}, "cpu", 0.02
+    )
+    assert 0 < times["a"] < times["b"]
+
+
+def entry(contender: str, median: float, peak: int, **changes: Any) -> dict[str, Any]:
+    """One benchmark as pytest-benchmark writes it."""
+    extra = {
+        "loss": "kd", "workload": "imagenet", "shape": [256, 1000], "dtype": "float32",
+        "mode": "forward_backward", "contender": contender, "floor_bytes": 3072000,
+        "peak_bytes": peak, "torch": "2.0",
+    }  # fmt: skip
+    stats = {"median": median, "iqr": 0.0, "rounds": 5, "iterations": 1, "data": [median] * 5}
+    return {"name": contender, "stats": stats, "extra_info": {**extra, **changes}}
+
+
+FACTS = {
+    "device": "cpu", "name": "Some CPU", "capability": "AVX2", "threads": 2, "torch": "2.13.0",
+    "triton": "3.9.0", "kdkernels": "0.1.0", "date": "2030-01-01",
+}  # fmt: skip
+RAW = {
+    "benchmarks": [
+        entry("eager", 3e-3, 5_120_000),
+        entry("compile", 1.2e-3, 1_100_000),
+        entry("native", 2e-4, 1_024_000),
+        entry("floor", 1e-4, 1_024_000),
+        entry("native", 1.6e-4, 512_000, dtype="bfloat16", floor_bytes=1536000),
+        entry("eager", 9e-3, 7_168_000, loss="dist"),
+    ]
+}
+
+
+def test_ratios() -> None:
+    trimmed = trim(json.loads(json.dumps(RAW)), FACTS)
+    assert len(json.dumps(trimmed)) < 4000 and "data" not in json.dumps(trimmed["results"])
+    group = compare(trimmed["results"])[0]
+    assert group.speedup("eager") == pytest.approx(15)
+    assert group.speedup("compile") == pytest.approx(6)
+    assert group.times_floor("ours") == pytest.approx(2)
+    assert group.gradients("eager") == pytest.approx(5)
+    alone = compare(trimmed["results"])[2]
+    assert alone.loss == "dist" and alone.speedup("eager") is None
+
+
+def test_table() -> None:
+    text = report.markdown(
+        trim(RAW, FACTS) | {"skipped": {"triton": "no GPU"}, "refused": {"x": "bad"}}
+    )
+    assert (
+        "| ImageNet 256x1000 | KD | 200 µs | 3.00 ms | 1.20 ms | 100 µs | **15.0x** | 6.0x | 2.0x"
+        " | 1.0 | 5.1 | 1.1 |" in text
+    )
+    assert "| ImageNet 256x1000 | KD | 200 µs | 160 µs | 1.2x |" in text  # float32, bfloat16
+    assert "| ImageNet 256x1000 | DIST | – | 9.00 ms |" in text
+    assert "- triton: no GPU" in text and "- `x`: bad" in text
+    assert not any(line.startswith("#") for line in text.splitlines())  # the includer has headings
+
+
+def test_plot(tmp_path: Path) -> None:
+    plot = pytest.importorskip("benchmarks.plot", exc_type=ImportError)
+    assert plot.draw(trim(RAW, FACTS), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert not plot.draw({"machine": FACTS, "results": []}, tmp_path / "none.png")
+
+
+def test_targets_are_judged() -> None:
+    taken = {"ours": 1.0, "eager": 15.0, "floor": 0.4, "bfloat16": 1.5}
+    shape = (256, 1000)
+    judged = [
+        targets.judge(targets.Target("kd", shape, rival, sense, bound), taken)
+        for rival, sense, bound in (
+            ("eager", targets.AT_LEAST, 15),
+            ("eager", targets.AT_LEAST, 15.1),
+            ("floor", targets.AT_MOST, 2.5),
+            ("floor", targets.AT_MOST, 2.4),
+            ("float32", targets.AT_MOST, 1),
+            ("compile", targets.AT_LEAST, 1),
+        )
+    ]
+    assert [passed for _, passed in judged] == [True, False, True, False, False, False]
+    assert [value for value, _ in judged] == [15, 15, 2.5, 2.5, 1.5, None]
+    assert all(target.loss in SPECS for table in targets.TARGETS.values() for target in table)
+
+
+def test_the_suite_runs_and_reports(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    chosen = "cifar100_b64 and -kd- and (eager or floor or triton)"
+    options = ["--device", "cpu", "--budget", "0.01", "--output", str(tmp_path), "-k", chosen]
+    assert run.main(options) == 0
+    (data,) = tmp_path.glob("*.json")
+    written = json.loads(data.read_text())
+    assert {(r["contender"], r["mode"]) for r in written["results"]} == {
+        (name, mode) for name in ("eager", "floor") for mode in MODES
+    }
+    assert all(r["median_s"] > 0 and r["peak_bytes"] >= 0 for r in written["results"])
+    assert "interpreted" in written["skipped"]["triton"]
+    assert "| CIFAR-100 64x100 | KD |" in data.with_suffix(".md").read_text()
+
+
+def test_info_reports_every_loss_and_backend() -> None:
+    facts = info.info()
+    assert facts["losses"]["cpu"].keys() == SPECS.keys()
+    assert all(not backends["reference"] for backends in facts["losses"]["cpu"].values())
+    text = "\n".join(info.lines(facts))
+    assert all(name in text for name in SPECS) and "extension:" in text
+
+
+def test_info_says_how_to_add_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(info.native, "extension", lambda: None)
+    monkeypatch.setattr(info.native, "reason", lambda: "the extension did not load")
+    monkeypatch.delenv("KDKERNELS_DISABLE_NATIVE", raising=False)
+    text = "\n".join(info.lines(info.info()))
+    assert "no C++ compiler found" in text and "pip install --no-build-isolation" in text
+    monkeypatch.setenv("KDKERNELS_DISABLE_NATIVE", "1")
+    assert "unset KDKERNELS_DISABLE_NATIVE" in "\n".join(info.lines(info.info()))
+
+
+def test_info_is_a_command() -> None:
+    command = [sys.executable, "-m", "kdkernels.info"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("kdkernels ") and "reference" in shown.stdout

@@ -1,0 +1,171 @@
+"""What IE-KD promises beyond values: invariance, degenerate samples, layouts; and threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import _dispatch, functional as K
+from kdkernels.registry import SPECS
+
+FUSED = ("iekd", "tuple_matching")
+REASONS = _dispatch.why_not(SPECS["iekd"], "native", torch.empty(0))
+backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("native", marks=pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))),
+        "reference",
+    ],
+)
+similarities = pytest.mark.parametrize("similarity", ("l1", "cosine"))
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves, retain_graph=True)
+
+
+def labels(count: int, classes: int, seed: int = 0) -> Tensor:
+    return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@backends
+@similarities
+def test_iekd_ignores_the_scale_of_a_sample(backend: str, similarity: str) -> None:
+    factors = [draw(5, 3, 4, 4, seed=s).requires_grad_() for s in range(3)]
+    scales = torch.tensor([1e-9, 1e9, 3.0, 0.5, 1e4], dtype=torch.float64)[:, None, None, None]
+    options: dict[str, Any] = {"similarity": similarity, "backend": backend}
+    loss = K.iekd_loss(factors[0], factors[1], factors[2].detach(), **options)
+    scaled = [(f * scales).detach().requires_grad_() for f in factors]
+    same = K.iekd_loss(scaled[0], scaled[1], scaled[2].detach(), **options)
+    assert torch.allclose(loss, same, rtol=1e-9)
+    before, after = gradients(loss, *factors[:2]), gradients(same, *scaled[:2])
+    for a, b, f in zip(before, after, factors, strict=False):
+        assert torch.allclose(a, b * scales, rtol=1e-6, atol=1e-12)
+        # Nothing pulls along the sample itself.
+        assert (a * f).flatten(1).sum(1).abs().max() < 1e-12 * a.norm() * f.norm()
+
+
+@backends
+@similarities
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_iekd_degenerate_samples(backend: str, similarity: str, dtype: torch.dtype) -> None:
+    inh, exp, teacher = (draw(4, 70, seed=s).to(dtype) for s in range(3))
+    inh[0] = teacher[0]
+    exp[0] = teacher[0]
+    inh[1], exp[1], teacher[1] = 0, 0, 0
+    exp[2] = -teacher[2]
+    inh.requires_grad_()
+    exp.requires_grad_()
+    loss = K.iekd_loss(inh, exp, teacher, similarity=similarity, backend=backend)
+    assert loss.isfinite()
+    for gradient in gradients(loss, inh, exp):
+        assert gradient.isfinite().all()
+        assert gradient[3].any()
+        assert not gradient[1].any()
+    alone = K.iekd_loss(inh[:1], exp[:1], teacher[:1], similarity=similarity, backend=backend)
+    size = 50.0 if similarity == "cosine" else 0.0
+    assert abs(alone - size) < 1e-3
+
+
+@backends
+def test_iekd_zero_student_matches_torch(backend: str) -> None:
+    inh, exp, teacher = torch.zeros(2, 9).requires_grad_(), draw(2, 9).float(), draw(2, 9).float()
+    (mine,) = gradients(K.iekd_loss(inh, exp, teacher, backend=backend), inh)
+    near = (F.normalize(inh) - F.normalize(teacher)).abs().mean() * 50
+    (theirs,) = gradients(near, inh)
+    assert torch.allclose(mine, theirs)
+
+
+@backends
+@pytest.mark.parametrize("which", ((True, False), (False, True), (False, False)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_iekd_any_subset_of_gradients(
+    backend: str, which: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    three = [draw(3, 20, seed=s).to(dtype) for s in range(3)]
+    both = [x.clone().requires_grad_() for x in three[:2]]
+    full = K.iekd_loss(*both, three[2], backend=backend)
+    expected = gradients(full, *both)
+    some = [x.clone().requires_grad_(w) for x, w in zip(three, which, strict=False)]
+    loss = K.iekd_loss(*some, three[2], backend=backend)
+    assert torch.equal(loss, full) and loss.requires_grad == any(which)
+    if any(which):
+        loss.backward()
+    for leaf, wanted, gradient in zip(some, which, expected, strict=True):
+        assert (leaf.grad is not None) == wanted
+        assert not wanted or torch.equal(leaf.grad, gradient)
+
+
+@backends
+@pytest.mark.parametrize("layout", ("channels_last", "slice", "mixed", "transposed"))
+def test_iekd_layouts(backend: str, layout: str) -> None:
+    plain = [draw(4, 6, 5, 3, seed=s).float() for s in range(3)]
+    if layout == "slice":
+        wide = [torch.cat([x, x], 1) for x in plain]
+        other = [x[:, :6] for x in wide]
+    elif layout == "transposed":
+        other = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain]
+    else:
+        last = torch.channels_last
+        other = [x.to(memory_format=last) for x in plain]
+        if layout == "mixed":
+            other[1] = plain[1].bfloat16()
+            plain[1] = other[1].float()
+    for three in (plain, other):
+        three[:2] = [x.detach().requires_grad_() for x in three[:2]]
+    a = K.iekd_loss(*plain, backend=backend)
+    b = K.iekd_loss(*other, backend=backend)
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    pairs = zip(gradients(a, *plain[:2]), gradients(b, *other[:2]), strict=True)
+    for x, y in pairs:
+        assert torch.allclose(x, y.float(), rtol=1e-2 if y.dtype != x.dtype else 1e-5, atol=1e-6)
+
+
+@backends
+def test_iekd_no_samples(backend: str) -> None:
+    inh = torch.zeros(0, 5, requires_grad=True)
+    loss = K.iekd_loss(inh, torch.zeros(0, 5), torch.zeros(0, 5), backend=backend)
+    loss.backward()
+    assert loss == 0 and inh.grad is not None and inh.grad.shape == (0, 5)
+
+
+@pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
+def test_threads_change_no_bit() -> None:
+    inh, exp, teacher = (draw(64, 33, 9, 3, seed=s).float() for s in range(3))
+    student, other, target = draw(90, 7).float(), draw(90, 8).float(), labels(90, 4)
+    inh.requires_grad_()
+    student.requires_grad_()
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            a = K.iekd_loss(inh, exp, teacher, backend="native")
+            b = K.tuple_matching_loss(student, other, target, backend="native")
+            results.append((a, b, *gradients(a + b, inh, student)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@backends
+@pytest.mark.parametrize("name", FUSED)
+def test_no_silent_double_backward(backend: str, name: str) -> None:
+    spec = SPECS[name]
+    assert spec.inputs is not None
+    if backend == "reference":
+        pytest.skip("the reference is differentiated by autograd")
+    student, *rest = spec.inputs(torch.Generator().manual_seed(0), torch.float64)
+    student.requires_grad_()
+    loss = spec.function(student, *rest, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(gradient.square().sum(), student)

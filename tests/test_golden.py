@@ -1,0 +1,168 @@
+"""Numbers computed by hand, independent of the reference.
+
+Logits are ``T log w`` with small whole weights w, so the probabilities are the fractions
+``w / sum(w)`` and every value below can be checked on paper. R(a, b) is the exact fraction a / b.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction as R
+from typing import Any
+
+import pytest
+import torch
+from cases import LOSSES, Case, at_temperature, each, value_and_grad
+from torch import Tensor
+
+from kdkernels.registry import SPECS
+
+
+@dataclass
+class Golden:
+    """Weights of student and teacher; loss and gradient at temperature 1 and reduction 'sum'."""
+
+    student: list[list[int]]
+    teacher: list[list[int]]
+    loss: float
+    gradient: list[list[R | int]]
+    target: list[int] = field(default_factory=lambda: [0])
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def ln(a: int, b: int = 1) -> float:
+    return math.log(R(a, b))
+
+
+GOLDEN: dict[str, list[Golden]] = {
+    "kd": [
+        # q = (1/4, 3/4), p = (1/2, 1/2):  1/2 ln 2 + 1/2 ln 2/3
+        Golden([[1, 3]], [[1, 1]], ln(4, 3) / 2, [[R(-1, 4), R(1, 4)]]),
+        # q = (1/8, 2/8, 5/8), p = (1/2, 1/4, 1/4):  1/2 ln 4 + 0 + 1/4 ln 2/5
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            ln(4) / 2 + ln(2, 5) / 4,
+            [[R(-3, 8), 0, R(3, 8)]],
+        ),
+        # p = (1/2, 1/2, 0): the impossible class contributes nothing, and pulls q down
+        Golden([[1, 1, 2]], [[1, 1, 0]], ln(2), [[R(-1, 4), R(-1, 4), R(1, 2)]]),
+        # p = q on a class both exclude; two rows
+        Golden(
+            [[1, 3, 0], [1, 1, 2]],
+            [[1, 1, 0], [1, 1, 2]],
+            ln(4, 3) / 2,
+            [[R(-1, 4), R(1, 4), 0], [0, 0, 0]],
+        ),
+    ],
+    "dkd": [
+        # p_t = 1/2, q_t = 1/8.  TCKD = 1/2 ln 4 + 1/2 ln 4/7; q_t - p_t = -3/8, q^ = (2/7, 5/7)
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            ln(16, 7) / 2,
+            [[R(-3, 8), R(3, 28), R(15, 56)]],
+            options={"alpha": 1.0, "beta": 0.0},
+        ),
+        # p^ = (1/2, 1/2):  NCKD = 1/2 ln 7/4 + 1/2 ln 7/10
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            ln(49, 40) / 2,
+            [[0, R(-3, 14), R(3, 14)]],
+            options={"alpha": 0.0, "beta": 1.0},
+        ),
+        # target 2: p_t = 1/4, q_t = 5/8; p^ = (2/3, 1/3), q^ = (1/3, 2/3)
+        #   TCKD = 1/4 ln 2/5 + 3/4 ln 2;  NCKD = 2/3 ln 2 - 1/3 ln 2 = 1/3 ln 2
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            2 * (ln(2, 5) / 4 + ln(2) * 3 / 4) + 4 * ln(2) / 3,
+            [[R(-1, 4) - R(4, 3), R(-1, 2) + R(4, 3), R(3, 4)]],
+            target=[2],
+            options={"alpha": 2.0, "beta": 4.0},
+        ),
+    ],
+    "dist": [
+        # row 1: q~ = (-1, 2, -1)/12, p~ = (2, -1, -1)/12, norms^2 = 1/24, q~ p~ = -1/48,
+        # so rho = -1/48 / (1/24 + eps) = -1/4 with eps = 1/24;  row 2: equal, rho = 1/2
+        Golden(
+            [[1, 2, 1], [1, 1, 2]],
+            [[2, 1, 1], [1, 1, 2]],
+            (1 + 0.25) + (1 - 0.5),
+            [],
+            options={"beta": 1.0, "gamma": 0.0, "eps": 1 / 24},
+        ),
+        # columns of the same: the first two are constant in q or in p, rho = 0; the third agrees
+        Golden(
+            [[1, 2, 1], [1, 1, 2]],
+            [[2, 1, 1], [1, 1, 2]],
+            3 * (1 + 1 + 0),
+            [],
+            options={"beta": 0.0, "gamma": 3.0},
+        ),
+        # one row, rho = -1/2: d rho / dq = (3, 0, -3), so d loss / dq = (-3, 0, 3), mean under q 0
+        Golden(
+            [[1, 2, 1]],
+            [[2, 1, 1]],
+            1.5,
+            [[R(-3, 4), 0, R(3, 4)]],
+            options={"beta": 1.0, "gamma": 0.0},
+        ),
+        # q columns (1, 2, 1)/4 and (3, 2, 3)/4, p columns (2, 1, 1)/4 and (2, 3, 3)/4: rho = -1/2
+        # in both; d loss / dq = (-3, 0, 3) and (3, 0, -3)
+        Golden(
+            [[1, 3], [2, 2], [1, 3]],
+            [[2, 2], [1, 3], [1, 3]],
+            3.0,
+            [[R(-9, 8), R(9, 8)], [0, 0], [R(9, 8), R(-9, 8)]],
+            options={"beta": 0.0, "gamma": 1.0},
+        ),
+    ],
+}
+
+
+def _logits(weights: list[list[int]], temperature: float, dtype: torch.dtype) -> Tensor:
+    return temperature * torch.tensor(weights, dtype=torch.float64).log().to(dtype)
+
+
+@each(
+    [spec for spec in LOSSES if spec.name in GOLDEN],
+    dtype={"float64": torch.float64, "float32": torch.float32},
+    temperature=(1.0, 2.0),
+)
+def test_golden(case: Case, dtype: torch.dtype, temperature: float) -> None:
+    tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-12}
+    for golden in GOLDEN[case.spec.name]:
+        student = _logits(golden.student, temperature, dtype).to(case.device)
+        teacher = _logits(golden.teacher, temperature, dtype).to(case.device)
+        options = {**golden.options, **at_temperature(case.spec, temperature)}
+        if case.spec.needs_target:
+            options["target"] = torch.tensor(golden.target, device=case.device)
+        if "eps" not in options and case.spec.name == "dist":
+            options["eps"] = 1e-20  # not felt where norms are 1/24; keeps 0 / 0 away
+        loss, gradient = value_and_grad(case, student, teacher, reduction="sum", **options)
+        expected = torch.tensor(temperature**2 * golden.loss, dtype=dtype)
+        torch.testing.assert_close(loss.cpu(), expected, **tolerance)
+        if golden.gradient:
+            rows = [[temperature * float(g) for g in row] for row in golden.gradient]
+            expected = torch.tensor(rows, dtype=dtype)
+            torch.testing.assert_close(gradient.cpu(), expected, **tolerance)
+
+
+@each([SPECS["kd"]], dtype={"float64": torch.float64, "float32": torch.float32})
+def test_uniform_student_costs_the_logarithm_of_the_classes(case: Case, dtype) -> None:
+    """A certain teacher against a uniform student: exactly ln C, at every size."""
+    for classes in case.pick((2, 8, 10, 1000, 32768), (2, 8, 40)):
+        teacher = torch.full((1, classes), -torch.inf, dtype=dtype, device=case.device)
+        teacher[0, classes // 2] = 3.0
+        loss = case(torch.zeros_like(teacher), teacher, temperature=1.0)
+        assert loss.item() == pytest.approx(math.log(classes), rel=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("spec", LOSSES, ids=lambda spec: spec.name)
+def test_every_loss_has_numbers_by_hand(spec) -> None:
+    if spec.name not in GOLDEN:
+        pytest.skip(f"nobody has computed numbers for {spec.name} by hand yet: add them to GOLDEN")
+    assert any(golden.gradient for golden in GOLDEN[spec.name])

@@ -1,0 +1,103 @@
+"""Gradients against finite differences in float64; a second differentiation raises.
+
+Where a weight computed from the student counts as a constant, the gradient is by design not the
+derivative of the value: those losses are differentiated with the weight switched off, and
+``test_losses.py`` compares the gradient with the reference's at all settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import LOSSES, Case, each, each_sample, reductions, value_and_grad
+from inputs import make
+from layouts import LAYOUTS, target_for
+from torch import Tensor
+
+
+def _weight_off(case: Case) -> dict[str, float]:
+    """The option that makes the gradient the derivative of the value, where one is needed."""
+    return {case.spec.constant_weight: 0.0} if case.spec.constant_weight else {}
+
+
+def _gradcheck(
+    case: Case, student: Tensor, teacher: Tensor, target: Tensor, fast: bool, **options: Any
+) -> None:
+    if case.spec.takes_target:
+        options["target"] = target
+    options |= _weight_off(case)
+
+    def function(s: Tensor) -> Tensor:
+        return case(s, teacher, **options)
+
+    # Backward runs twice and must agree to the bit (nondet_tol).
+    torch.autograd.gradcheck(
+        function,
+        (student.detach().requires_grad_(),),
+        fast_mode=fast,
+        nondet_tol=0.0,
+        atol=1e-6,
+        rtol=1e-4,
+    )
+
+
+@each_sample()
+def test_gradcheck(case: Case, options: dict[str, Any]) -> None:
+    rows, classes = case.pick((3, 13), (2, 7))
+    student, teacher, target = make("gaussian", rows, classes, dtype=torch.float64)
+    student, teacher, target = (x.to(case.device) for x in (student / 3, teacher / 3, target))
+    for reduction in reductions(case.spec):
+        kwargs = {**options, "reduction": reduction}
+        _gradcheck(case, student, teacher, target, case.interpreted, **kwargs)
+
+
+@each(layout=("transposed", "image", "tokens_shifted"))
+def test_gradcheck_of_layouts(case: Case, layout: str) -> None:
+    student, teacher, target = make("gaussian", 12, case.pick(33, 5), dtype=torch.float64)
+    student, teacher = (LAYOUTS[layout](x.to(case.device) / 3) for x in (student, teacher))
+    target = target_for(student, target.to(case.device))
+    _gradcheck(case, student, teacher, target, True)
+
+
+@each([s for s in LOSSES if s.takes_target])
+def test_gradcheck_with_ignored_rows(case: Case) -> None:
+    student, teacher, target = make("gaussian", 4, 9, dtype=torch.float64, device=case.device)
+    target[1] = -100
+    for reduction in reductions(case.spec):
+        _gradcheck(case, student / 3, teacher / 3, target, True, reduction=reduction)
+
+
+@each()
+def test_many_classes(case: Case) -> None:
+    """More classes than any block, in a few directions."""
+    classes = case.pick(5003, 130)
+    student, teacher, target = make("gaussian", 2, classes, dtype=torch.float64, device=case.device)
+    for reduction in reductions(case.spec):
+        options = {"reduction": reduction, **_weight_off(case)}
+        _, gradient = value_and_grad(case, student, teacher, target, **options)
+        for seed in range(3):
+            step = torch.randn(student.shape, generator=torch.Generator().manual_seed(seed)).to(
+                student
+            )
+            weights = (torch.arange(1, 3).to(student) / 4 - 1) if reduction == "none" else 1.0
+            high, low = (
+                (case(student + sign * 1e-5 * step, teacher, target, **options) * weights).sum()
+                for sign in (1, -1)
+            )
+            slope = (high - low) / 2e-5
+            torch.testing.assert_close((gradient * step).sum(), slope, rtol=1e-5, atol=1e-8)
+
+
+@each(kernels=True)
+def test_double_backward_raises(case: Case) -> None:
+    """Wrong second derivatives must not come silently."""
+    student, teacher, target = make("gaussian", 3, 5, dtype=torch.float64, device=case.device)
+    student.requires_grad_()
+    for reduction in reductions(case.spec):
+        loss = case(student, teacher, target, reduction=reduction).sum()
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        assert gradient.requires_grad
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            gradient.square().sum().backward()

@@ -1,0 +1,72 @@
+"""The numerical contract, line 3: ignored rows are exact zeros; no rows give an attached zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import LOSSES, Case, each, reductions, same_bits, value_and_grad
+from inputs import DTYPES, dtype_id, make
+from torch import Tensor
+
+NAN, INF = float("nan"), float("inf")
+MASKABLE = [spec for spec in LOSSES if spec.takes_target]
+
+
+@each(MASKABLE, ignore_index=(-100, 0, 36, 255, -(2**40)), whose=("student", "teacher", "both"))
+def test_ignored_rows_are_exact_zeros(case: Case, ignore_index: int, whose: str) -> None:
+    student, teacher, target = make("gaussian", 6, 37, device=case.device)
+    target = target.clamp(1, 35)
+    ignored = torch.tensor([False, True, False, True, False, True], device=case.device)
+    target[ignored] = ignore_index
+    s, t = student.clone(), teacher.clone()
+    if whose != "teacher":
+        s[1], s[3] = NAN, -INF
+    if whose != "student":
+        t[1], t[5] = INF, NAN
+    options = {"target": target, "ignore_index": ignore_index}
+    for reduction in reductions(case.spec):
+        loss, gradient = value_and_grad(case, s, t, **options, reduction=reduction)
+        assert same_bits(gradient[ignored], torch.zeros_like(gradient[ignored]))
+        clean, clean_gradient = value_and_grad(
+            case, student, teacher, **options, reduction=reduction
+        )
+        assert same_bits(loss, clean) and same_bits(gradient, clean_gradient)
+        if reduction == "none":
+            assert same_bits(loss[ignored], torch.zeros_like(loss[ignored]))
+            assert (loss[~ignored] != 0).all()
+            continue
+        kept = {**options, "target": target[~ignored]}
+        without = value_and_grad(
+            case, student[~ignored], teacher[~ignored], **kept, reduction=reduction
+        )
+        torch.testing.assert_close(loss, without[0])
+        torch.testing.assert_close(gradient[~ignored], without[1])
+
+
+def _assert_attached_zero(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> None:
+    for reduction in reductions(case.spec):
+        s = student.clone().requires_grad_()
+        loss = case(s, teacher, reduction=reduction, **options)
+        assert loss.requires_grad
+        assert same_bits(loss.detach(), torch.zeros_like(loss))
+        loss.sum().backward()
+        assert s.grad is not None
+        assert same_bits(s.grad, torch.zeros_like(student))
+
+
+@each(MASKABLE, dtype={dtype_id(d): d for d in DTYPES})
+def test_all_rows_ignored(case: Case, dtype: torch.dtype) -> None:
+    student = torch.full((4, 7), NAN, device=case.device, dtype=dtype)
+    target = torch.full((4,), -100, device=case.device)
+    _assert_attached_zero(case, student, student.clone(), target=target)
+
+
+@each(shape={"x".join(map(str, s)): s for s in ((0, 7), (2, 0, 7), (0, 7, 2, 2), (2, 7, 0, 3))})
+def test_no_rows(case: Case, shape: tuple[int, ...]) -> None:
+    student = torch.empty(shape, device=case.device)
+    rows = shape[:1] + shape[2:] if len(shape) == 4 else shape[:-1]
+    options = {}
+    if case.spec.takes_target:
+        options["target"] = torch.empty(rows, dtype=torch.int64, device=case.device)
+    _assert_attached_zero(case, student, student.clone(), **options)
