@@ -84,6 +84,34 @@ GOLDEN: dict[str, list[Golden]] = {
             options={"alpha": 2.0, "beta": 4.0},
         ),
     ],
+    "aekt": [
+        # DKD's first case: the ratio p_t / q_t is (1/2) / (1/8) = 4, bounded by 3
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            3 * ln(16, 7) / 2,
+            [[R(-9, 8), R(9, 28), R(45, 56)]],
+            options={"alpha": 1.0, "beta": 0.0, "kappa": 1.0, "ratio_max": 3.0},
+        ),
+        # and with kappa = 1/2 its weight is 2
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            2 * ln(16, 7) / 2,
+            [[R(-6, 8), R(6, 28), R(30, 56)]],
+            options={"alpha": 1.0, "beta": 0.0, "kappa": 0.5, "ratio_max": 9.0},
+        ),
+        # DKD's third case: the ratio is (1/4) / (5/8) = 2/5, squared 4/25
+        #   q_t - p_t = 3/8, q^ = (1/3, 2/3): explicit gradient 2 (4/25) (3/8) (-1/3, -2/3, 1)
+        Golden(
+            [[1, 2, 5]],
+            [[2, 1, 1]],
+            2 * R(4, 25) * (ln(2, 5) / 4 + ln(2) * 3 / 4) + 4 * ln(2) / 3,
+            [[R(-1, 25) - R(4, 3), R(-2, 25) + R(4, 3), R(3, 25)]],
+            target=[2],
+            options={"alpha": 2.0, "beta": 4.0, "kappa": 2.0},
+        ),
+    ],
     "dist": [
         # row 1: q~ = (-1, 2, -1)/12, p~ = (2, -1, -1)/12, norms^2 = 1/24, q~ p~ = -1/48,
         # so rho = -1/48 / (1/24 + eps) = -1/4 with eps = 1/24;  row 2: equal, rho = 1/2
