@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdkernels.registry import SPECS
+from kdkernels.registry import SPECS, LossSpec
 
-from .contenders import CONTENDERS, KERNELS
+from . import contenders
+from .contenders import KERNELS
 from .machine import default_device
-from .shapes import MODES, WORKLOADS
+from .shapes import MODES, WORKLOADS, Workload, suits
 
 HALF_CONTENDERS = (*KERNELS, "floor")
 """In bfloat16 the kernels are compared with themselves in float32, at a few workloads."""
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kdkernels benchmarks")
     group.addoption("--device", default=default_device(), help="cpu or cuda")
     group.addoption("--quick", action="store_true", help="a few workloads, forward + backward only")
-    group.addoption("--budget", type=float, default=0.8, help="seconds of timing for each case")
+    group.addoption("--budget", type=float, default=0.4, help="seconds of timing for each case")
     group.addoption("--with-reference", action="store_true", help="time the reference backend too")
 
 
@@ -27,8 +28,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
-    quick = option("--quick", default=False)
-    extra = ("reference",) if option("--with-reference", default=False) else ()
+    quick, device = option("--quick", default=False), option("--device", default="cpu")
+    with_reference = option("--with-reference", default=False)
+
+    def names(spec: LossSpec, workload: Workload) -> tuple[str, ...]:
+        # An embedding loss whose kernels are for other devices runs its reference here.
+        alone = workload.features and contenders.ours(spec, device) == "reference"
+        usual = contenders.contenders(spec, workload)
+        return (*usual, "reference") if with_reference or alone else usual
+
     # The contenders of a comparison are neighbours in time: they turn fastest.
     cases = [
         pytest.param(
@@ -44,9 +52,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for dtype in (torch.float32, torch.bfloat16)
         if dtype == torch.float32 or (workload.half and not quick)
         for spec in SPECS.values()
-        if spec.family != "embedding"  # these take no logits: embedding_eager.py
+        if suits(workload, spec)
         for mode in MODES
         if mode == "forward_backward" or not (quick or dtype != torch.float32)
-        for name in ((*CONTENDERS, *extra) if dtype == torch.float32 else HALF_CONTENDERS)
+        for name in (HALF_CONTENDERS if dtype != torch.float32 else names(spec, workload))
     ]
     metafunc.parametrize(("spec", "workload", "dtype", "mode", "contender"), cases)

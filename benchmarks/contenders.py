@@ -1,10 +1,11 @@
-"""Who is timed, and why somebody is not: eager, compiled eager, each backend, and the floor."""
+"""Who is timed, and why somebody is not: eager, compiled eager, the library, and the floor."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,29 @@ from kdkernels.registry import LossSpec
 
 from .eager import eager
 from .problem import Problem
+from .shapes import Workload
 
 KERNELS = ("native", "triton")
 """Backends of the library that are worth timing, the preferred one first."""
 
-CONTENDERS = ("eager", "compile", *KERNELS, "floor")
+COMPOSED = "composed"
+"""A loss without kernels of its own, as the library runs it: with ``backend=None``."""
+
+NOT_COMPILED = {
+    "tuple_matching": "the number of tuples depends on the data, so torch.compile breaks the eager"
+    " form into pieces, and what they mine at the edge of the band is not what eager mines"
+}
+"""Losses whose compiled eager form does not work, with the reason."""
+
+
+def own(spec: LossSpec) -> tuple[str, ...]:
+    """What of the library is worth timing for a loss."""
+    return tuple(name for name in KERNELS if name in spec.backends) or (COMPOSED,)
+
+
+def contenders(spec: LossSpec, workload: Workload) -> tuple[str, ...]:
+    """Who takes part for a loss at a workload."""
+    return ("eager", "compile", *own(spec), *(("floor",) if workload.floor else ()))
 
 
 def why_not(name: str, spec: LossSpec, device: str) -> list[str]:
@@ -27,7 +46,9 @@ def why_not(name: str, spec: LossSpec, device: str) -> list[str]:
     if name in ("eager", "floor"):
         return []
     if name == "compile":
-        return _compile_reasons(device)
+        return _compile_reasons(spec, device)
+    if name == COMPOSED:
+        return [] if own(spec) == (COMPOSED,) else [f"{spec.name} has kernels of its own"]
     if name == "triton" and device == "cpu":
         return ["on the CPU Triton is interpreted, which is for tests and not for timing"]
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -35,20 +56,25 @@ def why_not(name: str, spec: LossSpec, device: str) -> list[str]:
     return _dispatch.why_not(spec, name, torch.empty(0, device=device))
 
 
-def _compile_reasons(device: str) -> list[str]:
+def _compile_reasons(spec: LossSpec, device: str) -> list[str]:
+    if spec.name in NOT_COMPILED:
+        return [NOT_COMPILED[spec.name]]
     if device == "cpu" and cpp_compiler() is None:
         return ["torch.compile needs a C++ compiler for CPU tensors"]
     return []
 
 
-def build(name: str, problem: Problem) -> Callable[..., Tensor]:
+def build(name: str, problem: Problem) -> Callable[..., Any]:
     """The function ``(student, teacher[, target]) -> loss`` of a contender.
 
     The floor is ``torch.add(student, teacher)``: it reads both inputs and writes one tensor of the
-    same size, which is the traffic of forward + backward and nothing else.
+    same size, which is the traffic of forward + backward and nothing else. A loss of two student
+    tensors has two of them.
     """
     if name == "floor":
-        return _add
+        return functools.partial(_add, len(problem.students))
+    if name == COMPOSED:
+        return problem.spec.function
     if name == "eager":
         return eager(problem.spec)
     if name == "compile":
@@ -60,11 +86,13 @@ def build(name: str, problem: Problem) -> Callable[..., Tensor]:
     return functools.partial(problem.spec.function, backend=name)
 
 
-def _add(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
-    return torch.add(student, teacher)
+def _add(students: int, *inputs: Tensor) -> Tensor | list[Tensor]:
+    if students == 1:
+        return torch.add(inputs[0], inputs[1])
+    return [torch.add(student, inputs[students]) for student in inputs[:students]]
 
 
 def ours(spec: LossSpec, device: str) -> str:
     """The backend of the library that is timed on this device."""
-    able = (name for name in KERNELS if not why_not(name, spec, device))
+    able = (name for name in own(spec) if not why_not(name, spec, device))
     return next(able, "reference")

@@ -1,21 +1,23 @@
 """The losses as people write them without this library: a few lines of eager PyTorch.
 
 They follow the form of the code published with the papers, because that is what is copied into
-projects: DKD builds one-hot masks and shifts the target logit by -1000, DIST computes the cosine
-of centred rows and transposes for the columns. For (N, C, H, W) KD and DKD work on dim 1 in place,
-which is their fastest form, and DIST flattens the pixels to rows, as its authors do.
+projects: DKD builds one-hot masks and shifts the target logit by -1000, AEKT does so too, DIST
+computes the cosine of centred rows and transposes for the columns. For (N, C, H, W) KD, DKD and
+AEKT work on dim 1 in place, which is their fastest form, and DIST flattens the pixels to rows, as
+its authors do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.registry import LossSpec
+
+from . import embedding_eager
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -34,6 +36,22 @@ def _collapse(probs: Tensor, target_mask: Tensor, other_mask: Tensor) -> Tensor:
     return torch.cat([target, others], dim=1)
 
 
+def _decouple(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student and teacher as [target, others], then as log and probabilities of the others."""
+    index = target.unsqueeze(1)
+    target_mask = torch.zeros_like(student).scatter_(1, index, 1).bool()
+    other_mask = torch.ones_like(student).scatter_(1, index, 0).bool()
+    q = F.softmax(student / temperature, dim=1)
+    p = F.softmax(teacher / temperature, dim=1)
+    q_pair = _collapse(q, target_mask, other_mask)
+    p_pair = _collapse(p, target_mask, other_mask)
+    p_others = F.softmax(teacher / temperature - 1000.0 * target_mask, dim=1)
+    log_q_others = F.log_softmax(student / temperature - 1000.0 * target_mask, dim=1)
+    return q_pair, p_pair, log_q_others, p_others
+
+
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -42,18 +60,27 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    index = target.unsqueeze(1)
-    target_mask = torch.zeros_like(student).scatter_(1, index, 1).bool()
-    other_mask = torch.ones_like(student).scatter_(1, index, 0).bool()
-    q = F.softmax(student / temperature, dim=1)
-    p = F.softmax(teacher / temperature, dim=1)
-    log_q_pair = torch.log(_collapse(q, target_mask, other_mask))
-    p_pair = _collapse(p, target_mask, other_mask)
-    rows = target.numel()
-    scale = temperature**2 / rows
-    tckd = F.kl_div(log_q_pair, p_pair, reduction="sum") * scale
-    p_others = F.softmax(teacher / temperature - 1000.0 * target_mask, dim=1)
-    log_q_others = F.log_softmax(student / temperature - 1000.0 * target_mask, dim=1)
+    q_pair, p_pair, log_q_others, p_others = _decouple(student, teacher, target, temperature)
+    scale = temperature**2 / target.numel()
+    tckd = F.kl_div(torch.log(q_pair), p_pair, reduction="sum") * scale
+    nckd = F.kl_div(log_q_others, p_others, reduction="sum") * scale
+    return alpha * tckd + beta * nckd
+
+
+def aekt(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    ratio_max: float = 10.0,
+) -> Tensor:
+    """DKD with each row's TCKD times the teacher/student ratio of the target, a constant."""
+    q_pair, p_pair, log_q_others, p_others = _decouple(student, teacher, target, temperature)
+    scale = temperature**2 / target.numel()
+    ratio = (p_pair[:, :1] / q_pair[:, :1].detach()).clamp(max=ratio_max)
+    tckd = (ratio * F.kl_div(torch.log(q_pair), p_pair, reduction="none")).sum() * scale
     nckd = F.kl_div(log_q_others, p_others, reduction="sum") * scale
     return alpha * tckd + beta * nckd
 
@@ -85,7 +112,9 @@ def dist(
     return beta * inter + gamma * intra
 
 
-EAGER: dict[str, Callable[..., Tensor]] = {"kd": kd, "dkd": dkd, "dist": dist}
+EAGER: dict[str, Callable[..., Tensor]] = {
+    "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, **embedding_eager.EAGER,
+}  # fmt: skip
 
 
 def eager(spec: LossSpec) -> Callable[..., Tensor]:
@@ -99,10 +128,9 @@ def eager(spec: LossSpec) -> Callable[..., Tensor]:
         return reference
     form: Callable[..., Tensor] = written
 
-    def loss(student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    def loss(*args: Tensor) -> Tensor:
         # Under autocast softmax and kl_div run in float32, whatever the dtype of the logits.
-        if student.dtype in (torch.float16, torch.bfloat16):
-            student, teacher = student.float(), teacher.float()
-        return form(student, teacher, *args)
+        half = (torch.float16, torch.bfloat16)
+        return form(*(x.float() if x.dtype in half else x for x in args))
 
     return loss

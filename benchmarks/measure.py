@@ -21,15 +21,15 @@ MIN_ROUND = 2e-3
 
 def step(function: Callable[..., Tensor], problem: Problem, mode: str, floor: bool = False) -> Step:
     """The measured step: the loss without gradients, or the loss and ``backward()``."""
-    student, arguments = problem.student, problem.arguments
+    inputs = problem.inputs
 
     def forward() -> None:
         with torch.no_grad():
-            function(student, *arguments)
+            function(*inputs)
 
     def forward_backward() -> None:
-        student.grad = None
-        function(student, *arguments).backward()
+        problem.forget_gradients()
+        function(*inputs).backward()
 
     return forward if floor or mode == "forward" else forward_backward
 
@@ -107,7 +107,7 @@ def interleaved(bodies: Mapping[str, Step], device: str, budget: float) -> dict[
 
 def peak_bytes(body: Step, problem: Problem) -> int:
     """Peak of the memory that a step allocates beside its inputs, outputs included."""
-    problem.student.grad = None
+    problem.forget_gradients()
     if problem.device == "cuda":
         return _cuda_peak(body)
     if problem.device == "cpu":

@@ -1,4 +1,4 @@
-"""The figure: time over the floor and peak memory, a panel for each loss."""
+"""The figures: time and peak memory, a panel for each loss of logits, a row for each other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ GRID = "#e5e7eb"
 
 
 def draw(run: dict[str, Any], path: Path) -> bool:
-    """Draw forward + backward in float32; False if nothing of it was timed."""
-    groups = select(compare(run["results"]), dtype="float32", mode="forward_backward")
+    """Draw the losses of logits, forward + backward in float32; False if none was timed."""
+    groups = [group for group in _groups(run) if not _of_features(group)]
     losses = list(dict.fromkeys(group.loss for group in groups))
     if not groups:
         return False
@@ -47,22 +47,57 @@ def draw(run: dict[str, Any], path: Path) -> bool:
     for line, measure, room in ((0, "times_floor", 4.0), (1, "gradients", 1.2)):
         known = [v for group in groups for n in STYLES if (v := getattr(group, measure)(n))]
         axes[line, 0].set_xlim(0.8 * min(1.0, *known), room * max(1.0, *known))
-    facts = run["machine"]
+    _finish(figure, axes[0, 0], run["machine"], 0.045)
+    figure.savefig(path)
+    return True
+
+
+def draw_features(run: dict[str, Any], path: Path) -> bool:
+    """Draw the losses of features and embeddings, which differ in shape: time over eager's."""
+    groups = [group for group in _groups(run) if _of_features(group)]
+    if not groups:
+        return False
+    own = {f"{SPECS[g.loss].title}: {_label(g.workload)}": g for g in groups}
+    figure = Figure(figsize=(12.0, 0.42 * len(own) + 2.4), dpi=140)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True, squeeze=False)
+    panels = (
+        ("times_eager", "time / eager PyTorch", 4.0),
+        ("gradients", "peak memory / the gradients", 1.2),
+    )
+    for column, (measure, caption, room) in enumerate(panels):
+        _panel(axes[0, column], own, list(own), measure)
+        axes[0, column].set_xlabel(caption)
+        known = [v for group in groups for n in STYLES if (v := getattr(group, measure)(n))]
+        axes[0, column].set_xlim(0.8 * min(1.0, *known), room * max(1.0, *known))
+    _finish(figure, axes[0, 0], run["machine"], 0.09)
+    figure.savefig(path)
+    return True
+
+
+def _groups(run: dict[str, Any]) -> list[Comparison]:
+    return select(compare(run["results"]), dtype="float32", mode="forward_backward")
+
+
+def _of_features(group: Comparison) -> bool:
+    return group.workload in BY_NAME and BY_NAME[group.workload].features and group.loss in SPECS
+
+
+def _finish(figure: Figure, axes: Axes, facts: dict[str, Any], legend: float) -> None:
+    """Title and legend; the legend takes a part of the height."""
     threads = f", {facts['threads']} threads" if facts["device"] == "cpu" else ""
     figure.suptitle(
         "Forward + backward, float32: left is better; the number is the speed-up over eager\n"
         f"{facts['name']}{threads}, torch {facts['torch']}, {facts['date']}",
         fontsize=11,
     )
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     order = [label for label, *_ in STYLES.values() if label in unique]
     figure.legend(
         [unique[label] for label in order], order, loc="lower center", ncols=3, frameon=False
     )
-    figure.tight_layout(rect=(0, 0.045, 1, 1))
-    figure.savefig(path)
-    return True
+    figure.tight_layout(rect=(0, legend, 1, 1))
 
 
 def _panel(axes: Axes, own: dict[str, Comparison], places: list[str], measure: str) -> None:
@@ -81,7 +116,7 @@ def _panel(axes: Axes, own: dict[str, Comparison], places: list[str], measure: s
                     linestyle="none", markeredgecolor="white", markeredgewidth=0.8,
                 )  # fmt: skip
         speedup = group.speedup("eager")
-        if measure == "times_floor" and speedup and values["eager"]:
+        if measure != "gradients" and speedup and values["eager"]:
             axes.annotate(
                 f"{speedup:.0f}x" if speedup >= 10 else f"{speedup:.1f}x",
                 (max(known), height), (8, 0), textcoords="offset points", va="center",
@@ -94,7 +129,7 @@ def _panel(axes: Axes, own: dict[str, Comparison], places: list[str], measure: s
     axes.tick_params(which="both", length=0)
     axes.grid(axis="x", color=GRID, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    ticks = (1.0,) if measure == "times_floor" else (1.0, 2.0, 5.0)
+    ticks = (1.0, 2.0, 5.0) if measure == "gradients" else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

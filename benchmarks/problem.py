@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdkernels.registry import LossSpec
 
+from .inputs import make
 from .shapes import Workload
 
 BOUNDS = {
@@ -31,7 +32,7 @@ class Refused(AssertionError):
 
 @dataclass(eq=False)
 class Problem:
-    """Inputs of a loss. The student is a leaf that requires grad, as the end of a network."""
+    """Inputs of a loss. The student's are leaves that require grad, as the end of a network."""
 
     spec: LossSpec
     workload: Workload
@@ -41,41 +42,46 @@ class Problem:
     """The compiled eager loss, shared by the modes."""
 
     def __post_init__(self) -> None:
-        shape = self.workload.shape
-        generator = torch.Generator().manual_seed(0)
-        teacher = torch.randn(shape, generator=generator) * 3
-        student = 0.5 * teacher + torch.randn(shape, generator=generator)
-        rows = (shape[0], *shape[2:])
-        self.target = torch.randint(shape[1], rows, generator=generator).to(self.device)
-        self.teacher = teacher.to(self.device, self.dtype)
-        self.student = student.to(self.device, self.dtype).requires_grad_()
+        students, constants = make(self.spec, self.workload)
+        self.students = tuple(self._place(x).requires_grad_() for x in students)
+        self.constants = tuple(self._place(x) for x in constants)
+
+    def _place(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """What follows the student in the call of the loss."""
-        return (self.teacher, self.target) if self.spec.needs_target else (self.teacher,)
+    def student(self) -> Tensor:
+        return self.students[0]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The arguments of the loss."""
+        return (*self.students, *self.constants)
+
+    def forget_gradients(self) -> None:
+        for student in self.students:
+            student.grad = None
 
     @property
     def floor_bytes(self) -> int:
-        """Bytes that forward + backward must move: read student and teacher, write the gradient."""
-        return 3 * self.student.numel() * self.student.element_size()
+        """Bytes that the floor moves: for each gradient, two tensors read and one written."""
+        return 3 * sum(student.numel() * student.element_size() for student in self.students)
 
     @functools.cached_property
-    def answer(self) -> tuple[float, Tensor]:
-        """Value and gradient of the float64 reference on the same rounded inputs."""
-        student = self.student.detach().double().requires_grad_()
-        rest = (self.teacher.double(), *self.arguments[1:])
-        loss = self.spec.function(student, *rest, backend="reference")
-        (gradient,) = torch.autograd.grad(loss, student)
-        return loss.item(), gradient
+    def answer(self) -> tuple[float, tuple[Tensor, ...]]:
+        """Value and gradients of the float64 reference on the same rounded inputs."""
+        students = [student.detach().double().requires_grad_() for student in self.students]
+        rest = (x.double() if x.is_floating_point() else x for x in self.constants)
+        loss = self.spec.function(*students, *rest, backend="reference")
+        return loss.item(), torch.autograd.grad(loss, students)
 
     def check(self, name: str, function: Callable[..., Tensor], mode: str) -> None:
         """Raise ``Refused`` unless what is about to be timed agrees with the float64 reference."""
         bound = BOUNDS[self.dtype]
-        value, gradient = self.answer
+        value, gradients = self.answer
         where = f"{name} of {self.spec.name} at {self.workload.size}"
         try:
-            errors = self._errors(function, mode, value, gradient)
+            errors = self._errors(function, mode, value, gradients)
         except Exception as error:  # whoever cannot run stops nobody else from being timed
             raise Refused(f"{where} failed: {type(error).__name__}: {error}") from error
         for what, size in errors.items():
@@ -86,26 +92,27 @@ class Problem:
                 )
 
     def _errors(
-        self, function: Callable[..., Tensor], mode: str, value: float, expected: Tensor
+        self, function: Callable[..., Tensor], mode: str, value: float, expected: Sequence[Tensor]
     ) -> dict[str, float]:
         if mode == "forward":  # kernels have a path of their own without gradients
             with torch.no_grad():
-                loss = function(self.student, *self.arguments)
+                loss = function(*self.inputs)
             return {"value": _relative(loss.item() - value, value)}
-        student = self.student.detach().requires_grad_()
-        loss = function(student, *self.arguments)
-        (gradient,) = torch.autograd.grad(loss, student)
-        difference = gradient.double().sub_(expected)
+        students = [student.detach().requires_grad_() for student in self.students]
+        loss = function(*students, *self.constants)
+        gradients = torch.autograd.grad(loss, students)
+        errors = {"value": _relative(loss.item() - value, value)}
         infinity = torch.inf
-        return {
-            "value": _relative(loss.item() - value, value),
-            "gradient (2-norm)": _relative(difference.norm().item(), expected.norm().item()),
+        for index, (got, right) in enumerate(zip(gradients, expected, strict=True)):
+            which = f"gradient {index + 1}" if index else "gradient"
+            difference = got.double().sub_(right)
+            errors[f"{which} (2-norm)"] = _relative(difference.norm().item(), right.norm().item())
             # A few wrong elements hide in the norm of millions.
-            "gradient (largest element)": _relative(
+            errors[f"{which} (largest element)"] = _relative(
                 torch.linalg.vector_norm(difference, infinity).item(),
-                torch.linalg.vector_norm(expected, infinity).item(),
-            ),
-        }
+                torch.linalg.vector_norm(right, infinity).item(),
+            )
+        return errors
 
 
 def _relative(error: float, size: float) -> float:

@@ -99,8 +99,10 @@ def markdown(run: dict[str, Any]) -> str:
         + f" ({', '.join(sorted(used)) or 'no backend timed'}); {facts['date']}.",
         "",
         "Medians in one process. *vs*: how many times faster kdkernels is. *over add*: its time as"
-        " a multiple of `torch.add(student, teacher)`, which moves the same bytes. *memory*: peak"
-        " beside the inputs.",
+        " a multiple of `torch.add(student, teacher)`, which moves the same bytes (for IE-KD one"
+        " for each of its two gradients; none where the work is in pairs or triples of rows)."
+        " *memory*: peak beside the inputs. *composed*: torch operations and other losses' kernels,"
+        " none of their own.",
     ]
     if run.get("warning"):
         lines += ["", f"**{run['warning'][0].upper()}{run['warning'][1:]}.**"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .contenders import KERNELS
+from .contenders import COMPOSED, KERNELS
 
 KEPT = ("loss", "workload", "shape", "dtype", "mode", "contender", "floor_bytes", "peak_bytes")
-OURS = (*KERNELS, "reference")
+OURS = (*KERNELS, COMPOSED, "reference")
 Result = dict[str, Any]
 
 
@@ -65,6 +65,10 @@ class Comparison:
     def times_floor(self, name: str) -> float | None:
         """The time of ``name`` as a multiple of the floor's."""
         return ratio(self.seconds(name), self.seconds("floor"))
+
+    def times_eager(self, name: str) -> float | None:
+        """The time of ``name`` as a multiple of eager's."""
+        return ratio(self.seconds(name), self.seconds("eager"))
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

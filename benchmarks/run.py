@@ -1,6 +1,6 @@
 """``python -m benchmarks.run``: run the suite; write JSON, a table of ratios and a plot.
 
-python -m benchmarks.run                      everything, some 10 to 15 minutes on two cores
+python -m benchmarks.run                      everything, about 12 minutes on two cores
 python -m benchmarks.run --quick              a few workloads, two to three minutes
 python -m benchmarks.run --render FILE.json   only draw the table and the plot again
 """
@@ -112,13 +112,17 @@ def failures(outcomes: Path) -> dict[str, str]:
 def skipped(device: str) -> dict[str, str]:
     """Contender -> why it is not timed; with the losses concerned where not all are."""
     reasons: dict[tuple[str, str], list[str]] = {}
-    for name in contenders.CONTENDERS:
+    runners: dict[str, int] = {}
+    for name in ("compile", *contenders.KERNELS):
         for spec in SPECS.values():
+            if name != "compile" and name not in contenders.own(spec):
+                continue
+            runners[name] = runners.get(name, 0) + 1
             why = "; ".join(contenders.why_not(name, spec, device))
             if why:
                 reasons.setdefault((name, why), []).append(spec.name)
     return {
-        name if len(losses) == len(SPECS) else f"{name} ({', '.join(losses)})": why
+        name if len(losses) == runners[name] else f"{name} ({', '.join(losses)})": why
         for (name, why), losses in reasons.items()
     }
 
@@ -129,12 +133,13 @@ def render(run: dict[str, Any], base: Path) -> list[Path]:
     table.write_text(markdown(run), encoding="utf-8")
     written = [table]
     try:
-        from .plot import draw
+        from .plot import draw, draw_features
     except ImportError as error:
         print(f"no plot: {error} (pip install matplotlib)")
         return written
-    picture = base.with_suffix(".png")
-    return [*written, picture] if draw(run, picture) else written
+    picture, features = base.with_suffix(".png"), base.with_name(f"{base.stem}-features.png")
+    written += [picture] if draw(run, picture) else []
+    return written + ([features] if draw_features(run, features) else [])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -149,7 +154,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--render", type=Path, metavar="JSON", help="run nothing, draw this file")
     options = parser.parse_args(arguments)
     if options.budget is None:
-        options.budget = 0.4 if options.quick else 0.8
+        options.budget = 0.3 if options.quick else 0.4
     return options
 
 

@@ -5,16 +5,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from kdkernels.registry import LossSpec
+
 
 @dataclass(frozen=True)
 class Workload:
-    """A shape with a name. ``quick`` and ``half`` say in which shorter runs it takes part."""
+    """A shape of the student's tensors with a name, and the losses that are timed at it.
+
+    ``quick`` and ``half`` say in which shorter runs it takes part. Without ``features`` it is one
+    of logits, for all losses of logits. With it, it is for the embedding losses that ``losses``
+    names, or, naming none, for all of its rank that no other workload names.
+    ``classes`` is the number of classes where that is not dim 1, ``width`` the width of the
+    teacher's embeddings where that is not the student's. ``floor`` says that reading and writing
+    tensors of this shape is what a perfect kernel would have to do, and not pairs or triples of
+    rows.
+    """
 
     name: str
     title: str
     shape: tuple[int, ...]
     quick: bool = False
     half: bool = False
+    features: bool = False
+    losses: tuple[str, ...] = ()
+    classes: int | None = None
+    width: int | None = None
+    floor: bool = True
 
     @property
     def elements(self) -> int:
@@ -22,7 +40,8 @@ class Workload:
 
     @property
     def size(self) -> str:
-        return "x".join(map(str, self.shape))
+        size = "x".join(map(str, self.shape))
+        return f"{size}, {self.classes} classes" if self.classes else size
 
     @property
     def label(self) -> str:
@@ -38,6 +57,32 @@ WORKLOADS = (
     Workload("llm_32k", "LLM", (256, 32000), quick=True, half=True),
     Workload("llm_128k", "LLM", (128, 128256)),
     Workload("segmentation", "Segmentation", (8, 150, 64, 64)),
-)
+    Workload("factors", "Factors", (128, 64, 8, 8), True, features=True, losses=("iekd",)),
+    *(
+        Workload(
+            f"tuples_{classes}", "Tuples", (256, 128), quick=classes == 100, features=True,
+            losses=("tuple_matching",), classes=classes, floor=False,
+        )
+        for classes in (10, 100)
+    ),
+    Workload(
+        "local_classes", "Local classes", (256, 100), features=True, losses=("local_classifier",),
+        width=128, floor=False,
+    ),
+    Workload("embeddings", "Embeddings", (128, 512), features=True, floor=False),
+    Workload("features", "Features", (64, 128, 16, 16), features=True),
+)  # fmt: skip
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 MODES = ("forward", "forward_backward")
+
+_NAMED = {name for workload in WORKLOADS for name in workload.losses}
+
+
+def suits(workload: Workload, spec: LossSpec) -> bool:
+    """Whether a loss is timed at a workload; each loss of the registry is at one at least."""
+    if spec.inputs is None or not workload.features:
+        return spec.inputs is None and not workload.features
+    if workload.losses or spec.name in _NAMED:
+        return spec.name in workload.losses
+    sample = spec.inputs(torch.Generator().manual_seed(0), torch.float32)
+    return sample[0].dim() == len(workload.shape)

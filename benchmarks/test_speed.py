@@ -52,7 +52,7 @@ def time_case(benchmark: Any, problem: Problem, name: str, mode: str, budget: fl
     )
     timed = measure.repeated(body, device, iterations)
     benchmark.pedantic(timed, rounds=rounds, iterations=iterations)
-    problem.student.grad = None
+    problem.forget_gradients()
 
 
 def test_speed(

@@ -17,7 +17,7 @@ from benchmarks import contenders, measure, report, run, targets
 from benchmarks.eager import EAGER, eager
 from benchmarks.problem import Problem, Refused
 from benchmarks.results import compare, trim
-from benchmarks.shapes import BY_NAME, MODES, WORKLOADS, Workload
+from benchmarks.shapes import BY_NAME, MODES, WORKLOADS, Workload, suits
 from benchmarks.test_speed import time_case
 from kdkernels import info
 from kdkernels.registry import SPECS, LossSpec
@@ -30,8 +30,26 @@ SHAPES = {
     "64x100", "256x100", "256x1000", "1024x1000", "256x21841", "256x32000", "128x128256",
     "8x150x64x64",
 }  # fmt: skip
-LOGIT_LOSSES = [spec for spec in SPECS.values() if spec.family != "embedding"]
-each_loss = pytest.mark.parametrize("spec", LOGIT_LOSSES, ids=lambda spec: spec.name)
+FEATURES = {
+    ("iekd", "128x64x8x8"), ("tuple_matching", "256x128, 10 classes"),
+    ("tuple_matching", "256x128, 100 classes"), ("local_classifier", "256x100"),
+    ("rkd", "128x512"), ("attention", "64x128x16x16"), ("hint", "64x128x16x16"),
+    ("pkd", "64x128x16x16"),
+}  # fmt: skip
+TINY_FEATURES = {
+    "iekd": Workload("tiny", "tiny", (5, 4, 3, 3), features=True),
+    "tuple_matching": Workload("tiny", "tiny", (20, 7), features=True, classes=3),
+    "local_classifier": Workload("tiny", "tiny", (6, 11), features=True, width=8),
+    "rkd": Workload("tiny", "tiny", (8, 16), features=True),
+}
+"""Others take four dimensions."""
+each_loss = pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+
+
+def tiny(spec: LossSpec) -> Workload:
+    if spec.family != "embedding":
+        return TINY
+    return TINY_FEATURES.get(spec.name, Workload("tiny", "tiny", (3, 4, 5, 5), features=True))
 
 
 class NotToBeTimed:
@@ -42,28 +60,65 @@ class NotToBeTimed:
 
 
 def problem(
-    spec: LossSpec, workload: Workload = TINY, dtype: torch.dtype = torch.float32
+    spec: LossSpec, workload: Workload | None = None, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    return Problem(spec, workload, dtype)
+    return Problem(spec, workload or tiny(spec), dtype)
 
 
 def test_workloads_are_the_promised_ones() -> None:
-    assert {workload.size for workload in WORKLOADS} == SHAPES
+    assert {workload.size for workload in WORKLOADS if not workload.features} == SHAPES
     assert len(BY_NAME) == len(WORKLOADS)
     assert any(workload.quick for workload in WORKLOADS)
     assert any(workload.half for workload in WORKLOADS)
+    places = {(spec.name, w.size) for w in WORKLOADS if w.features for spec in SPECS.values()
+              if suits(w, spec)}  # fmt: skip
+    assert places >= FEATURES
 
 
 @each_loss
-@pytest.mark.parametrize("workload", (TINY, TINY_IMAGE), ids=lambda workload: workload.name)
+def test_each_loss_has_a_workload_of_its_kind(spec: LossSpec) -> None:
+    places = [workload for workload in WORKLOADS if suits(workload, spec)]
+    assert places and all(w.features == (spec.family == "embedding") for w in places)
+    for workload in places:
+        names = contenders.contenders(spec, workload)
+        assert names[:2] == ("eager", "compile")
+        assert ("floor" in names) == workload.floor
+        assert set(names[2:]) - {"floor"} == set(contenders.own(spec))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_inputs_have_the_shapes_of_the_workload(workload: Workload) -> None:
+    if workload.elements > 300_000:
+        pytest.skip("large; the others show it")
+    for spec in SPECS.values():
+        if suits(workload, spec):
+            case = problem(spec, workload)
+            assert all(x.shape == workload.shape and x.is_leaf for x in case.students)
+            assert not any(x.requires_grad for x in case.constants)
+            targets = [x for x in case.constants if not x.is_floating_point()]
+            assert len(targets) == spec.needs_target
+            for target in targets:
+                assert target.min() >= 0 and target.max() < (workload.classes or workload.shape[1])
+
+
+@each_loss
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_eager_forms_are_the_losses(spec: LossSpec, workload: Workload, dtype: torch.dtype) -> None:
+def test_eager_forms_are_the_losses(spec: LossSpec, dtype: torch.dtype) -> None:
+    for workload in (tiny(spec),) if spec.family == "embedding" else (TINY, TINY_IMAGE):
+        for mode in MODES:
+            problem(spec, workload, dtype).check("eager", eager(spec), mode)
+
+
+@each_loss
+def test_what_is_timed_of_the_library_is_the_loss(spec: LossSpec) -> None:
+    case = problem(spec)
     for mode in MODES:
-        problem(spec, workload, dtype).check("eager", eager(spec), mode)
+        name = contenders.ours(spec, "cpu")
+        case.check(name, contenders.build(name, case), mode)
 
 
-def test_published_losses_have_an_eager_form() -> None:
-    assert {"kd", "dkd", "dist"} <= EAGER.keys() <= SPECS.keys()
+def test_every_loss_has_an_eager_form() -> None:
+    assert EAGER.keys() == SPECS.keys()
 
 
 def _scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -84,8 +139,9 @@ def _right_value_wrong_gradient(function: Callable[..., Tensor]) -> Callable[...
 
 def _one_element_of_the_gradient_lost(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrong(student: Tensor, *args: Tensor) -> Tensor:
-        held = torch.zeros_like(student, dtype=torch.bool)
-        held.view(-1)[0] = True
+        leaf = student.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf, *args), leaf)
+        held = gradient.abs() == gradient.abs().max()  # absent classes have no gradient to lose
         return function(torch.where(held, student.detach(), student), *args)
 
     return wrong
@@ -108,7 +164,8 @@ def test_wrong_results_are_refused(
 ) -> None:
     wrong = break_it(eager(spec))
     monkeypatch.setattr(contenders, "build", lambda name, problem: wrong)
-    with pytest.raises(Refused, match=rf"ours of {spec.name} at 6x11 (disagrees|failed)"):
+    place = tiny(spec).size
+    with pytest.raises(Refused, match=rf"ours of {spec.name} at {place} (disagrees|failed)"):
         time_case(NotToBeTimed(), problem(spec), "ours", "forward_backward", 0.01)
 
 
@@ -127,7 +184,24 @@ def test_wrong_values_are_refused_without_gradients(spec: LossSpec) -> None:
 def test_interpreted_kernels_are_not_timed(spec: LossSpec) -> None:
     assert "interpreted" in contenders.why_not("triton", spec, "cpu")[0]
     assert contenders.why_not("floor", spec, "cpu") == []
-    assert contenders.ours(spec, "cpu") in ("native", "reference")
+    possible = ("native", "reference") if "native" in spec.backends else ("composed",)
+    assert contenders.ours(spec, "cpu") in possible
+
+
+def test_a_wrong_second_gradient_is_refused() -> None:
+    def second_lost(inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> Tensor:
+        exploration = exploration * 1.01 - 0.01 * exploration.detach()
+        return eager(SPECS["iekd"])(inheritance, exploration, teacher)
+
+    with pytest.raises(Refused, match="gradient 2"):
+        problem(SPECS["iekd"]).check("ours", second_lost, "forward_backward")
+
+
+def test_only_composed_losses_run_composed() -> None:
+    assert contenders.why_not("composed", SPECS["kd"], "cpu")
+    assert contenders.why_not("composed", SPECS["rkd"], "cpu") == []
+    assert contenders.why_not("compile", SPECS["tuple_matching"], "cpu")
+    assert not any("attention" in name or "kd" in name for name in run.skipped("cpu"))
 
 
 def test_steps_do_what_is_measured() -> None:
@@ -153,8 +227,9 @@ def test_peak_memory_counts_what_is_alive_together() -> None:
         del b, c
 
     assert measure.peak_bytes(two_then_one, case) == 8000
-    add = measure.step(contenders.build("floor", case), case, "forward", floor=True)
-    assert measure.peak_bytes(add, case) == case.floor_bytes // 3
+    for one in (case, problem(SPECS["iekd"])):  # one gradient, and two
+        add = measure.step(contenders.build("floor", one), one, "forward", floor=True)
+        assert measure.peak_bytes(add, one) == one.floor_bytes // 3
 
 
 def test_interleaved_times_all() -> None:
@@ -222,13 +297,18 @@ def test_plot(tmp_path: Path) -> None:
     assert plot.draw(trim(RAW, FACTS), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert not plot.draw({"machine": FACTS, "results": []}, tmp_path / "none.png")
+    assert not plot.draw_features(trim(RAW, FACTS), tmp_path / "none.png")
+    place = {"loss": "rkd", "workload": "embeddings", "shape": [128, 512]}
+    raw = {"benchmarks": [entry(name, 1e-3, 9000, **place) for name in ("eager", "composed")]}
+    assert plot.draw_features(trim(raw, FACTS), tmp_path / "features.png")
+    assert not plot.draw(trim(raw, FACTS), tmp_path / "none.png")
 
 
 def test_targets_are_judged() -> None:
     taken = {"ours": 1.0, "eager": 15.0, "floor": 0.4, "bfloat16": 1.5}
-    shape = (256, 1000)
+    place = BY_NAME["imagenet"]
     judged = [
-        targets.judge(targets.Target("kd", shape, rival, sense, bound), taken)
+        targets.judge(targets.Target("kd", place, rival, sense, bound), taken)
         for rival, sense, bound in (
             ("eager", targets.AT_LEAST, 15),
             ("eager", targets.AT_LEAST, 15.1),
@@ -240,7 +320,16 @@ def test_targets_are_judged() -> None:
     ]
     assert [passed for _, passed in judged] == [True, False, True, False, False, False]
     assert [value for value, _ in judged] == [15, 15, 2.5, 2.5, 1.5, None]
-    assert all(target.loss in SPECS for table in targets.TARGETS.values() for target in table)
+    assert all(
+        suits(target.workload, SPECS[target.loss])
+        for table in targets.TARGETS.values()
+        for target in table
+    )
+    promised = {(t.loss, t.workload.size, t.bound) for t in targets.TARGETS["cpu"]}
+    assert promised >= {
+        ("aekt", "256x1000", 12), ("aekt", "1024x1000", 12), ("iekd", "128x64x8x8", 5),
+        ("tuple_matching", "256x128, 10 classes", 5), ("tuple_matching", "256x128, 100 classes", 5),
+    }  # fmt: skip
 
 
 def test_the_suite_runs_and_reports(tmp_path: Path) -> None:
@@ -256,6 +345,21 @@ def test_the_suite_runs_and_reports(tmp_path: Path) -> None:
     assert all(r["median_s"] > 0 and r["peak_bytes"] >= 0 for r in written["results"])
     assert "interpreted" in written["skipped"]["triton"]
     assert "| CIFAR-100 64x100 | KD |" in data.with_suffix(".md").read_text()
+
+
+def test_the_suite_runs_embedding_losses(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    chosen = "(local_classes or factors) and forward_backward and not compile"
+    options = ["--device", "cpu", "--budget", "0.01", "--output", str(tmp_path), "-k", chosen]
+    assert run.main(options) == 0
+    (data,) = tmp_path.glob("*.json")
+    timed = {(r["loss"], r["contender"]) for r in json.loads(data.read_text())["results"]}
+    ours = contenders.ours(SPECS["iekd"], "cpu")
+    assert timed == {
+        ("local_classifier", "eager"), ("local_classifier", "composed"),
+        ("iekd", "eager"), ("iekd", ours), ("iekd", "floor"),
+    }  # fmt: skip
+    assert "| Factors 128x64x8x8 | IE-KD |" in data.with_suffix(".md").read_text()
 
 
 def test_info_reports_every_loss_and_backend() -> None:
