@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _checks, _ops_embedding, native
 from ._autograd import _apply_once
+from ._ops import operator_name
 from .reference.refilled import distances
 
 
@@ -79,16 +80,31 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def _operator(backend: str, name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.kdkernels, operator_name(backend, name)).default
+
+
+def _scale_(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if backend == "native":
+        return native.scale_
+    from . import triton
+
+    return triton.scale_
+
+
 class _Factors(torch.autograd.Function):
     """IE-KD in eager mode; see ``_autograd._Fused``, whose scheme this is with two gradients."""
 
     @staticmethod
-    def forward(ctx: Any, inh: Tensor, exp: Tensor, teacher: Tensor, args: Any) -> Tensor:
+    def forward(
+        ctx: Any, inh: Tensor, exp: Tensor, teacher: Tensor, backend: str, args: Any
+    ) -> Tensor:
         needs = ctx.needs_input_grad[:2]
         ctx.stored = stored = _stores(inh, exp)
         wanted = needs if stored else (False, False)
-        loss, *gradients = torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, *wanted)
+        loss, *gradients = _operator(backend, "iekd")(inh, exp, teacher, *args, *wanted)
         ctx.gradients = gradients if stored else None
+        ctx.backend = backend
         ctx.args = args
         ctx.save_for_backward(inh, exp, teacher)
         return loss
@@ -99,14 +115,13 @@ class _Factors(torch.autograd.Function):
         if ctx.stored:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                gradients = torch.ops.kdkernels.iekd.default(*ctx.saved_tensors, *ctx.args, *needs)[
-                    1:
-                ]
-            gradients = [native.scale_(g, upstream) for g in gradients]
+                operator = _operator(ctx.backend, "iekd")
+                gradients = operator(*ctx.saved_tensors, *ctx.args, *needs)[1:]
+            scale_ = _scale_(ctx.backend)
+            gradients = [scale_(g, upstream) for g in gradients]
         else:
-            gradients = torch.ops.kdkernels.iekd_backward.default(
-                upstream, *ctx.saved_tensors, *ctx.args, *needs
-            )
+            operator = _operator(ctx.backend, "iekd_backward")
+            gradients = operator(upstream, *ctx.saved_tensors, *ctx.args, *needs)
         if torch.is_grad_enabled():  # create_graph=True must not be silent
             saved = ctx.saved_tensors
             gradients = [
@@ -114,6 +129,7 @@ class _Factors(torch.autograd.Function):
             ]
         return (
             *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+            None,
             None,
             None,
         )
@@ -127,8 +143,11 @@ def _stores(inh: Tensor, exp: Tensor) -> bool:
     return torch.float16 not in (inh.dtype, exp.dtype)
 
 
-def factors(inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    """IE-KD's kernel on (B, ...) factors; ``args`` are the numbers of its schema."""
+def factors(backend: str, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    """IE-KD's kernel on (B, ...) factors; ``args`` are the numbers of its schema.
+
+    Any strides; a factor whose samples do not flatten to one stride is copied.
+    """
     three: tuple[Tensor, ...] = (inh, exp, teacher)
     if inh.dim() == 4 and not inh.is_contiguous():
         # The order of a sample's elements does not matter, as long as it is the same for all.
@@ -138,14 +157,15 @@ def factors(inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> Tensor:
     inh, exp, teacher = (x.flatten(1) for x in three)
     needs = inh.requires_grad, exp.requires_grad
     if not torch.is_grad_enabled() or not any(needs):
-        return torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, False, False)[0]
+        return _operator(backend, "iekd")(inh, exp, teacher, *args, False, False)[0]
     if torch.compiler.is_compiling():
         wanted = needs if _stores(inh, exp) else (False, False)
-        return torch.ops.kdkernels.iekd.default(inh, exp, teacher, *args, *wanted)[0]
-    return _apply_factors(inh, exp, teacher, args)
+        return _operator(backend, "iekd")(inh, exp, teacher, *args, *wanted)[0]
+    return _apply_factors(inh, exp, teacher, backend, args)
 
 
 def tuples(
+    backend: str,
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
@@ -160,6 +180,6 @@ def tuples(
     with torch.no_grad():
         d_teacher = distances(teacher).to(dtype)
     need_gradient = d_student.requires_grad and torch.is_grad_enabled()
-    return torch.ops.kdkernels.tuple_matching.default(
+    return _operator(backend, "tuple_matching")(
         d_student, d_teacher, target, margin, temperature, scale, reduction, need_gradient
     )[0]

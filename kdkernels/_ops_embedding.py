@@ -2,18 +2,20 @@
 
 ``kdkernels::iekd`` returns the loss and the gradients of the two student factors, each an empty
 tensor where it is not wanted; ``kdkernels::tuple_matching`` the loss and its gradient by the
-student's distances, which is kept because it is small beside the embeddings' network.
+student's distances, which is kept because it is small beside the embeddings' network. Each exists
+twice, under these names for compiled code and as ``kdkernels::triton_...``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._autograd import _apply_once
-from ._ops import _library, no_double_backward
+from ._ops import _library, _triton, no_double_backward, operator_name
 
 _IEKD = (
     "Tensor inheritance, Tensor exploration, Tensor teacher, float inheritance_weight,"
@@ -25,13 +27,6 @@ _TUPLES = (
     " int reduction, bool need_gradient"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-
-_library.define(
-    f"iekd({_IEKD}) -> (Tensor loss, Tensor inheritance_gradient, Tensor exploration_gradient)",
-    tags=_TAGS,
-)
-_library.define(f"iekd_backward(Tensor upstream, {_IEKD}) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(f"tuple_matching({_TUPLES}) -> (Tensor loss, Tensor gradient)", tags=_TAGS)
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -65,7 +60,7 @@ def _iekd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(*(output[1:] if ctx.stored else inputs[:3]))
 
 
-def _iekd_differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _iekd_differentiate(ctx: Any, backward: str, upstream: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * 7
     needs = ctx.needs_input_grad[:2]
     if upstream is None:
@@ -73,9 +68,8 @@ def _iekd_differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any
     if ctx.stored:
         gradients = (torch.ops.kdkernels.scale(g, upstream) for g in ctx.saved_tensors)
     else:
-        gradients = torch.ops.kdkernels.iekd_backward(
-            upstream, *ctx.saved_tensors, *ctx.args, *needs
-        )
+        operator = getattr(torch.ops.kdkernels, backward)
+        gradients = operator(upstream, *ctx.saved_tensors, *ctx.args, *needs)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing)
 
 
@@ -96,17 +90,42 @@ def _tuples_differentiate(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[An
     return (gradient, *nothing)
 
 
-for _name, _fake in (
-    ("iekd", _fake_iekd),
-    ("iekd_backward", _fake_iekd_backward),
-    ("tuple_matching", _fake_tuples),
-):
-    torch.library.register_fake(f"kdkernels::{_name}", _fake, lib=_library)
-for _name, _differentiate, _context in (
-    ("iekd", _iekd_differentiate, _iekd_context),
-    ("tuple_matching", _tuples_differentiate, _tuples_context),
-):
-    torch.library.register_autograd(
-        f"kdkernels::{_name}", _differentiate, setup_context=_context, lib=_library
+def _define(backend: str) -> None:
+    iekd, backward, tuples = (
+        operator_name(backend, name) for name in ("iekd", "iekd_backward", "tuple_matching")
     )
-torch.library.register_autograd("kdkernels::iekd_backward", no_double_backward, lib=_library)
+
+    def differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return _iekd_differentiate(ctx, backward, upstream)
+
+    gradients = "Tensor inheritance_gradient, Tensor exploration_gradient"
+    _library.define(f"{iekd}({_IEKD}) -> (Tensor loss, {gradients})", tags=_TAGS)
+    _library.define(f"{backward}(Tensor upstream, {_IEKD}) -> (Tensor, Tensor)", tags=_TAGS)
+    _library.define(f"{tuples}({_TUPLES}) -> (Tensor loss, Tensor gradient)", tags=_TAGS)
+    fakes: dict[str, Callable[..., Any]] = {
+        iekd: _fake_iekd,
+        backward: _fake_iekd_backward,
+        tuples: _fake_tuples,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
+    for name, derivative, context in (
+        (iekd, differentiate, _iekd_context),
+        (tuples, _tuples_differentiate, _tuples_context),
+    ):
+        torch.library.register_autograd(
+            f"kdkernels::{name}", derivative, setup_context=context, lib=_library
+        )
+    torch.library.register_autograd(f"kdkernels::{backward}", no_double_backward, lib=_library)
+
+
+for _backend in ("native", "triton"):
+    _define(_backend)
+# Not under the losses' names, which are those of their rules' modules.
+for _name, _function in (
+    ("iekd", "factors"),
+    ("iekd_backward", "factors_backward"),
+    ("tuple_matching", "tuples"),
+):
+    for _key in ("CPU", "CUDA", "XPU"):
+        _library.impl(f"triton_{_name}", _triton(_function), _key)

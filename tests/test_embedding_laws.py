@@ -14,13 +14,13 @@ from kdkernels.registry import SPECS
 
 FUSED = ("iekd", "tuple_matching")
 REASONS = _dispatch.why_not(SPECS["iekd"], "native", torch.empty(0))
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("native", marks=pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))),
-        "reference",
-    ],
-)
+ABSENT = _dispatch.why_not(SPECS["iekd"], "triton", torch.empty(0))
+KERNELS = [
+    pytest.param(backend, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
+    for backend, reasons in (("native", REASONS), ("triton", ABSENT))
+]
+kernels = pytest.mark.parametrize("backend", KERNELS)
+backends = pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 similarities = pytest.mark.parametrize("similarity", ("l1", "cosine"))
 
 
@@ -169,3 +169,46 @@ def test_no_silent_double_backward(backend: str, name: str) -> None:
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(gradient.square().sum(), student)
+
+
+@pytest.mark.skipif(bool(ABSENT), reason="; ".join(ABSENT))
+@pytest.mark.parametrize("name", FUSED)
+def test_triton_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Samples and batches of several blocks, the last one not full."""
+    from kdkernels.triton import launch
+
+    monkeypatch.setattr(launch, "LIMITS", launch.Limits(1, 16, 8))
+    spec = SPECS[name]
+    for options in spec.samples[:2] if name == "iekd" else spec.samples[2:]:
+        if name == "iekd":
+            tensors = tuple(draw(3, 21, seed=s) for s in range(3))
+        else:
+            tensors = draw(7, 6), draw(7, 7, seed=1), labels(7, 2)
+        results = []
+        for backend in ("triton", "reference"):
+            leaves = [x.clone().requires_grad_() for x in tensors[: 2 if name == "iekd" else 1]]
+            loss = spec.function(*leaves, *tensors[len(leaves) :], **options, backend=backend)
+            results.append((loss, *gradients(loss, *leaves)))
+        assert results[1][0] != 0
+        for mine, true in zip(*results, strict=True):
+            assert torch.allclose(mine, true, rtol=1e-10, atol=1e-13)
+
+
+@kernels
+@similarities
+@pytest.mark.parametrize("size", (1e-25, 1e25))
+def test_iekd_squares_beyond_float32(backend: str, similarity: str, size: float) -> None:
+    """Norms whose squares float32 cannot hold; the other samples do not feel it."""
+    three = [draw(3, 20, seed=s).float() for s in range(3)]
+    options: dict[str, Any] = {"similarity": similarity, "backend": backend}
+    expected = K.iekd_loss(*three, **options)
+    far = [x.clone() for x in three]
+    far[0][1] *= size
+    # Below 1e-12 a norm is a constant, so that only a large sample keeps its direction.
+    loss = K.iekd_loss(*far, **options)
+    if size > 1:
+        assert torch.allclose(loss, expected, rtol=1e-5)
+    else:
+        zero = [x.clone() for x in three]
+        zero[0][1] = 0
+        assert torch.allclose(loss, K.iekd_loss(*zero, **options), rtol=1e-5)

@@ -150,7 +150,7 @@ def run(
 def backends() -> Any:
     grid = []
     for spec in EMBEDDING:
-        for backend in ("native", "reference"):
+        for backend in _dispatch.BACKENDS:
             reasons = _dispatch.why_not(spec, backend, torch.empty(0))
             if backend not in spec.backends:
                 continue
@@ -202,7 +202,8 @@ def test_gradcheck(spec: LossSpec, backend: str) -> None:
     def loss(*s: Tensor) -> Tensor:
         return spec.function(*s, *tensors[count:], backend=backend, **options)
 
-    assert torch.autograd.gradcheck(loss, leaves)
+    # Interpreted kernels take milliseconds a program: along random directions only.
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=backend == "triton")
 
 
 @backends()
@@ -296,5 +297,5 @@ def test_errors(spec: LossSpec) -> None:
             refused(ValueError, f"{name} must be >", *tensors, **{name: -1.0})
     refused(ValueError, "reduction must be", *tensors, reduction="average")
     refused(ValueError, "backend must be", *tensors, backend="cuda")
-    if spec.name != "local_classifier":
+    if spec.name != "local_classifier" and "triton" not in spec.backends:
         refused(ValueError, "backend must be able to run", *tensors, backend="triton")

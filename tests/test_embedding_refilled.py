@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_embedding_laws import REASONS, backends, draw, gradients, labels
+from test_embedding_laws import backends, draw, gradients, kernels, labels
 
 from kdkernels import functional as K
+from kdkernels._ops import operator_name
 from kdkernels.losses import ClassCenters
 
 
@@ -142,18 +143,21 @@ def test_class_centers_are_exact_and_in_any_order() -> None:
         ClassCenters(0, 3)
 
 
-@pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
-def test_operators_pass_opcheck() -> None:
+@kernels
+def test_operators_pass_opcheck(backend: str) -> None:
     inh, exp, teacher = (draw(3, 5, seed=s) for s in range(3))
     inh.requires_grad_()
-    ops = torch.ops.kdkernels
+    iekd, backwards, tuples = (
+        getattr(torch.ops.kdkernels, operator_name(backend, name)).default
+        for name in ("iekd", "iekd_backward", "tuple_matching")
+    )
     for wanted in ((True, False), (False, False)):
         arguments = (inh, exp, teacher, 1.0, 2.0, True, 1, *wanted)
-        torch.library.opcheck(ops.iekd.default, arguments)
+        torch.library.opcheck(iekd, arguments)
     upstream = torch.ones((), dtype=torch.float64)
     backward = (upstream, inh.detach(), exp, teacher, 1.0, 2.0, False, 2, True, True)
-    torch.library.opcheck(ops.iekd_backward.default, backward)
+    torch.library.opcheck(backwards, backward)
     d, target = torch.cdist(draw(6, 3), draw(6, 3)), torch.tensor([0, 0, 0, 1, 1, 1])
     d = (d + d.T).fill_diagonal_(0)
     arguments = (d.clone().requires_grad_(), d, target, 2.0, 4.0, 1.0, 1, True)
-    torch.library.opcheck(ops.tuple_matching.default, arguments)
+    torch.library.opcheck(tuples, arguments)

@@ -27,6 +27,8 @@ KERNELS = {
     "combine_kernel",
     "gradient_kernel",
     "scale_kernel",
+    "factor_kernel",
+    "tuple_kernel",
 }
 
 
@@ -60,6 +62,20 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
         (x, x, target, "dkd", [1.0, 8.0], 4.0, 16.0, False, -100, 1, 1, True),
     )
     yield "dist-dense", triton.correlation, (x, x, "dist", 1.0, 1.0, 1.0, 1e-8, 1, 1, True)
+    for dtype in wide if full else wide[::2]:
+        for width in (100, 8192, 100_000) if full else (100_000,):
+            x = torch.empty(64, width, dtype=dtype)
+            for cosine in (False, True):
+                args = (x, x, x, 50.0, 50.0, cosine, 1, True, True)
+                label = f"{dtype}-{width}-{cosine}"
+                yield f"iekd-{label}", triton.factors, args
+                args = (torch.ones(()), *args[:-2], False, True)
+                yield f"iekd-backward-{label}", triton.factors_backward, args
+    for dtype in (torch.float32, torch.float64):
+        for batch in (64, 3000):
+            d, target = torch.empty(batch, batch, dtype=dtype), torch.zeros(batch).long()
+            args = (d, d, target, 0.2, 4.0, 1.0, 1, True)
+            yield f"tuples-{dtype}-{batch}", triton.tuples, args
     for dtype in wide:
         yield f"scale-{dtype}", triton.scale_, (torch.empty(5000, dtype=dtype), torch.ones(()))
 

@@ -64,7 +64,7 @@ def iekd_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) over samples, or ``'sum'`` over samples; the
             mean over the D elements of a sample belongs to the distance.
         loss_weight: multiplies the loss inside the kernel.
-        backend: ``'native'``, ``'reference'``; None chooses.
+        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses.
 
     Returns:
         0-d float32 (float64 if any input is).
@@ -83,7 +83,8 @@ def iekd_loss(
     _embedding.like("exploration_factor", exploration_factor, inheritance_factor)
     _embedding.like("teacher_factor", teacher_factor, inheritance_factor)
     _embedding.constant("teacher_factor", teacher_factor)
-    if choose(IEKD, inheritance_factor, backend) == "reference":
+    chosen = choose(IEKD, inheritance_factor, backend)
+    if chosen == "reference":
         return loss_weight * reference(
             *_embedding.promote(inheritance_factor, exploration_factor, teacher_factor),
             inheritance_weight=inheritance_weight,
@@ -92,6 +93,7 @@ def iekd_loss(
             reduction=reduction,
         )
     return _embedding.factors(
+        chosen,
         inheritance_factor,
         exploration_factor,
         teacher_factor,
@@ -159,7 +161,7 @@ IEKD = register(
         temperature="none",
         reduction="mean over samples and elements",
         eps="norms at least 1e-12",
-        backends=("native", "reference"),
+        backends=("native", "triton", "reference"),
         samples=(
             {},
             {"similarity": "cosine"},

@@ -56,8 +56,8 @@ def tuple_matching_loss(
         margin: width of the semi-hard band, >= 0.
         reduction: ``'mean'`` (alias ``'batchmean'``) over tuples, or ``'sum'``.
         loss_weight: multiplies the loss (published: 1000).
-        backend: ``'native'``, ``'reference'``; None chooses. The reference takes memory of order
-            B^3.
+        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses. The reference takes
+            memory of order B^3.
 
     Returns:
         0-d float32 (float64 if either input is). The distances are computed in float64.
@@ -77,7 +77,8 @@ def tuple_matching_loss(
         raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
     _embedding.constant("teacher_embeddings", teacher_embeddings)
     target = _embedding.labels(target, samples, student_embeddings.device)
-    if choose(TUPLE_MATCHING, student_embeddings, backend) == "reference":
+    chosen = choose(TUPLE_MATCHING, student_embeddings, backend)
+    if chosen == "reference":
         return loss_weight * reference.tuple_matching(
             student_embeddings,
             teacher_embeddings,
@@ -87,7 +88,14 @@ def tuple_matching_loss(
             reduction=reduction,
         )
     return _embedding.tuples(
-        student_embeddings, teacher_embeddings, target, margin, temperature, loss_weight, code
+        chosen,
+        student_embeddings,
+        teacher_embeddings,
+        target,
+        margin,
+        temperature,
+        loss_weight,
+        code,
     )
 
 
@@ -260,7 +268,7 @@ TUPLE_MATCHING = register(
         eps="none needed",
         needs_target=True,
         takes_target=True,
-        backends=("native", "reference"),
+        backends=("native", "triton", "reference"),
         samples=({}, {"temperature": 0.5, "margin": 1.0}, {"loss_weight": 1.0, "margin": 2.0}),
         inputs=_tuple_inputs,
     )

@@ -1,8 +1,9 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and the CPU under ``TRITON_INTERPRET=1``.
 
 A family of losses is a traversal (``rowwise.py`` for ``divergence`` and ``decoupled``,
-``crosswise.py`` for ``correlation``); a loss is a rule, in a file of the loss's name that defines
-``FAMILY``. Such a file is found by itself: adding a loss edits nothing here.
+``crosswise.py`` for ``correlation``, ``embedding_factors.py`` and ``embedding_tuples.py`` for the
+losses of ``embedding``); a loss is a rule, in a file of the loss's name that defines ``FAMILY``.
+Such a file is found by itself: adding a loss edits nothing here.
 
 Nothing is imported or queried before the first call.
 """
@@ -67,6 +68,31 @@ def correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *ar
 
     resolved = (upstream.resolve_neg(), student.resolve_neg(), teacher.resolve_neg())
     return crosswise.backward(*resolved, *args)
+
+
+def factors(inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """IE-KD and, if asked, its gradients: the operator ``kdkernels::triton_iekd``."""
+    from . import embedding_factors
+
+    resolved = (inh.resolve_neg(), exp.resolve_neg(), teacher.resolve_neg())
+    return embedding_factors.forward(*resolved, *args)
+
+
+def factors_backward(
+    upstream: Tensor, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients of IE-KD, recomputed: ``kdkernels::triton_iekd_backward``."""
+    from . import embedding_factors
+
+    resolved = (inh.resolve_neg(), exp.resolve_neg(), teacher.resolve_neg())
+    return embedding_factors.backward(upstream.resolve_neg(), *resolved, *args)
+
+
+def tuples(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """REFILLED's tuples and, if asked, the gradient: ``kdkernels::triton_tuple_matching``."""
+    from . import embedding_tuples
+
+    return embedding_tuples.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
