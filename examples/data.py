@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,20 @@ class Data:
             targets=self.targets[kept],
             test_images=self.images[held],
             test_targets=self.targets[held],
+        )
+
+    def only(self, labels: Sequence[int]) -> Data:
+        """The images of some classes, which are numbered from 0 in this order."""
+        number = torch.full((self.classes,), -1, device=self.targets.device)
+        number[list(labels)] = torch.arange(len(labels), device=number.device)
+        train, test = number[self.targets] >= 0, number[self.test_targets] >= 0
+        return replace(
+            self,
+            images=self.images[train],
+            targets=number[self.targets[train]],
+            test_images=self.test_images[test],
+            test_targets=number[self.test_targets[test]],
+            classes=len(labels),
         )
 
     def steps(self, batch: int, world: int) -> int:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 try:
+    import figure
     import models
     import recipes
     import report
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 0.05,
         "weight_decay": 5e-4,
         "threads": 1,  # networks so small gain nothing from more, and a busy machine costs less
+        "disjoint": True,
     },
     "cifar100": {
         "teacher": "huge",
@@ -55,6 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 0.05,
         "weight_decay": 5e-4,
         "threads": 0,
+        "disjoint": False,
     },
 }
 """What a data set takes when the command line does not say."""
@@ -74,8 +77,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="METHOD",
         choices=list(recipes.RECIPES),
-        default=list(recipes.RECIPES),
+        default=[name for name, recipe in recipes.RECIPES.items() if recipe.demo],
         help="any of " + ", ".join(recipes.RECIPES),
+    )
+    add(
+        "--disjoint",
+        action=argparse.BooleanOptionalAction,
+        help="with refilled: also teach half of the classes by a teacher of the other half",
     )
     sizes = ", ".join(models.SIZES)
     add("--teacher", choices=list(models.SIZES), metavar="SIZE", help=f"one of {sizes}")
@@ -160,41 +168,67 @@ def job(
     )
 
 
-def train(args: argparse.Namespace, world: World) -> report.Results:
-    data = load(args.dataset, args.data_root)
-    data = (data.validation() if args.validate else data).to(world.device)
-    folder = args.output / "checkpoints"
-    if args.fresh and world.main:
-        shutil.rmtree(folder, ignore_errors=True)
-    world.barrier()
+def compare(
+    args: argparse.Namespace,
+    world: World,
+    task: str,
+    teacher_data: Data,
+    student_data: Data,
+    folder: Path,
+) -> report.Results:
+    """Train the teacher, then a student for every method and seed."""
 
-    def run(task: Job) -> History:
-        history = fit(task, world, folder, save_every=args.save_every)
+    def run(what: Job) -> History:
+        history = fit(what, world, folder, save_every=args.save_every)
         if world.main:
-            print(f"{task.name:<24} {history.accuracy[-1]:6.2f} %", flush=True)
+            print(f"{what.name:<24} {history.accuracy[-1]:6.2f} %", flush=True)
         return history
 
-    teaching = job(args, world, data, "teacher", "ce", 0)
+    teaching = job(args, world, teacher_data, "teacher", "ce", 0)
     teacher_history = run(teaching)
     teacher = teaching.model.requires_grad_(False)
     histories: dict[str, dict[int, History]] = {method: {} for method in args.methods}
     last: dict[str, Job] = {}
     for seed in args.seeds:
         for method in args.methods:
-            last[method] = job(args, world, data, "student", method, seed, teacher)
+            last[method] = job(args, world, student_data, "student", method, seed, teacher)
             histories[method][seed] = run(last[method])
-    times = {m: report.time_loss(task) for m, task in last.items()} if world.main else {}
+    one = last[args.methods[0]]
     return report.Results(
+        task=task,
         settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         processes=world.size,
         device=str(world.device),
-        images=(len(data.targets), len(last[args.methods[0]].data.targets), len(data.test_targets)),
-        sizes=(models.parameters(teacher), models.parameters(last[args.methods[0]].model)),
+        images=(len(teacher_data.targets), len(one.data.targets), len(one.data.test_targets)),
+        sizes=(models.parameters(teacher), models.parameters(one.model)),
         teacher=teacher_history,
         students=histories,
-        times=times,
-        options={method: task.options for method, task in last.items()},
+        times={m: report.time_loss(j) for m, j in last.items()} if world.main else {},
+        options={method: j.options for method, j in last.items()},
     )
+
+
+def train(args: argparse.Namespace, world: World) -> list[report.Results]:
+    """The comparison, and where it is asked for the one with disjoint labels."""
+    data = load(args.dataset, args.data_root)
+    data = (data.validation() if args.validate else data).to(world.device)
+    folder = args.output / "checkpoints"
+    if args.fresh and world.main:
+        shutil.rmtree(folder, ignore_errors=True)
+    world.barrier()
+    found = [compare(args, world, args.dataset, data, data, folder)]
+    if args.disjoint and "refilled" in args.methods:
+        half = data.classes // 2
+        samples = args.student_samples and max(1, args.student_samples // 2)  # as many of a class
+        some = argparse.Namespace(**vars(args))
+        some.methods, some.student_samples = ["ce", "refilled"], samples
+        task = f"{args.dataset}, disjoint labels (teacher 0-{half - 1}, student {half}-"
+        task += f"{data.classes - 1})"
+        known, new = data.only(range(half)), data.only(range(half, data.classes))
+        if world.main:
+            print(f"\n{task}", flush=True)
+        found.append(compare(some, world, task, known, new, folder / "disjoint"))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,9 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = train(args, world)
         if world.main:
-            print()
-            print(report.table(results))
+            for one in results:
+                print(f"\n{report.table(one)}")
             report.write(results, args.output)
+            figure.write(results, args.output)
             print(f"\nFigure and numbers: {args.output}/curves.png, {args.output}/results.json")
     except KeyboardInterrupt:
         if world.main:

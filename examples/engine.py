@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from data import Data
+from extras import Prepared
 from models import Output, ResNet
 from recipes import Recipe, Step
 from torch import Tensor, nn
@@ -115,11 +117,21 @@ class Distiller(nn.Module):
     ) -> Tensor:
         job = self.job
         student: Output = self.student(images)
-        loss = job.options["ce"] * F.cross_entropy(student.logits, target)
+        # Times 0, not left out: DDP waits for the gradient of every parameter.
+        weight = job.options["ce"] if progress > job.options.get("stage1", 0.0) else 0.0
+        loss = weight * F.cross_entropy(student.logits, target)
         if job.recipe.term is not None and teacher is not None:
-            step = Step(student, teacher, target, progress, job.options, job.backend, self.extra)
+            step = Step(
+                student, teacher, target, progress, job.options, job.backend, self.extra, images
+            )
             loss = loss + job.recipe.term(step)
         return loss
+
+    def prepare(self) -> None:
+        """What the extra module learns before the training starts."""
+        job = self.job
+        if isinstance(self.extra, Prepared) and job.teacher is not None:
+            self.extra.prepare(job.teacher, job.data, job.batch, job.seed, job.options)
 
 
 def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> History:
@@ -131,7 +143,7 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
         _groups(distiller, job.weight_decay), lr=job.lr, momentum=0.9, nesterov=True
     )
     steps = job.data.steps(job.batch, world.size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * steps)
+    schedule = _schedule(optimizer, job, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=job.amp == "fp16")
     parts = {"model": distiller, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
 
@@ -139,6 +151,8 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
     world.barrier()  # nobody reads while the main process still writes
     if path.exists():
         history = _restore(path, job, parts, device)
+    else:
+        distiller.prepare()
     start = len(history.loss)
     if start == job.epochs:
         return history
@@ -232,12 +246,27 @@ def _autocast(device: torch.device, amp: str | None) -> AbstractContextManager[A
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices and filters, none for biases and batch-norm."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, job: Job, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A cosine to zero; one for each stage where a method has two."""
+    total = job.epochs * steps
+    first = int(job.options.get("stage1", 0.0) * job.epochs) * steps
+
+    def factor(step: int) -> float:
+        begin, end = (0, first) if step < first else (first, total)
+        return (1 + math.cos(math.pi * (step - begin) / max(1, end - begin))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _save(path: Path, job: Job, parts: dict[str, Any], history: History) -> None:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 try:
     import distill
     import engine
+    import extras
     import models
     import recipes
     from data import digits
@@ -37,7 +38,8 @@ import kdkernels  # noqa: E402
 BACKEND = "reference" if any(r["native"] for r in kdkernels.available().values()) else "native"
 TINY = (
     f"--device cpu --backend {BACKEND} --teacher tiny --student tiny --student-samples 40 "
-    "--batch 20 --teacher-epochs 2 --epochs 3 --seeds 0 1 --save-every 1"
+    "--batch 20 --teacher-epochs 2 --epochs 3 --seeds 0 1 --save-every 1 "
+    f"--option iekd.coder_epochs=2 --methods {' '.join(recipes.RECIPES)}"
 ).split()
 
 
@@ -48,9 +50,12 @@ def run(folder: Path, *extra: str) -> dict[str, Any]:
 
 def learned(results: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on interrupts: the losses and accuracies of every epoch."""
-    histories = {"teacher": results["teacher"]}
-    for method, seeds in results["students"].items():
-        histories |= {f"{method}-{seed}": history for seed, history in seeds.items()}
+    histories = {}
+    for part in filter(None, (results, results.get("disjoint"))):
+        task = "" if part is results else "disjoint-"
+        histories[f"{task}teacher"] = part["teacher"]
+        for method, seeds in part["students"].items():
+            histories |= {f"{task}{method}-{seed}": history for seed, history in seeds.items()}
     return {name: (h["loss"], h["accuracy"]) for name, h in histories.items()}
 
 
@@ -65,9 +70,10 @@ def test_end_to_end(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, results = whole
     assert set(results["students"]) == set(recipes.RECIPES)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    for loss, accuracy in learned(results).values():
+    for name, (loss, accuracy) in learned(results).items():
         assert len(loss) == len(accuracy) >= 2
-        assert all(0 < value < 100 for value in loss)
+        lowest = -50 if name.startswith("ie") else 0  # exploration is rewarded
+        assert all(lowest < value < 100 for value in loss)
         assert all(0 <= value <= 100 for value in accuracy)
     for method, timing in results["times"].items():
         assert (timing is None) == (method == "ce")
@@ -81,23 +87,32 @@ def test_table_names_every_method(
     run(whole[0])  # everything is done: only reports
     text = capsys.readouterr().out
     for method in recipes.RECIPES:
-        assert f"| {method} " in text
-    assert "over 2 seeds" in text
+        assert text.count(f"| {method} ") == (2 if method in ("ce", "refilled") else 1)
+    assert "disjoint labels (teacher 0-4, student 5-9)" in text
+    assert text.count("over 2 seeds") == 2
 
 
 def test_distillation_trains_another_network(whole: tuple[Path, dict[str, Any]]) -> None:
     curves = [loss for name, (loss, _) in learned(whole[1]).items() if name.endswith("-0")]
-    assert len({tuple(loss) for loss in curves}) == len(recipes.RECIPES)
+    assert len({tuple(loss) for loss in curves}) == len(recipes.RECIPES) + 2  # and disjoint
 
 
-@pytest.mark.parametrize("saves", [1, 4, 9])
+# A save is an epoch: teacher 2, then 3 for each student, in the order of the recipes.
+AT = {name: 2 + 3 * place for place, name in enumerate(recipes.RECIPES)}
+
+
+@pytest.mark.parametrize(
+    "saves",
+    [1, 4, 9, AT["iekd"], AT["iekd"] + 1, AT["iedml"] + 2, AT["refilled"] + 1, 6 * len(AT) + 6],
+)
 def test_resume_equals_uninterrupted(
     whole: tuple[Path, dict[str, Any]],
     saves: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupt in the teacher, in a student and at a run's end: the numbers are the same bits."""
+    """Interrupt in a teacher, in a student, in a method's preparation and between its stages, at a
+    run's end and in the disjoint part: the numbers are the same bits."""
     write, done = engine.write, 0
 
     def interrupted(path: Path, state: dict[str, Any]) -> None:
@@ -158,8 +173,8 @@ def test_other_settings_refuse_the_checkpoint(
 
 
 def test_amp(tmp_path: Path) -> None:
-    results = run(tmp_path, "--amp", "--methods", "kd", "dist", "--seeds", "0")
-    assert all(0 < value < 100 for loss, _ in learned(results).values() for value in loss)
+    results = run(tmp_path, "--amp", "--methods", *recipes.RECIPES, "--seeds", "0")
+    assert all(-50 < value < 100 for loss, _ in learned(results).values() for value in loss)
 
 
 def test_option_changes_a_weight(tmp_path: Path) -> None:
@@ -176,6 +191,107 @@ def test_validation_keeps_the_test_split_out() -> None:
     rows = {image.numpy().tobytes() for image in held.images}
     assert not rows & {image.numpy().tobytes() for image in held.test_images}
     assert not rows & {image.numpy().tobytes() for image in data.test_images}
+
+
+def test_disjoint_labels_share_no_image() -> None:
+    data = digits()
+    low, high = data.only(range(5)), data.only(range(5, 10))
+    assert (low.classes, high.classes) == (5, 5)
+    assert len(low.targets) + len(high.targets) == len(data.targets)
+    assert high.targets.add(5).equal(data.targets[data.targets >= 5])
+    assert high.test_images.equal(data.test_images[data.test_targets >= 5])
+    assert high.subset(20, seed=1).targets.bincount().tolist() == [4] * 5
+
+
+def test_disjoint_is_optional(tmp_path: Path) -> None:
+    arguments = ["--seeds", "0", "--methods", "refilled"]
+    assert run(tmp_path, *arguments, "--no-disjoint")["disjoint"] is None
+    found = run(tmp_path, *arguments)["disjoint"]
+    assert set(found["students"]) == {"ce", "refilled"}
+    assert found["images"][:2] == [501, 20]
+    assert run(tmp_path / "other", "--seeds", "0", "--methods", "ce")["disjoint"] is None
+
+
+def _job(folder: Path, method: str, *extra: str) -> engine.Job:
+    args = distill.parse([*TINY, "--output", str(folder), *extra])
+    teacher = models.build("small", 1, 10, seed=5).requires_grad_(False)
+    return distill.job(args, engine.World.join("cpu"), digits(), "student", method, 0, teacher)
+
+
+def test_factor_autoencoder_learns_and_stays(tmp_path: Path) -> None:
+    """IE-KD's auto-encoder reconstructs better after its preparation, then nothing moves it."""
+    job = _job(tmp_path, "iekd", "--option", "iekd.coder_epochs=30")
+    distiller = engine.Distiller(job)
+    factors, teacher = distiller.extra, job.teacher
+    assert isinstance(factors, extras.Factors) and teacher is not None
+    with torch.no_grad():
+        for _ in range(30):  # batch-norm statistics, so that there is something to reconstruct
+            teacher.train()(job.data.images)
+    teacher.eval()
+    with torch.no_grad():
+        features = teacher(job.data.images).features
+        before = extras.reconstruction_loss(features, factors.train().teacher(features)[1])
+    distiller.prepare()
+    with torch.no_grad():
+        after = extras.reconstruction_loss(features, factors.train().teacher(features)[1])
+    assert after < 0.9 * before
+    assert not any(p.requires_grad for p in factors.teacher.parameters())
+    engine.fit(job, engine.World.join("cpu"), tmp_path)
+    saved = torch.load(tmp_path / f"{job.name}.pt", weights_only=True)["model"]
+    for name, value in factors.teacher.state_dict().items():
+        assert saved[f"extra.teacher.{name}"].equal(value), name
+    moved = saved["extra.exploration.1.weight"]
+    assert not moved.equal(factors.exploration.state_dict()["1.weight"])
+
+
+def test_refilled_stages(tmp_path: Path) -> None:
+    """The first stage leaves the classifier alone; each stage has a cosine of its own."""
+    job = _job(tmp_path, "refilled", "--epochs", "4", "--option", "refilled.stage1=0.5")
+    distiller = engine.Distiller(job)
+    distiller.prepare()
+    assert distiller.extra is not None and job.teacher is not None
+    job.teacher.eval()
+    embedding = job.teacher(job.data.images).embedding
+    expected = kdkernels.losses.class_centers(embedding, job.data.targets, 10)
+    torch.testing.assert_close(distiller.extra(), expected)
+
+    images, target = job.data.images[:20], job.data.targets[:20]
+    for progress, trained in ((0.25, False), (0.5, False), (0.75, True)):
+        distiller.zero_grad()
+        distiller(images, target, job.teacher(images), progress).backward()
+        gradient = job.model.head.weight.grad
+        assert gradient is not None and bool(gradient.any()) == trained
+        assert any(p.grad is not None and p.grad.any() for p in job.model.blocks.parameters())
+
+    optimizer = torch.optim.SGD(job.model.parameters(), lr=1.0)
+    schedule = engine._schedule(optimizer, job, steps=2)
+    rates = []
+    for _ in range(8):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == rates[4:] == sorted(rates[:4], reverse=True)
+    assert rates[0] == 1.0
+
+
+def test_mutual_students_both_learn(tmp_path: Path) -> None:
+    """IE-DML: two students of different initial weights, neither of which bends the other."""
+    job = _job(tmp_path, "iedml")
+    distiller = engine.Distiller(job)
+    peer = distiller.extra
+    assert isinstance(peer, extras.Peer)
+    assert not peer.peer.head.weight.equal(job.model.head.weight)
+    images, target = job.data.images[:20], job.data.targets[:20]
+    student = job.model(images)
+    logits, mine, theirs = peer(images, student.features)
+    kd = recipes.kd_loss(student.logits, logits.detach(), 1.0)
+    (kd + recipes.iekd_loss(mine.inheritance, mine.exploration, theirs.factor)).backward()
+    assert all(p.grad is None for p in peer.peer.parameters())
+    distiller.zero_grad()
+    distiller(images, target, None, 1.0)
+    assert job.teacher is not None
+    distiller(images, target, job.teacher(images), 1.0).backward()
+    assert all(p.grad is not None for p in distiller.parameters())
 
 
 def test_subset_is_balanced() -> None:
@@ -267,7 +383,8 @@ def test_two_processes(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-addr", "127.0.0.1", "--master-port", str(port)),
-        *(str(EXAMPLES / "distill.py"), *TINY, "--seeds", "0", "--methods", "kd", "dist"),
+        *(str(EXAMPLES / "distill.py"), *TINY, "--seeds", "0"),
+        *("--methods", "kd", "iekd", "iedml", "refilled"),
         *("--output", str(tmp_path)),
     ]
     root = str(EXAMPLES.parent)
