@@ -57,13 +57,18 @@ def logits(student: Tensor, teacher: Tensor) -> int:
         raise fail_type("teacher_logits", "float64, float32, float16 or bfloat16", teacher.dtype)
     if student.device != teacher.device:
         raise fail("teacher_logits", f"on the student's device {student.device}", teacher.device)
-    if teacher.requires_grad and torch.is_grad_enabled():
+    constant("teacher_logits", teacher)
+    return class_dim
+
+
+def constant(name: str, value: Tensor) -> None:
+    """Check that a teacher's tensor is a constant."""
+    if value.requires_grad and torch.is_grad_enabled():
         raise fail(
-            "teacher_logits",
+            name,
             "a constant (call .detach() on it, or run the teacher under torch.no_grad())",
             "a tensor that requires grad",
         )
-    return class_dim
 
 
 def target(value: Any, student: Tensor, class_dim: int) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import _checks, _ops_embedding, native
 from ._autograd import _apply_once
+from ._dispatch import choose
 from ._ops import operator_name
 from .reference.refilled import distances
+from .registry import LossSpec
 
 
 def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
@@ -25,16 +27,6 @@ def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
     if 0 in value.shape[1:]:
         raise _checks.fail(name, "of at least one element a sample", f"shape {tuple(value.shape)}")
     return value
-
-
-def constant(name: str, value: Tensor) -> None:
-    """Check that a teacher's tensor is a constant."""
-    if value.requires_grad and torch.is_grad_enabled():
-        raise _checks.fail(
-            name,
-            "a constant (call .detach() on it, or run the teacher under torch.no_grad())",
-            "a tensor that requires grad",
-        )
 
 
 def beside(name: str, value: Tensor, student: Tensor) -> None:
@@ -78,6 +70,24 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Bring all to the working dtype: float64 if any is, else float32."""
     dtype = _ops_embedding.working_dtype(*tensors)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def composed(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: str,
+    loss_weight: float,
+    backend: str | None,
+    **options: Any,
+) -> Tensor:
+    """Evaluate a loss without kernels of its own: its reference, in the working dtype."""
+    choose(spec, student, backend)  # raises where a backend is asked for that is not there
+    student, teacher = promote(student, teacher)
+    name = "sum" if reduction == "sum" else "mean"
+    loss = spec.reference(student, teacher, reduction=name, **options)
+    return (loss_weight * loss).to(student.dtype)
 
 
 def _operator(backend: str, name: str) -> Callable[..., Any]:

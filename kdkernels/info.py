@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +23,6 @@ def cpp_compiler() -> str | None:
         if found:
             return found
     return next((path for path in map(shutil.which, COMPILERS) if path), None)
-
-
-def build_command() -> str:
-    """The command that compiles the extension: in place in a checkout, else a reinstallation."""
-    root = Path(__file__).resolve().parent.parent
-    if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file():
-        return f"pip install --no-build-isolation -e {root}"
-    return native.BUILD_COMMAND
 
 
 def info() -> dict[str, Any]:
@@ -91,7 +82,7 @@ def _remedy() -> list[str]:
     if os.environ.get("KDKERNELS_DISABLE_NATIVE"):
         return ["unset KDKERNELS_DISABLE_NATIVE"]
     steps = [] if cpp_compiler() else [_compiler_command()]
-    return [*steps, build_command()]
+    return [*steps, native.build_command()]
 
 
 def _compiler_command() -> str:

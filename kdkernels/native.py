@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor
 from ._checks import FLOATS
 from ._ops import loss_dtype
 
-BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps kdkernels"
+
+def build_command() -> str:
+    """The command that compiles the extension: in place in a checkout, else a reinstallation."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file():
+        return f"pip install --no-build-isolation -e {root}"
+    return "pip install --no-build-isolation --force-reinstall --no-deps kdkernels"
 
 
 _extension: Any = None
@@ -31,7 +38,10 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from kdkernels import _C
     except ImportError as error:
-        return None, f"the extension kdkernels._C did not load ({error}); build it: {BUILD_COMMAND}"
+        return (
+            None,
+            f"the extension kdkernels._C did not load ({error}); build it: {build_command()}",
+        )
     global _extension
     _extension = _C
     return _C, ""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from .._dispatch import choose
 from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -63,14 +62,16 @@ def attention_transfer_loss(
     got = tuple(teacher_features.shape)
     if (got[0], *got[2:]) != (batch, height, width):
         raise _checks.fail("teacher_features", f"({batch}, C, {height}, {width})", f"shape {got}")
-    _embedding.constant("teacher_features", teacher_features)
-    choose(
-        ATTENTION, student_features, backend
-    )  # raises where a backend is asked for that is not there
-    student, teacher = _embedding.promote(student_features, teacher_features)
-    name = "sum" if reduction == "sum" else "mean"
-    loss = reference(student, teacher, p=p, reduction=name)
-    return (loss_weight * loss).to(student.dtype)
+    _checks.constant("teacher_features", teacher_features)
+    return _embedding.composed(
+        ATTENTION,
+        student_features,
+        teacher_features,
+        reduction=reduction,
+        loss_weight=loss_weight,
+        backend=backend,
+        p=p,
+    )
 
 
 class AttentionTransferLoss(LossModule):

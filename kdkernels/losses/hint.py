@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from .._dispatch import choose
 from ..reference.hint import hint as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -48,12 +47,15 @@ def hint_loss(
     _embedding.tensor("student_features", student_features, _RANKS)
     _embedding.tensor("teacher_features", teacher_features, _RANKS)
     _embedding.like("teacher_features", teacher_features, student_features)
-    _embedding.constant("teacher_features", teacher_features)
-    choose(HINT, student_features, backend)  # raises where a backend is asked for that is not there
-    student, teacher = _embedding.promote(student_features, teacher_features)
-    name = "sum" if reduction == "sum" else "mean"
-    loss = reference(student, teacher, reduction=name)
-    return (loss_weight * loss).to(student.dtype)
+    _checks.constant("teacher_features", teacher_features)
+    return _embedding.composed(
+        HINT,
+        student_features,
+        teacher_features,
+        reduction=reduction,
+        loss_weight=loss_weight,
+        backend=backend,
+    )
 
 
 class HintLoss(LossModule):

@@ -82,7 +82,7 @@ def iekd_loss(
     _embedding.tensor("teacher_factor", teacher_factor, _RANKS)
     _embedding.like("exploration_factor", exploration_factor, inheritance_factor)
     _embedding.like("teacher_factor", teacher_factor, inheritance_factor)
-    _embedding.constant("teacher_factor", teacher_factor)
+    _checks.constant("teacher_factor", teacher_factor)
     chosen = choose(IEKD, inheritance_factor, backend)
     if chosen == "reference":
         return loss_weight * reference(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from .._dispatch import choose
 from ..reference.pkd import pkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -57,12 +56,15 @@ def pkd_loss(
         raise _checks.fail("teacher_features", f"{(*expected, 'H', 'W')}", f"shape {got}")
     if teacher_features.numel() < 2 * expected[1]:
         raise _checks.fail("teacher_features", "of at least two values a channel", f"shape {got}")
-    _embedding.constant("teacher_features", teacher_features)
-    choose(PKD, student_features, backend)  # raises where a backend is asked for that is not there
-    student, teacher = _embedding.promote(student_features, teacher_features)
-    name = "sum" if reduction == "sum" else "mean"
-    loss = reference(student, teacher, reduction=name)
-    return (loss_weight * loss).to(student.dtype)
+    _checks.constant("teacher_features", teacher_features)
+    return _embedding.composed(
+        PKD,
+        student_features,
+        teacher_features,
+        reduction=reduction,
+        loss_weight=loss_weight,
+        backend=backend,
+    )
 
 
 class PKDLoss(LossModule):

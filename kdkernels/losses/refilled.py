@@ -75,7 +75,7 @@ def tuple_matching_loss(
     samples = len(student_embeddings)
     if len(teacher_embeddings) != samples:
         raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
-    _embedding.constant("teacher_embeddings", teacher_embeddings)
+    _checks.constant("teacher_embeddings", teacher_embeddings)
     target = _embedding.labels(target, samples, student_embeddings.device)
     chosen = choose(TUPLE_MATCHING, student_embeddings, backend)
     if chosen == "reference":
@@ -191,7 +191,7 @@ def local_classifier_loss(
         raise _checks.fail("centers", f"of shape {expected}", tuple(centers.shape))
     for name, value in (("teacher_embeddings", teacher_embeddings), ("centers", centers)):
         _embedding.beside(name, value, student_logits)
-        _embedding.constant(name, value)
+        _checks.constant(name, value)
     target = _embedding.labels(target, samples, student_logits.device)
     _embedding.in_range(target, classes)
     absent = torch.ones(classes, dtype=torch.bool, device=target.device)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from .._dispatch import choose
 from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -68,16 +67,17 @@ def rkd_loss(
     samples = len(student_embeddings)
     if len(teacher_embeddings) != samples:
         raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
-    _embedding.constant("teacher_embeddings", teacher_embeddings)
-    choose(
-        RKD, student_embeddings, backend
-    )  # raises where a backend is asked for that is not there
-    student, teacher = _embedding.promote(student_embeddings, teacher_embeddings)
-    name = "sum" if reduction == "sum" else "mean"
-    loss = reference(
-        student, teacher, distance_weight=distance_weight, angle_weight=angle_weight, reduction=name
+    _checks.constant("teacher_embeddings", teacher_embeddings)
+    return _embedding.composed(
+        RKD,
+        student_embeddings,
+        teacher_embeddings,
+        reduction=reduction,
+        loss_weight=loss_weight,
+        backend=backend,
+        distance_weight=distance_weight,
+        angle_weight=angle_weight,
     )
-    return (loss_weight * loss).to(student.dtype)
 
 
 class RKDLoss(LossModule):
