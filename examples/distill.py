@@ -8,7 +8,7 @@
 
 Results go to ``--output``: results.json, curves.png and checkpoints. The same command again resumes
 where it was interrupted and skips what is done. Nothing here is needed to use the library: the
-losses are called in recipes.py, one line each.
+losses are called in terms.py, one line each.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from data import Data
 from extras import Prepared
 from models import Output, ResNet
-from recipes import Recipe, Step
+from recipes import Recipe
+from terms import Step
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm

@@ -1,8 +1,8 @@
 """How each method trains a student. A new method is one entry in ``RECIPES``.
 
-An entry says which loss is added to cross-entropy, with which weights, and which extra modules
-(a second head, feature encoders) are trained with the student. Weights are those published for
-CIFAR-100, unless ``DIGITS`` says otherwise.
+An entry says which loss (of ``terms.py``) is added to cross-entropy, with which weights, and which
+extra modules (a second head, feature encoders) are trained with the student. Weights are those
+published for CIFAR-100, unless ``DIGITS`` says otherwise.
 """
 
 from __future__ import annotations
@@ -10,35 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
+import terms
 from extras import Centers, Factors, Peer
-from models import Output, ResNet
+from models import ResNet
+from terms import Step
 from torch import Tensor, nn
-
-from kdkernels.functional import (
-    aekt_loss,
-    dist_loss,
-    dkd_loss,
-    iekd_loss,
-    kd_loss,
-    local_classifier_loss,
-    tuple_matching_loss,
-)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a distillation term may look at in one training step."""
-
-    student: Output
-    teacher: Output
-    target: Tensor
-    progress: float
-    """Share of the run that is done at the end of this epoch, in (0, 1]."""
-    options: Mapping[str, float]
-    backend: str | None
-    extra: nn.Module | None
-    images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,128 +41,6 @@ class Recipe:
     demo: bool = True
 
 
-def _kd(step: Step) -> Tensor:
-    o = step.options
-    return kd_loss(
-        step.student.logits,
-        step.teacher.logits,
-        o["temperature"],
-        loss_weight=o["weight"],
-        backend=step.backend,
-    )
-
-
-def _ramp(step: Step) -> float:
-    """DKD's linear warm-up."""
-    warmup = step.options["warmup"]
-    return min(1.0, step.progress / warmup) if warmup else 1.0
-
-
-def _dkd(step: Step) -> Tensor:
-    o = step.options
-    return dkd_loss(
-        step.student.logits,
-        step.teacher.logits,
-        step.target,
-        o["alpha"],
-        o["beta"],
-        o["temperature"],
-        loss_weight=o["weight"] * _ramp(step),
-        backend=step.backend,
-    )
-
-
-def _aekt(step: Step) -> Tensor:
-    """Reconstructed from the abstract; the paper's exact formula was not available."""
-    o = step.options
-    return aekt_loss(
-        step.student.distilled,
-        step.teacher.logits,
-        step.target,
-        o["alpha"],
-        o["beta"],
-        o["temperature"],
-        o["kappa"],
-        o["ratio_max"],
-        loss_weight=o["weight"] * _ramp(step),
-        backend=step.backend,
-    )
-
-
-def _dist(step: Step) -> Tensor:
-    o = step.options
-    return dist_loss(
-        step.student.logits,
-        step.teacher.logits,
-        o["beta"],
-        o["gamma"],
-        o["tau"],
-        loss_weight=o["weight"],
-        backend=step.backend,
-    )
-
-
-def _iekd(step: Step) -> Tensor:
-    assert step.extra is not None
-    o = step.options
-    inheritance, exploration, factor = step.extra(step.student.features, step.teacher.features)
-    return iekd_loss(
-        inheritance,
-        exploration,
-        factor,
-        o["inheritance"],
-        o["exploration"],
-        backend=step.backend,
-    )
-
-
-def _iedml(step: Step) -> Tensor:
-    """Both students' mutual losses and the peer's cross-entropy; the teacher is not used."""
-    assert step.extra is not None
-    o = step.options
-    logits, mine, theirs = step.extra(step.images, step.student.features)
-    loss = o["ce"] * F.cross_entropy(logits, step.target)
-    for own, other in ((mine, theirs), (theirs, mine)):
-        loss = loss + own.reconstruction
-        loss = loss + iekd_loss(
-            own.inheritance,
-            own.exploration,
-            other.factor,
-            o["inheritance"],
-            o["exploration"],
-            backend=step.backend,
-        )
-    for own, other in ((step.student.logits, logits), (logits, step.student.logits)):
-        loss = loss + kd_loss(
-            own, other.detach(), 1.0, loss_weight=o["weight"], backend=step.backend
-        )
-    return loss
-
-
-def _refilled(step: Step) -> Tensor:
-    assert step.extra is not None
-    o = step.options
-    if step.progress <= o["stage1"]:
-        return tuple_matching_loss(
-            step.student.embedding,
-            step.teacher.embedding,
-            step.target,
-            o["tuple_temperature"],
-            o["margin"],
-            loss_weight=o["tuple_weight"],
-            backend=step.backend,
-        )
-    return local_classifier_loss(
-        step.student.logits,
-        step.teacher.embedding,
-        step.extra(),
-        step.target,
-        o["temperature"],
-        loss_weight=o["weight"],
-        backend=step.backend,
-    )
-
-
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -196,7 +50,7 @@ RECIPES = {
             "KD",
             "Hinton et al. 2015; weights of CRD and mdistiller",
             {"ce": 0.1, "weight": 0.9, "temperature": 4.0},
-            _kd,
+            terms.kd,
         ),
         Recipe(
             "dkd",
@@ -210,7 +64,7 @@ RECIPES = {
                 "temperature": 4.0,
                 "warmup": 20 / 240,
             },
-            _dkd,
+            terms.dkd,
         ),
         Recipe(
             "aekt",
@@ -227,7 +81,7 @@ RECIPES = {
                 "ratio_max": 10.0,
                 "warmup": 20 / 240,
             },
-            _aekt,
+            terms.aekt,
             serial=True,
         ),
         Recipe(
@@ -235,7 +89,7 @@ RECIPES = {
             "DIST",
             "Huang et al. 2022",
             {"ce": 1.0, "weight": 2.0, "beta": 1.0, "gamma": 1.0, "tau": 4.0},
-            _dist,
+            terms.dist,
         ),
         Recipe(
             "iekd",
@@ -248,7 +102,7 @@ RECIPES = {
                 "coder_epochs": 30,
                 "coder_lr": 0.1,
             },
-            _iekd,
+            terms.iekd,
             Factors,
         ),
         Recipe(
@@ -256,7 +110,7 @@ RECIPES = {
             "IE-DML (reconstructed)",
             "Huang et al. 2021; the mutual form, of which only a description was available",
             {"ce": 1.0, "weight": 1.0, "inheritance": 50.0, "exploration": 50.0},
-            _iedml,
+            terms.iedml,
             Peer,
             loss="iekd",
             demo=False,
@@ -274,7 +128,7 @@ RECIPES = {
                 "weight": 100.0,
                 "temperature": 2.0,
             },
-            _refilled,
+            terms.refilled,
             Centers,
             loss="tuple_matching",
         ),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from engine import Distiller, History, Job
 from models import Output
-from recipes import Step
+from terms import Step
 from torch import Tensor, nn
 
 import kdkernels

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _ops_embedding, native
-from ._autograd import _apply_once
+from . import _checks, _dispatch, _ops_embedding, native
+from ._autograd import Kernels, _apply_fused, _apply_once
 from ._dispatch import choose
 from ._ops import operator_name
 from .reference.refilled import distances
@@ -82,12 +83,48 @@ def composed(
     backend: str | None,
     **options: Any,
 ) -> Tensor:
-    """Evaluate a loss without kernels of its own: its reference, in the working dtype."""
+    """Evaluate a loss without kernels of its own, in the working dtype.
+
+    Its reference, unless there is a faster composition that can run and nobody asks for the
+    reference by name: ``torch.compile`` fuses the reference better than a written gradient, and on
+    a GPU the blocks would be launches.
+    """
     choose(spec, student, backend)  # raises where a backend is asked for that is not there
     student, teacher = promote(student, teacher)
+    written = spec.composed
+    if (
+        written is not None
+        and student.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and (backend or _dispatch._requested) is None
+        and not torch._C._are_functorch_transforms_active()
+        and _plain(student)
+        and _plain(teacher)
+    ):
+        code = _checks.batch_reduction(reduction)
+        evaluate = functools.partial(written, **options)
+        if student.requires_grad and torch.is_grad_enabled():
+            kernels = Kernels(evaluate, _recomputed, _scale_written_)
+            return _apply_fused(student, teacher, kernels, (loss_weight, code))
+        with torch.no_grad():
+            return evaluate(student, teacher, loss_weight, code, False)[0]
     name = "sum" if reduction == "sum" else "mean"
     loss = spec.reference(student, teacher, reduction=name, **options)
     return (loss_weight * loss).to(student.dtype)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that Python may look at: no subclass that records or fakes."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _recomputed(*args: Any) -> Tensor:
+    raise AssertionError("the working dtypes store the gradient")
+
+
+def _scale_written_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    with torch.no_grad():
+        return gradient if upstream == 1 else gradient.mul_(upstream)
 
 
 def _operator(backend: str, name: str) -> Callable[..., Any]:

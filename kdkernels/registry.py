@@ -23,7 +23,8 @@ class LossSpec:
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
-    not numbers.
+    not numbers. ``composed`` is the loss's function in ``kdkernels.composed``, where it has no
+    kernels and its reference is slow.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LossSpec:
     note: str = ""
     perturb: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[Generator, dtype], tuple[Tensor, ...]] | None = None
+    composed: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     @property
     def by_row(self) -> bool:

@@ -156,6 +156,8 @@ def backends() -> Any:
                 continue
             marks = [pytest.mark.skip(reason="; ".join(reasons))] if reasons else []
             grid.append(pytest.param(spec, backend, id=f"{spec.name}-{backend}", marks=marks))
+        if spec.composed is not None:
+            grid.append(pytest.param(spec, None, id=f"{spec.name}-composed"))
     return pytest.mark.parametrize(("spec", "backend"), grid)
 
 

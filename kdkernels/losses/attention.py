@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
+from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -44,7 +45,8 @@ def attention_transfer_loss(
         p: power >= 1 (published: 2).
         reduction: ``'mean'`` (alias ``'batchmean'``) over samples and positions, or ``'sum'``.
         loss_weight: multiplies the loss.
-        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. None
+            has a written gradient on the CPU, which cannot be differentiated again.
 
     Returns:
         0-d float32 (float64 if either input is).
@@ -122,6 +124,7 @@ ATTENTION = register(
         family="embedding",
         temperature="none",
         backends=("reference",),
+        composed=composed,
         inputs=_inputs,
     )
 )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from ..reference.pkd import pkd as reference
+from ..composed.pkd import pkd as composed
+from ..reference.pkd import pkd as reference, resize
 from ..registry import LossSpec, register
 from ._base import LossModule
 
@@ -38,7 +39,8 @@ def pkd_loss(
         teacher_features: (N, C, H', W') on the same device, N H' W' >= 2; own dtype; a constant.
         reduction: ``'mean'`` (alias ``'batchmean'``) over all elements, or ``'sum'``.
         loss_weight: multiplies the loss.
-        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. None
+            has a written gradient on the CPU, which cannot be differentiated again.
 
     Returns:
         0-d float32 (float64 if either input is).
@@ -57,6 +59,9 @@ def pkd_loss(
     if teacher_features.numel() < 2 * expected[1]:
         raise _checks.fail("teacher_features", "of at least two values a channel", f"shape {got}")
     _checks.constant("teacher_features", teacher_features)
+    if student_features.shape != teacher_features.shape:
+        student_features, teacher_features = _embedding.promote(student_features, teacher_features)
+        student_features = resize(student_features, teacher_features)
     return _embedding.composed(
         PKD,
         student_features,
@@ -112,6 +117,7 @@ PKD = register(
         family="embedding",
         temperature="none",
         backends=("reference",),
+        composed=composed,
         inputs=_inputs,
     )
 )

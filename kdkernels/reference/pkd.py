@@ -23,8 +23,14 @@ def standardize(features: Tensor) -> Tensor:
     return (features - mean) / (std + EPS)
 
 
+def resize(student: Tensor, teacher: Tensor) -> Tensor:
+    """The student at the teacher's height and width."""
+    if student.shape[2:] == teacher.shape[2:]:
+        return student
+    return F.interpolate(student, size=teacher.shape[2:], mode="bilinear")
+
+
 def pkd(student: Tensor, teacher: Tensor, *, reduction: str = "mean") -> Tensor:
     """(N, C, H, W) x (N, C, H', W') -> scalar."""
-    if student.shape[2:] != teacher.shape[2:]:
-        student = F.interpolate(student, size=teacher.shape[2:], mode="bilinear")
+    student = resize(student, teacher)
     return F.mse_loss(standardize(student), standardize(teacher), reduction=reduction) / 2

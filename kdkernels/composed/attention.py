@@ -1,0 +1,74 @@
+"""Attention transfer: the energies block by block of samples, the gradient in one pass.
+
+With the energy e = mean_c |F_c|^p, n = max(||e||, 1e-12), Q = e / n and G = dL / dQ:
+
+    dL/de = (G - Q <Q, G>) / n      (without the second term where the norm is below 1e-12)
+    dL/dF_c = dL/de  p / C  |F_c|^(p - 1) sign(F_c)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+BLOCK = 1 << 17
+"""Elements of a block: large beside the cost of a call, and in the cache."""
+
+
+def attention(
+    student: Tensor,
+    teacher: Tensor,
+    scale: float,
+    reduction: int,
+    need_gradient: bool,
+    *,
+    p: float,
+) -> tuple[Tensor, Tensor | None]:
+    energy = _energy(student, p)
+    weight = scale / (max(energy.numel(), 1) if reduction == 1 else 1)
+    q, norm = _normalise(energy)
+    gap = q - _normalise(_energy(teacher, p))[0]
+    loss = gap.square().sum() * weight
+    if not need_gradient:
+        return loss, None
+    slope = gap.mul_(2 * weight)
+    along = torch.where(norm >= EPS, (q * slope).sum((1, 2), keepdim=True), 0.0)
+    slope = (slope - q * along) * (p / student.shape[1]) / norm.clamp(min=EPS)
+    gradient = torch.empty_like(student)
+    slope = slope.unsqueeze(1)
+    if p == 2:
+        return loss, torch.mul(student, slope, out=gradient)
+    for block in _blocks(student):
+        out = torch.abs(student[block], out=gradient[block])
+        out.pow_(p - 1).mul_(student[block].sgn()).mul_(slope[block])
+    return loss, gradient
+
+
+def _blocks(features: Tensor) -> list[slice]:
+    step = max(BLOCK // math.prod(features.shape[1:]), 1)
+    return [slice(begin, begin + step) for begin in range(0, len(features), step)]
+
+
+def _energy(features: Tensor, p: float) -> Tensor:
+    """mean_c |F_c|^p, (B, H, W)."""
+    samples, channels, height, width = features.shape
+    energy = features.new_empty(samples, height, width)
+    powers = None
+    for block in _blocks(features):
+        part = features[block]
+        powers = torch.empty_like(part) if powers is None else powers[: len(part)]
+        if p == 2:
+            torch.mul(part, part, out=powers)
+        else:
+            torch.abs(part, out=powers).pow_(p)
+        torch.sum(powers, 1, out=energy[block])
+    return energy.div_(channels)
+
+
+def _normalise(energy: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of norm 1, and the norm of each sample, (B, 1, 1)."""
+    norm = torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True)
+    return energy / norm.clamp(min=EPS), norm
