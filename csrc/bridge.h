@@ -1,4 +1,4 @@
-// Between PyTorch's tensors and the CPU kernels' plain structs.
+// Between PyTorch's tensors and the kernels' plain structs.
 //
 // Only PyTorch's stable ABI is used, so one build serves every torch >= 2.10. The arguments are
 // checked in Python; what is checked here again guards memory.
@@ -11,15 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu/evaluate.h"
-#include "cpu/parallel.h"
+#include "problem.h"
 
 namespace kdkernels {
 
-using cpu::kNone;
-using cpu::parallel_for;
-using cpu::Rows;
-using cpu::Scalar;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -45,7 +40,7 @@ inline Rows rows_of(const Tensor& x, int64_t class_dim, const void* data) {
       rows.size[last] *= sizes[dim];
       rows.stride[last] = strides[dim];
     } else {
-      STD_TORCH_CHECK(rows.dims < cpu::kMaxRowDims, "logits must have fewer dimensions");
+      STD_TORCH_CHECK(rows.dims < kMaxRowDims, "logits must have fewer dimensions");
       rows.size[rows.dims] = sizes[dim];
       rows.stride[rows.dims++] = strides[dim];
     }
@@ -82,21 +77,6 @@ inline Logits check(const Tensor& student, const Tensor& teacher, int64_t class_
 
 inline Tensor empty_gradient(const Tensor& student, bool wanted) {
   return wanted ? torch::stable::empty_like(student) : torch::stable::new_empty(student, {0});
-}
-
-// A 0-d floating-point tensor as a number.
-inline double number(const Tensor& x) {
-  STD_TORCH_CHECK(x.numel() == 1, "upstream must be one number");
-  const Tensor wide = torch::stable::to(x, ScalarType::Double);
-  return *static_cast<const double*>(wide.const_data_ptr());
-}
-
-// The loss as a 0-d tensor.
-inline Tensor scalar_loss(const Tensor& like, double value, bool wide) {
-  Tensor loss = torch::stable::new_empty(like, {}, wide ? ScalarType::Double : ScalarType::Float);
-  if (wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
-  else *static_cast<float*>(loss.mutable_data_ptr()) = float(value);
-  return loss;
 }
 
 }  // namespace kdkernels

@@ -3,12 +3,11 @@
 
 #include <tuple>
 
-#include "bridge.h"
+#include "cpu/bridge.h"
 
 namespace kdkernels {
 namespace {
 
-using cpu::CorrelationProblem;
 
 struct CorrelationArguments {
   const Tensor& student;

@@ -4,13 +4,11 @@
 #include <tuple>
 #include <vector>
 
-#include "bridge.h"
+#include "cpu/bridge.h"
 
 namespace kdkernels {
 namespace {
 
-using cpu::FactorProblem;
-using cpu::TupleProblem;
 
 struct FactorArguments {
   const Tensor& inheritance;
@@ -47,7 +45,7 @@ Factors run(const FactorArguments& a, double factor, bool need_inheritance, bool
     problem.exploration_gradient =
         rows_of(out.exploration_gradient, 1, out.exploration_gradient.mutable_data_ptr());
   factor /= (a.cosine ? 1.0 : double(problem.width)) *
-            (a.reduction == cpu::kMean ? double(problem.samples) : 1.0);
+            (a.reduction == kMean ? double(problem.samples) : 1.0);
   problem.inheritance_weight = a.inheritance_weight * factor;
   problem.exploration_weight = a.exploration_weight * factor;
   std::vector<double> values(problem.samples);
@@ -114,7 +112,7 @@ std::tuple<Tensor, Tensor> tuple_matching(const Tensor& student, const Tensor& t
       value += values[i];
       tuples += counts[i];
     }
-    const double factor = scale / (reduction == cpu::kMean && tuples ? double(tuples) : 1.0);
+    const double factor = scale / (reduction == kMean && tuples ? double(tuples) : 1.0);
     value *= factor;
     const auto multiply = [&](auto* data) {
       for (int64_t i = 0; i < batch * batch; ++i) data[i] *= factor;

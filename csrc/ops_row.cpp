@@ -4,12 +4,11 @@
 #include <optional>
 #include <tuple>
 
-#include "bridge.h"
+#include "cpu/bridge.h"
 
 namespace kdkernels {
 namespace {
 
-using cpu::RowProblem;
 
 struct RowArguments {
   const Tensor& student;
@@ -85,7 +84,7 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   } else {
     problem.scale *= number(upstream);
   }
-  cpu::run(problem, kernels, logits.wide, cpu::kSum, parallel_for);  // the values are not wanted
+  cpu::run(problem, kernels, logits.wide, kSum, parallel_for);  // the values are not wanted
   return gradient;
 }
 

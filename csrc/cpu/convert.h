@@ -6,8 +6,6 @@
 
 namespace kdkernels::KDK_ISA {
 
-using cpu::Rows;
-using cpu::Scalar;
 
 template <class To, class From>
 KDK_FN To bit_cast(const From& from) {

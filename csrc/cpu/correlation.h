@@ -14,7 +14,6 @@
 
 namespace kdkernels::KDK_ISA {
 
-using cpu::CorrelationProblem;
 
 constexpr int64_t kChunkRows = 64, kMostChunks = 32;
 constexpr int kMostTile = 16;

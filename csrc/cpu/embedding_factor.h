@@ -8,7 +8,6 @@
 
 namespace kdkernels::KDK_ISA {
 
-using cpu::FactorProblem;
 
 constexpr int64_t kFactorGrain = 16384;  // elements below which a second thread does not pay
 

@@ -10,7 +10,6 @@
 
 namespace kdkernels::KDK_ISA {
 
-using cpu::TupleProblem;
 
 template <class R>
 struct Anchor {  // one row, padded to whole vectors

@@ -8,8 +8,6 @@
 
 namespace kdkernels::cpu {
 
-enum Reduction : int64_t { kNone, kMean, kSum };
-
 // Rows of a contiguous tensor whose classes are last.
 Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t classes);
 

@@ -1,85 +1,9 @@
-// What the operators hand to the CPU kernels: plain pointers, strides and numbers.
-//
-// Nothing here depends on PyTorch or on the instruction set, so that every translation unit agrees
-// on the layout of these structs.
+// What a rule offers for one instruction set.
 #pragma once
 
-#include <cstdint>
-
-#include "../rules/math.h"
+#include "../problem.h"
 
 namespace kdkernels::cpu {
-
-enum class Scalar : int32_t { f64, f32, f16, bf16 };
-
-constexpr int kMaxRowDims = 8;
-
-// A tensor seen as rows of classes, in place. The rows are the dimensions other than the classes,
-// merged where the strides allow it; offsets and strides are in elements.
-struct Rows {
-  void* data;
-  Scalar type;
-  int64_t class_stride;
-  int32_t dims;  // row dimensions, outermost first
-  int64_t size[kMaxRowDims];
-  int64_t stride[kMaxRowDims];
-
-  KDK_FN int64_t offset(int64_t row) const {
-    if (dims == 1) return row * stride[0];
-    int64_t at = 0;
-    for (int dim = dims - 1; dim > 0; --dim) {
-      at += (row % size[dim]) * stride[dim];
-      row /= size[dim];
-    }
-    return at + row * stride[0];
-  }
-  // Whether `count` consecutive rows from `row` lie `stride` elements apart, 1 for the caller's lanes.
-  KDK_FN bool adjacent(int64_t row, int64_t count) const {
-    const int last = dims - 1;
-    return stride[last] == 1 && (dims == 1 || row % size[last] + count <= size[last]);
-  }
-};
-
-struct RowProblem {
-  Rows student, teacher, gradient;  // gradient.data is null where none is wanted
-  const int64_t* target;            // class of each row, or null
-  const void* upstream;             // factor of each row in the working type, or null
-  void* loss;                       // value of each row in the working type
-  int64_t rows, classes;
-  int64_t ignore_index;
-  double temperature;
-  double scale;           // multiplies the values (mean: already divided by the valid rows)
-  bool standardize;
-  Options options;
-};
-
-struct CorrelationProblem {
-  Rows student, teacher, gradient;
-  void* loss;       // value of each row, then of each class, in the working type
-  int64_t rows, classes;
-  double inter, intra;  // coefficients of the sums over rows and over classes
-  double tau, eps;
-  Options options;
-};
-
-struct FactorProblem {  // rows are samples, classes their elements
-  Rows inheritance, exploration, teacher;
-  Rows inheritance_gradient, exploration_gradient;  // data is null where none is wanted
-  double* loss;                                     // value of each sample
-  int64_t samples, width;
-  double inheritance_weight, exploration_weight;  // coefficients of a sample's sums
-  bool cosine;
-};
-
-struct TupleProblem {
-  const void *student, *teacher;  // distances, (batch, batch), in the working type
-  void* gradient;                 // of the sum over tuples by the student's distances, or null
-  const int64_t* target;
-  double* loss;     // sum over the tuples of each anchor
-  int64_t* tuples;  // number of tuples of each anchor
-  int64_t batch;
-  double margin, temperature;
-};
 
 // torch's thread pool: f(context, begin, end) over [0, count).
 using Task = void (*)(void* context, int64_t begin, int64_t end);

@@ -51,8 +51,6 @@ struct Temperature {
       : inverse(R(1.0 / temperature)), exponential(splat<R>(inverse)) {}
 };
 
-constexpr double kStandardizeEps = 1e-7;  // kdkernels/reference/_rows.py
-
 // Zero in the lanes past the end of the row.
 template <class M>
 KDK_FN typename M::V mask_rest(const M& mode, const typename M::V& v) {
@@ -120,20 +118,10 @@ KDK_FN void maxima(const M& mode, const A& s, const B& t, typename M::S& max_s,
   max_t = M::max(maximum(t0, t1));
 }
 
-// The divergence that a rule sums over classes.
-template <class Rule, bool kDecoupled = Rule::family == Family::decoupled>
-struct PointwiseOf {
-  using type = Rule;
-};
-template <class Rule>
-struct PointwiseOf<Rule, true> {
-  using type = typename Rule::Implicit;
-};
-
 // Stage 1: maxima over the classes of the softmax, and the scale. `source_s` and `source_t` yield the
 // logits, which are at row.s and row.t afterwards.
 template <class Rule, class M, class A, class B, class R = typename M::Real>
-KDK_FN void find_maxima(RowState<M>& row, const cpu::RowProblem& problem,
+KDK_FN void find_maxima(RowState<M>& row, const RowProblem& problem,
                         const Temperature<R>& temperature, const A& source_s, const B& source_t) {
   using S = typename M::S;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
@@ -147,9 +135,9 @@ KDK_FN void find_maxima(RowState<M>& row, const cpu::RowProblem& problem,
     S mean_t{}, deviation_t{};
     moments(row.mode, row.s, row.mean_s, row.deviation_s);
     moments(row.mode, row.t, mean_t, deviation_t);
-    row.spread_s = row.deviation_s + R(kStandardizeEps);
+    row.spread_s = row.deviation_s + R(rules::kStandardizeEps);
     row.scale_s = row.scale_s / row.spread_s;
-    row.scale_t = row.scale_t / (deviation_t + R(kStandardizeEps));
+    row.scale_t = row.scale_t / (deviation_t + R(rules::kStandardizeEps));
   }
   if constexpr (kDecoupled) {  // before stage 2 may overwrite the logits
     row.target_s = (row.mode.pick_excluded(row.s) - row.max_s) * row.scale_s;
@@ -159,7 +147,7 @@ KDK_FN void find_maxima(RowState<M>& row, const cpu::RowProblem& problem,
 
 // Stage 2: exponentials and their sums.
 template <class Rule, class M, class R = typename M::Real>
-KDK_FN void exponentiate(RowState<M>& row, const cpu::RowProblem& problem,
+KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
                          const Temperature<R>& temperature) {
   using V = typename M::V;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
@@ -263,11 +251,11 @@ KDK_FN void through_deviation(const RowState<M>&, const Sink<T, R>&) {}
 // Stage 3: the value (bare), and the gradient times the row's coefficient into `sink`. Rules that need
 // more than one sweep for the gradient (`reads_logits_again`) have a sink in the working type.
 template <class Rule, bool kGradient, class M, class Sink, class R = typename M::Real>
-KDK_FN typename M::S finish(const RowState<M>& row, const cpu::RowProblem& problem,
+KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
                             const Sink& sink) {
   using V = typename M::V;
   using S = typename M::S;
-  using Pointwise = typename PointwiseOf<Rule>::type;
+  using Pointwise = typename rules::PointwiseOf<Rule>::type;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
   const M mode = row.mode;
   const R *const from_s = row.exp_s, *const from_t = row.exp_t, *const from_gap = row.gap;

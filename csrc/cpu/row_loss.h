@@ -7,7 +7,6 @@
 
 namespace kdkernels::KDK_ISA {
 
-using cpu::RowProblem;
 
 constexpr int64_t kGrain = 16384;        // classes below which a second thread does not pay
 constexpr int64_t kLaneClasses = 4096;   // most classes for which rows share vectors
@@ -50,7 +49,7 @@ struct Scratch {
 
 template <class Rule>
 KDK_FN bool reads_logits_again(const RowProblem& problem) {
-  return problem.standardize || !PointwiseOf<Rule>::type::centred;
+  return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
 }
 
 template <class R>

@@ -16,7 +16,11 @@
 
 #include "../rules/math.h"
 
+#if defined(KDK_NO_FORCED_INLINE)
+#define KDK_LAMBDA
+#else
 #define KDK_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace kdkernels::KDK_ISA {
 
@@ -222,17 +226,9 @@ KDK_FN S logarithm(const S& x) {
   }
 }
 
-// The two-point distribution whose log-odds n : t are x. NaN stays NaN.
-template <class R>
-KDK_FN rules::TwoPoint<R> two_point(R x) {
-  const R e = std::exp(x < R(0) ? x : -x), sum = R(1) + e;
-  // log(1 + e) in double, which keeps what 1 + e loses in float.
-  const R tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
-  const R likely = R(1) / sum, rare = e / sum;
-  const R log_likely = -tail, log_rare = -(x < R(0) ? -x : x) - tail;
-  return x > R(0) ? rules::TwoPoint<R>{rare, likely, log_rare, log_likely}
-                  : rules::TwoPoint<R>{likely, rare, log_likely, log_rare};
-}
+using rules::two_point;
+
+// The same for each lane of a vector.
 template <class R, class V, class = std::enable_if_t<!std::is_arithmetic_v<V>>>
 KDK_FN rules::TwoPoint<V> two_point(const V& x) {
   rules::TwoPoint<V> pair{};

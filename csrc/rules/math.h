@@ -12,6 +12,8 @@
 
 #if defined(__CUDACC__)
 #define KDK_FN __host__ __device__ __forceinline__
+#elif defined(KDK_NO_FORCED_INLINE)  // sanitizers take minutes to instrument what is inlined
+#define KDK_FN inline
 #else
 #define KDK_FN inline __attribute__((always_inline))
 #endif
@@ -114,6 +116,30 @@ struct TwoPoint {
   F t, n;          // probabilities
   F log_t, log_n;  // log n is never log(1 - t): the traversals compute it from the log-odds
 };
+
+// The two-point distribution whose log-odds n : t are x. NaN stays NaN.
+template <class R>
+KDK_FN TwoPoint<R> two_point(R x) {
+  const R e = std::exp(x < R(0) ? x : -x), sum = R(1) + e;
+  // log(1 + e) in double, which keeps what 1 + e loses in float.
+  const R tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
+  const R likely = R(1) / sum, rare = e / sum;
+  const R log_likely = -tail, log_rare = -(x < R(0) ? -x : x) - tail;
+  return x > R(0) ? TwoPoint<R>{rare, likely, log_rare, log_likely}
+                  : TwoPoint<R>{likely, rare, log_likely, log_rare};
+}
+
+// The divergence that a rule sums over classes.
+template <class Rule, bool kDecoupled = Rule::family == Family::decoupled>
+struct PointwiseOf {
+  using type = Rule;
+};
+template <class Rule>
+struct PointwiseOf<Rule, true> {
+  using type = typename Rule::Implicit;
+};
+
+constexpr double kStandardizeEps = 1e-7;  // kdkernels/reference/_rows.py
 
 // log p - log q as kl_terms wants it.
 template <class F>
