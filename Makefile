@@ -8,23 +8,27 @@ PIP_ARGS    ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+CUDA_ARGS   ?=
+GPU_ARGS    ?=
 
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
 PIP  := $(PY) -m pip --disable-pip-version-check
 
 # What the compiled extension and the package's metadata are made from.
-SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
+  $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format clean
+.PHONY: help install demo test bench cuda-check gpu-check lint format clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
-	  awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	  awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS), and PIP_ARGS, PYTEST_ARGS,"
-	@echo "DEMO_ARGS, BENCH_ARGS: what to add to a command (BENCH_ARGS=--quick, DEMO_ARGS='--seeds 0')."
+	@echo "DEMO_ARGS, BENCH_ARGS, CUDA_ARGS, GPU_ARGS: what to add to a command (BENCH_ARGS=--quick,"
+	@echo "DEMO_ARGS='--seeds 0', CUDA_ARGS='--archs 90')."
 	@echo "No GPU? PIP_ARGS='--extra-index-url URL', with the URL of PyTorch's CPU wheels (see"
 	@echo "pytorch.org, Get Started), avoids gigabytes of CUDA libraries."
 
@@ -38,6 +42,12 @@ test: $(VENV)/.installed  ## run the tests
 
 bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
+
+cuda-check: $(VENV)/.torch  ## compile the CUDA kernels and judge the machine code; nvcc, no GPU
+	$(PY) tests/gpu/compile.py --jobs $(JOBS) $(CUDA_ARGS)
+
+gpu-check: $(VENV)/.installed  ## the checks that need an NVIDIA GPU
+	$(PY) tests/gpu/check.py $(GPU_ARGS)
 
 lint: $(VENV)/.linters  ## check style and types
 	$(PY) -m ruff check .

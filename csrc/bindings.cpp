@@ -9,12 +9,14 @@
 
 #include "cpu/evaluate.h"
 #include "cpu/parallel.h"
+#include "cuda/correlation.h"
 
 // The eager entry points `row` and `correlation` take addresses of contiguous CPU tensors, because
 // half of a small loss's time is the operator machinery; kdkernels/native.py checks and allocates.
 namespace {
 
 namespace py = pybind11;
+using namespace kdkernels;
 using namespace kdkernels::cpu;
 
 struct Pair {  // addresses and dtype codes of student and teacher
@@ -93,6 +95,40 @@ std::map<std::string, std::string> build_info() {
           {"instruction sets", compiled}};
 }
 
+// How CUDA kernels would be launched, for the tests of machines without a GPU.
+namespace gpu = kdkernels::cuda;
+
+gpu::RowShape shape(int64_t rows, int64_t classes, int type, bool dense, bool aligned,
+                    bool adjacent, bool plain) {
+  return {rows, classes, Scalar(type), Scalar(type), dense, aligned, adjacent, plain};
+}
+
+std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type, bool dense,
+                                        bool aligned, bool adjacent, bool plain, int arch,
+                                        int multiprocessors, int block_shared) {
+  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
+  const gpu::Device device{arch, multiprocessors, block_shared};
+  const gpu::RowPlan plan = gpu::plan_rows(asked, device);
+  return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
+          {"elements", plan.elements},            {"threads", plan.threads},
+          {"blocks", plan.blocks},                {"cluster", plan.cluster},
+          {"slice", plan.slice},                  {"shared", plan.shared},
+          {"vector", plan.vector},                {"fits", gpu::fits(plan, asked, device)}};
+}
+
+std::map<std::string, int64_t> correlation_plan(int64_t rows, int64_t classes, int type, bool dense,
+                                                bool aligned, bool adjacent, bool plain, int arch,
+                                                int multiprocessors, int block_shared) {
+  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
+  const gpu::Device device{arch, multiprocessors, block_shared};
+  const gpu::CorrelationPlan plan = gpu::plan_correlation(asked, device);
+  return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
+          {"elements", plan.elements},            {"tile", plan.tile},
+          {"groups", plan.groups},                {"threads", plan.threads},
+          {"blocks", plan.blocks},                {"parts", plan.parts},
+          {"shared", plan.shared},                {"fits", gpu::fits(plan, asked, device)}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -103,4 +139,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("row", &row, "kdkernels::row on contiguous CPU tensors, by address.");
   m.def("correlation", &correlation, "kdkernels::correlation likewise.");
   m.def("rules", &kdkernels::cpu::rules, "The rules of a family.", pybind11::arg("family"));
+  m.def("cuda_row_plan", &row_plan, "How csrc/cuda would walk rows on a device.");
+  m.def("cuda_correlation_plan", &correlation_plan, "Likewise for a correlation.");
 }

@@ -5,7 +5,34 @@ def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
 def rules(family: str) -> list[str]: ...
 
-# By address: what is absent is 0; dtype codes are those of csrc/cpu/problem.h.
+# The choices of csrc/cuda/plan.cpp, without a GPU; dtype codes as below.
+
+def cuda_row_plan(
+    rows: int,
+    classes: int,
+    dtype: int,
+    dense: bool,
+    aligned: bool,
+    adjacent: bool,
+    plain: bool,
+    arch: int,
+    multiprocessors: int,
+    block_shared: int,
+) -> dict[str, int]: ...
+def cuda_correlation_plan(
+    rows: int,
+    classes: int,
+    dtype: int,
+    dense: bool,
+    aligned: bool,
+    adjacent: bool,
+    plain: bool,
+    arch: int,
+    multiprocessors: int,
+    block_shared: int,
+) -> dict[str, int]: ...
+
+# By address: what is absent is 0; dtype codes are those of csrc/problem.h.
 
 def row(
     student: int,

@@ -98,10 +98,8 @@ def _why_not(spec: LossSpec, backend: str, device_type: str) -> tuple[str, ...]:
 
 
 def _native_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
-    if native.extension() is None:
-        return (native.reason(),)
-    if device_type != "cpu":
-        return (f"compiled kernels run on CPU tensors, these are on {device_type}",)
+    if native.extension(device_type) is None:
+        return (native.reason(device_type),)
     if not native.has_rule(device_type, spec.family, spec.name):
         return (f"the installed extension was built without the rule {spec.name}",)
     return ()

@@ -1,7 +1,9 @@
-"""Lazy handle on the compiled extension ``kdkernels._C``: what it offers, or why it is absent.
+"""Lazy handles on the compiled extensions: what they offer, or why they are absent.
 
-Nothing is ever compiled here. The extension is built when the package is installed on a machine
-with a C++ compiler; without it the package is pure Python and ``reason()`` says so.
+``kdkernels._C`` serves CPU tensors; ``kdkernels._cuda``, a library of its own that is loaded only
+where CUDA tensors are used, serves those. Nothing is ever compiled here: the extensions are built
+when the package is installed on a machine with a C++ compiler (and nvcc, and a torch with CUDA);
+without them the package is pure Python and ``reason()`` says so.
 """
 
 from __future__ import annotations
@@ -28,13 +30,21 @@ def build_command() -> str:
 
 
 _extension: Any = None
-"""The loaded module, for the calls below; ``extension()`` loads it."""
+"""The loaded ``_C``, for the calls below; ``extension()`` loads it."""
+_cuda: Any = None
+"""Likewise ``_cuda``."""
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str]:
+def _load(device_type: str) -> tuple[ModuleType | None, str]:
+    if device_type not in ("cpu", "cuda"):
+        return None, f"compiled kernels run on CPU and CUDA tensors, these are on {device_type}"
     if os.environ.get("KDKERNELS_DISABLE_NATIVE"):
         return None, "KDKERNELS_DISABLE_NATIVE is set"
+    return _load_cpu() if device_type == "cpu" else _load_cuda()
+
+
+def _load_cpu() -> tuple[ModuleType | None, str]:
     try:
         from kdkernels import _C
     except ImportError as error:
@@ -47,30 +57,85 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
-def extension() -> ModuleType | None:
-    """The pybind11 module, or None."""
-    return _load()[0]
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    if torch.version.cuda is None:
+        return None, "compiled kernels for GPUs need a torch built with CUDA"
+    try:
+        from kdkernels import _cuda as module
+    except ImportError as error:
+        return (
+            None,
+            f"the extension kdkernels._cuda did not load ({error}); with nvcc on PATH, build it: "
+            f"KDKERNELS_CUDA=1 {build_command()}",
+        )
+    built = module.build_info()["architectures"]
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(built, capability):
+            name = torch.cuda.get_device_name(index)
+            return None, f"kdkernels._cuda was built for {built}, and {name} is {capability}"
+    global _cuda
+    _cuda = module
+    return module, ""
 
 
-def reason() -> str:
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as ``"80 90 100+PTX"`` runs on a compute capability.
+
+    Machine code runs on its generation from its own revision on; PTX on everything later.
+    """
+    for word in built.split():
+        number = int(word.removesuffix("+PTX").rstrip("af"))
+        major, minor = divmod(number, 10)
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if word.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
+def extension(device_type: str = "cpu") -> ModuleType | None:
+    """The pybind11 module for tensors of a device, or None."""
+    return _load(device_type)[0]
+
+
+def reason(device_type: str = "cpu") -> str:
     """Why the extension is absent; empty where it is loaded."""
-    return _load()[1]
+    return _load(device_type)[1]
 
 
 def has_rule(device_type: str, family: str, rule: str) -> bool:
     """Whether compiled code runs this rule for tensors of this device."""
-    module = extension()
-    return module is not None and device_type == "cpu" and rule in module.rules(family)
+    module = extension(device_type)
+    return module is not None and rule in module.rules(family)
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Scale a private gradient in place; reading the factor on the host is free on the CPU."""
+    """Scale a private, dense gradient in place; the host reads the factor on the CPU only."""
+    if gradient.is_cuda:
+        return _scale_cuda(gradient, upstream)
     factor = upstream.item()
     return gradient if factor == 1.0 else gradient.mul_(factor)
 
 
+def _scale_cuda(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.dtype not in (torch.float32, torch.float64):
+        upstream = upstream.float()
+    index = gradient.device.index
+    _cuda.scale(
+        gradient.data_ptr(),
+        _CODES[gradient.dtype],
+        gradient.numel(),
+        upstream.data_ptr(),
+        _CODES[upstream.dtype],
+        index,
+        torch._C._cuda_getCurrentRawStream(index),
+    )
+    return gradient
+
+
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-"""The dtype codes of csrc/cpu/problem.h."""
+"""The dtype codes of csrc/problem.h."""
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -81,7 +146,8 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOAT
 def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
     """Whether the addresses may be handed to the extension directly."""
     return (
-        type(student) in _PLAIN_TYPES
+        student.is_cpu
+        and type(student) in _PLAIN_TYPES
         and type(teacher) in _PLAIN_TYPES
         and class_dim == student.dim() - 1
         and student.is_contiguous()

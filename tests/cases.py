@@ -6,12 +6,15 @@ the reasons of ``kdkernels._dispatch.why_not``. CUDA variants exist where a CUDA
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cuda_emulator
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +39,8 @@ class Case:
     spec: LossSpec
     backend: str
     device: str
+    emulated: bool = False
+    """The CUDA kernels instead of the CPU's, on CPU tensors, run by tests/cuda_emulator.py."""
 
     @property
     def interpreted(self) -> bool:
@@ -49,7 +54,8 @@ class Case:
     def __call__(
         self, student: Tensor, teacher: Tensor, index: Tensor | None = None, /, **options: Any
     ) -> Tensor:
-        return call(self.spec, student, teacher, index, backend=self.backend, **options)
+        with cuda_emulator.instead_of_native() if self.emulated else contextlib.nullcontext():
+            return call(self.spec, student, teacher, index, backend=self.backend, **options)
 
 
 def call(
@@ -85,7 +91,7 @@ def row_weights(loss: Tensor) -> Tensor:
     return (weights / 4 - 1).reshape(loss.shape)
 
 
-def params(specs: Iterable[LossSpec], backends: Iterable[str]) -> list[Any]:
+def params(specs: Iterable[LossSpec], backends: Iterable[str], emulated: bool = False) -> list[Any]:
     made = []
     for spec in specs:
         for backend in backends:
@@ -96,22 +102,33 @@ def params(specs: Iterable[LossSpec], backends: Iterable[str]) -> list[Any]:
                     marks.append(pytest.mark.gpu)
                 name = f"{spec.name}-{backend}" + ("" if device == "cpu" else f"-{device}")
                 made.append(pytest.param(Case(spec, backend, device), id=name, marks=marks))
+            if emulated and backend == "native":
+                made.append(_emulated(spec))
     return made
+
+
+def _emulated(spec: LossSpec) -> Any:
+    lacks = [] if cuda_emulator.compiler() else ["the emulator needs a C++ compiler"]
+    lacks += _dispatch.why_not(spec, "native", torch.empty(0))  # its checks run before the kernels
+    marks = [pytest.mark.skip(reason="; ".join(lacks))] if lacks else []
+    case = Case(spec, "native", "cpu", emulated=True)
+    return pytest.param(case, id=f"{spec.name}-emulated", marks=marks)
 
 
 def each(
     specs: Iterable[LossSpec] = LOSSES,
     *,
     kernels: bool = False,
+    emulated: bool = False,
     keep: Callable[..., bool] = lambda case, *values: True,
     **axes: Iterable[Any] | Mapping[str, Any],
 ) -> pytest.MarkDecorator:
     """Parametrise ``case`` and every axis (values, or id -> value).
 
-    ``kernels=True`` leaves the reference out, where it would judge itself. ``keep`` thins the grid,
-    for the interpreter, which is slow.
+    ``kernels=True`` leaves the reference out, where it would judge itself. ``emulated`` adds the
+    CUDA kernels on the emulated device. ``keep`` thins the grid where the interpreter is slow.
     """
-    cases = params(specs, KERNELS if kernels else (*KERNELS, "reference"))
+    cases = params(specs, KERNELS if kernels else (*KERNELS, "reference"), emulated)
     named = [
         axis if isinstance(axis, Mapping) else {str(v): v for v in axis} for axis in axes.values()
     ]
@@ -129,14 +146,20 @@ def each(
     return pytest.mark.parametrize(("case", *axes), grid)
 
 
-def each_sample(specs: Iterable[LossSpec] = LOSSES, *, kernels: bool = False) -> Any:
+def each_sample(
+    specs: Iterable[LossSpec] = LOSSES, *, kernels: bool = False, emulated: bool = False
+) -> Any:
     """Parametrise ``case, options`` over the registry's samples."""
     grid = [
         pytest.param(*p.values, dict(sample), id=f"{p.id}-sample{i}", marks=p.marks)
-        for p in params(specs, KERNELS if kernels else (*KERNELS, "reference"))
+        for p in params(specs, KERNELS if kernels else (*KERNELS, "reference"), emulated)
         for i, sample in enumerate(p.values[0].spec.samples)
     ]
     return pytest.mark.parametrize(("case", "options"), grid)
+
+
+each_emulated = functools.partial(each, emulated=True)
+each_sample_emulated = functools.partial(each_sample, emulated=True)
 
 
 def temperature_name(spec: LossSpec) -> str | None:

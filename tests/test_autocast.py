@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, each, reductions, value_and_grad
+from cases import Case, each_emulated as each, reductions, value_and_grad
 from inputs import make
 from torch import Tensor, nn
 

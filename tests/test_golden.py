@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, Case, at_temperature, each, value_and_grad
+from cases import LOSSES, Case, at_temperature, each_emulated as each, value_and_grad
 from torch import Tensor
 
 from kdkernels.registry import SPECS

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, Case, each, each_sample, reductions, value_and_grad
+from cases import (
+    LOSSES,
+    Case,
+    each_emulated as each,
+    each_sample_emulated as each_sample,
+    reductions,
+    value_and_grad,
+)
 from inputs import make
 from layouts import LAYOUTS, target_for
 from torch import Tensor

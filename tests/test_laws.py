@@ -17,7 +17,7 @@ from cases import (
     ROW_LOSSES,
     Case,
     at_temperature,
-    each,
+    each_emulated as each,
     option_names,
     params,
     temperature_name,

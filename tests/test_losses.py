@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, Case, at_temperature, each, each_sample, reductions
+from cases import (
+    LOSSES,
+    Case,
+    at_temperature,
+    each_emulated as each,
+    each_sample_emulated as each_sample,
+    reductions,
+)
 from inputs import DTYPE_PAIRS, FAMILIES, dtype_id, make
 from layouts import LAYOUT_PAIRS, LAYOUT_ROWS, LAYOUTS, target_for
 from oracle import verify

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import LOSSES, Case, each, reductions, same_bits, value_and_grad
+from cases import LOSSES, Case, each_emulated as each, reductions, same_bits, value_and_grad
 from inputs import DTYPES, dtype_id, make
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import ROW_LOSSES, Case, each, reductions, same_bits, value_and_grad
+from cases import ROW_LOSSES, Case, each_emulated as each, reductions, same_bits, value_and_grad
 from inputs import make
 from oracle import verify
 from torch import Tensor

@@ -1,0 +1,91 @@
+#include "correlation.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "layout.h"
+
+namespace kdkernels::cuda {
+
+#define KDK_DECLARE(rule)                                                                        \
+  void rule##_correlation_tile(const CorrelationTask&, const CorrelationPlan&, void*);           \
+  void rule##_correlation_stream(const CorrelationTask&, const CorrelationPlan&, void*);
+KDK_CORRELATION_RULES(KDK_DECLARE)
+#undef KDK_DECLARE
+
+namespace {
+
+struct CorrelationRule {
+  const char* name;
+  void (*tile)(const CorrelationTask&, const CorrelationPlan&, void*);
+  void (*stream)(const CorrelationTask&, const CorrelationPlan&, void*);
+};
+
+constexpr CorrelationRule kRules[] = {
+#define KDK_ENTRY(rule) {#rule, rule##_correlation_tile, rule##_correlation_stream},
+    KDK_CORRELATION_RULES(KDK_ENTRY)
+#undef KDK_ENTRY
+};
+
+const CorrelationRule& find(const std::string& name) {
+  for (const CorrelationRule& rule : kRules)
+    if (name == rule.name) return rule;
+  throw std::invalid_argument("rule must be a correlation loss, got " + name);
+}
+
+struct Layout {  // of the workspace
+  int64_t counts, sums, columns, rows, partials, bytes;
+};
+
+Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
+  const CorrelationProblem& problem = run.problem;
+  const bool wide = is_wide(problem.student, problem.teacher);
+  const int64_t real = wide ? 8 : 4;
+  Layout at{};
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = end;
+    end += (bytes + 15) / 16 * 16;
+    return begin;
+  };
+  at.counts = take(8 * int64_t(plan.parts));
+  at.sums = take(8 * int64_t(plan.blocks));
+  at.columns = take(4 * real * problem.classes);
+  at.rows = take(plan.traversal == CorrelationTraversal::stream ? 6 * real * problem.rows : 0);
+  at.partials = take(kMoments * real * plan.parts * problem.classes);
+  at.bytes = end;
+  return at;
+}
+
+}  // namespace
+
+RowShape shape_of(const CorrelationProblem& problem) {
+  return shape_of(problem.student, problem.teacher, problem.gradient, problem.rows,
+                  problem.classes, true);
+}
+
+int64_t workspace_bytes(const CorrelationRun& run, const CorrelationPlan& plan) {
+  return layout(run, plan).bytes;
+}
+
+void run_correlation(const std::string& name, const CorrelationRun& run,
+                     const CorrelationPlan& plan, char* workspace, void* stream) {
+  const CorrelationRule& rule = find(name);
+  const Layout at = layout(run, plan);
+  CorrelationTask task{};
+  task.problem = run.problem;
+  if (run.reduction == kMean) {
+    task.problem.inter /= double(run.problem.rows);
+    task.problem.intra /= double(run.problem.classes);
+  }
+  task.upstream = run.upstream;
+  task.total = run.total;
+  task.rows = workspace + at.rows;
+  task.partials = workspace + at.partials;
+  task.counts = reinterpret_cast<int64_t*>(workspace + at.counts);
+  task.columns = workspace + at.columns;
+  task.sums = reinterpret_cast<double*>(workspace + at.sums);
+  (plan.traversal == CorrelationTraversal::stream ? rule.stream : rule.tile)(task, plan, stream);
+}
+
+}  // namespace kdkernels::cuda

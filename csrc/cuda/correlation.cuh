@@ -1,0 +1,230 @@
+// What the traversals of the correlation family share: rows in registers, moments of columns.
+//
+// q and p are the softmaxes of student and teacher. A rule turns the inner products of centred q and p
+// over a row, or a column, into a value and the coefficients of the derivative. Raw second moments
+// would cancel in columns that hardly vary: moments are taken about the mean of a few rows, and merged
+// in a fixed order (Chan, Golub, LeVeque).
+#pragma once
+
+#include "correlation.h"
+#include "groups.cuh"
+#include "sources.cuh"
+
+namespace kdkernels::cuda {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+template <class R>
+struct Column {  // means, and coefficients of q and p in the derivative
+  R mean_q, mean_p, of_q, of_p;
+};
+
+template <class R>
+struct Moments {
+  R mean_q = 0, mean_p = 0, qq = 0, pp = 0, qp = 0;
+
+  // Moments of `count` rows more, after those of `before` rows.
+  KDK_DEVICE void merge(const Moments& other, R before, R count) {
+    const R share = count / (before + count), weight = before * share;
+    const R dq = other.mean_q - mean_q, dp = other.mean_p - mean_p;
+    mean_q += dq * share;
+    mean_p += dp * share;
+    qq += other.qq + dq * dq * weight;
+    pp += other.pp + dp * dp * weight;
+    qp += other.qp + dq * dp * weight;
+  }
+};
+
+// Moments of up to kCachedRows rows of one column, `q` and `p` in registers.
+template <class R>
+KDK_DEVICE Moments<R> moments_of(const R (&q)[kCachedRows], const R (&p)[kCachedRows], int count) {
+  Moments<R> m;
+  KDK_UNROLL
+  for (int r = 0; r < kCachedRows; ++r) {
+    if (r >= count) break;
+    m.mean_q += q[r];
+    m.mean_p += p[r];
+  }
+  m.mean_q /= R(count);
+  m.mean_p /= R(count);
+  KDK_UNROLL
+  for (int r = 0; r < kCachedRows; ++r) {
+    if (r >= count) break;
+    const R a = q[r] - m.mean_q, b = p[r] - m.mean_p;
+    m.qq += a * a;
+    m.pp += b * b;
+    m.qp += a * b;
+  }
+  return m;
+}
+
+// Part `part` of the rows: the moments of column c.
+template <class R>
+KDK_DEVICE R* partial(const CorrelationTask& task, int parts, int moment, int part, int64_t c) {
+  return static_cast<R*>(task.partials) +
+         (int64_t(moment) * parts + part) * task.problem.classes + c;
+}
+template <class R>
+KDK_DEVICE void store_partial(const CorrelationTask& task, int parts, int part, int64_t c,
+                              const Moments<R>& m) {
+  *partial<R>(task, parts, 0, part, c) = m.mean_q;
+  *partial<R>(task, parts, 1, part, c) = m.mean_p;
+  *partial<R>(task, parts, 2, part, c) = m.qq;
+  *partial<R>(task, parts, 3, part, c) = m.pp;
+  *partial<R>(task, parts, 4, part, c) = m.qp;
+}
+
+// Adds up N values of each lane over the warps of the block, in order; every warp gets the sums.
+template <int N, class R>
+KDK_DEVICE void sum_warps(R (&x)[N], R* scratch) {
+  const int lane = thread_index() % kWarp, warps = thread_count() / kWarp;
+  sync_block();
+  KDK_UNROLL
+  for (int k = 0; k < N; ++k) scratch[(k * warps + thread_index() / kWarp) * kWarp + lane] = x[k];
+  sync_block();
+  KDK_UNROLL
+  for (int k = 0; k < N; ++k) {
+    x[k] = 0;
+    for (int warp = 0; warp < warps; ++warp) x[k] += scratch[(k * warps + warp) * kWarp + lane];
+  }
+}
+
+// All parts of each column combined, in order: its terms are stored, its value returned to one thread.
+// A block takes 32 columns, a lane each, and shares the parts among its warps.
+template <class Rule, class R>
+KDK_DEVICE double combine_columns(const CorrelationTask& task, int parts, R* scratch) {
+  const CorrelationProblem& problem = task.problem;
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  const int warps = thread_count() / kWarp;
+  double total = 0;
+  for (int64_t base = int64_t(block_index()) * kWarp; base < problem.classes;
+       base += int64_t(block_count()) * kWarp) {
+    const int64_t c = base + lane;
+    const bool known = c < problem.classes;
+    R means[2] = {0, 0};
+    for (int part = warp; known && part < parts; part += warps) {
+      const R share = R(load_fresh(task.counts + part)) / R(problem.rows);
+      means[0] += share * load_fresh(partial<R>(task, parts, 0, part, c));
+      means[1] += share * load_fresh(partial<R>(task, parts, 1, part, c));
+    }
+    sum_warps(means, scratch);
+    R products[3] = {0, 0, 0};
+    for (int part = warp; known && part < parts; part += warps) {
+      const R count = R(load_fresh(task.counts + part));
+      const R q = load_fresh(partial<R>(task, parts, 0, part, c)) - means[0];
+      const R p = load_fresh(partial<R>(task, parts, 1, part, c)) - means[1];
+      products[0] += load_fresh(partial<R>(task, parts, 2, part, c)) + count * q * q;
+      products[1] += load_fresh(partial<R>(task, parts, 3, part, c)) + count * p * p;
+      products[2] += load_fresh(partial<R>(task, parts, 4, part, c)) + count * q * p;
+    }
+    sum_warps(products, scratch);
+    if (!known || warp != 0) continue;
+    R of_p, of_q;
+    const R value =
+        Rule::relation(products[0], products[1], products[2], R(problem.eps), of_p, of_q);
+    const R intra = R(problem.intra);
+    static_cast<Column<R>*>(task.columns)[c] = {means[0], means[1], of_q * intra, of_p * intra};
+    total += double(value * intra);
+  }
+  return total;
+}
+
+// The blocks' values in order, by the first block. Called by all after a meeting of the grid.
+template <class R>
+KDK_DEVICE void finish_total(const CorrelationTask& task) {
+  if (block_index() != 0) return;
+  double sum[1] = {0};
+  for (int i = thread_index(); i < block_count(); i += thread_count())
+    sum[0] += load_fresh(task.sums + i);
+  sync_block();
+  Block block;
+  block.reduce<Sum>(sum);
+  if (thread_index() == 0) *static_cast<R*>(task.total) = R(sum[0]);
+}
+
+// This block's value, kept for finish_total.
+KDK_DEVICE void keep_total(const CorrelationTask& task, double value) {
+  double sum[1] = {value};
+  sync_block();
+  Block block;
+  block.reduce<Sum>(sum);
+  if (thread_index() == 0) task.sums[block_index()] = sum[0];
+}
+
+// d loss / d q of one class.
+template <class R>
+KDK_DEVICE R derivative(R q, R p, R mean, R of_q, R of_p, const Column<R>& column) {
+  return of_q * (q - mean) + of_p * (p - mean) + column.of_q * (q - column.mean_q) +
+         column.of_p * (p - column.mean_p);
+}
+
+// A row pair in the registers of kLanes lanes, a class in every element.
+template <class Rule, class R, int kLanes, int kElements>
+struct RowPair {
+  R q[kElements], p[kElements];
+  R of_q, of_p;  // coefficients in the derivative, times `inter`
+
+  // Turns logits (-inf past the end) into softmaxes; returns the row's value.
+  template <class Inside>
+  KDK_DEVICE R relate(const CorrelationProblem& problem, const Inside& inside) {
+    Lanes<kLanes> group;
+    const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
+    R most[2] = {-R(INFINITY), -R(INFINITY)};
+    KDK_UNROLL
+    for (int j = 0; j < kElements; ++j) {
+      most[0] = Max::join(q[j], most[0]);
+      most[1] = Max::join(p[j], most[1]);
+    }
+    group.template reduce<Max>(most);
+    R z[2] = {0, 0};
+    KDK_UNROLL
+    for (int j = 0; j < kElements; ++j) {
+      q[j] = power_of_two((q[j] - most[0]) * k);
+      p[j] = power_of_two((p[j] - most[1]) * k);
+      z[0] += q[j];
+      z[1] += p[j];
+    }
+    group.template reduce<Sum>(z);
+    const R inverse_q = R(1) / z[0], inverse_p = R(1) / z[1];
+    R sums[3] = {0, 0, 0};
+    KDK_UNROLL
+    for (int j = 0; j < kElements; ++j) {
+      q[j] = product(q[j], inverse_q);
+      p[j] = product(p[j], inverse_p);
+      const R a = inside(j) ? q[j] - mean : R(0), b = inside(j) ? p[j] - mean : R(0);
+      sums[0] += product(a, a);
+      sums[1] += product(b, b);
+      sums[2] += product(a, b);
+    }
+    group.template reduce<Sum>(sums);
+    const R value = Rule::relation(sums[0], sums[1], sums[2], R(problem.eps), of_p, of_q);
+    of_p *= R(problem.inter);
+    of_q *= R(problem.inter);
+    return value * R(problem.inter);
+  }
+
+  // Puts the gradient by the logits in place of q. `column(j)` is read where inside(j).
+  template <class Inside, class ColumnOf>
+  KDK_DEVICE void differentiate(const CorrelationProblem& problem, R factor, const Inside& inside,
+                                const ColumnOf& column) {
+    Lanes<kLanes> group;
+    const R mean = R(1.0 / double(problem.classes));
+    R along[1] = {0};
+    KDK_UNROLL
+    for (int j = 0; j < kElements; ++j) {
+      p[j] = inside(j) ? derivative(q[j], p[j], mean, of_q, of_p, column(j)) : R(0);
+      along[0] += q[j] * p[j];
+    }
+    group.template reduce<Sum>(along);
+    KDK_UNROLL
+    for (int j = 0; j < kElements; ++j) q[j] = q[j] * (p[j] - along[0]) * factor;
+  }
+};
+
+template <class R>
+KDK_DEVICE R gradient_factor(const CorrelationTask& task) {
+  const R upstream = task.upstream ? *static_cast<const R*>(task.upstream) : R(1);
+  return upstream * R(1.0 / task.problem.tau);
+}
+
+}  // namespace kdkernels::cuda

@@ -1,0 +1,64 @@
+// Running a correlation loss on the device: plan, workspace, one launch. Plain pointers, no PyTorch.
+#pragma once
+
+#include <string>
+
+#include "task.h"
+
+namespace kdkernels::cuda {
+
+struct CorrelationTask {
+  CorrelationProblem problem;  // inter and intra already divided by what a mean divides by
+  const void* upstream;        // factor of the gradient in the working type, or null
+  void* total;                 // where the loss goes, in the working type
+  void* rows;                  // streamed: terms of each row
+  void* partials;              // (5, parts, classes): mean of q, of p, inner products qq, pp, qp
+  int64_t* counts;             // (parts): rows of each part
+  void* columns;               // (classes): terms of each column
+  double* sums;                // a value for each block
+};
+
+// Kernels, in correlation_<traversal>.cu.
+enum class CorrelationTraversal : int32_t {
+  tile,    // up to 1024 classes of one dtype, next to each other: rows in registers, read twice
+  staged,  // up to 1024 classes in float, of any dtypes and strides: through shared memory
+  stream,  // any number of classes, dtypes and strides, float and double
+};
+
+struct CorrelationPlan {
+  CorrelationTraversal traversal;
+  int32_t lanes, elements;  // tile, staged: of a row, and in each of its lanes
+  int32_t tile;             // rows of a tile, or of a part of the rows (stream)
+  int32_t groups;           // parts of a tile's rows whose columns different threads sum
+  int32_t threads, blocks;
+  int32_t parts;
+  int32_t shared;  // bytes
+  bool vector;     // 16-byte accesses
+};
+
+CorrelationPlan plan_correlation(const RowShape& shape, const Device& device);
+CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowShape& shape,
+                                    const Device& device);
+bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& device);
+
+struct CorrelationRun {
+  CorrelationProblem problem;  // inter and intra not yet divided; gradient.data null if not wanted
+  const void* upstream;
+  int64_t reduction;
+  void* total;
+};
+
+RowShape shape_of(const CorrelationProblem& problem);
+int64_t workspace_bytes(const CorrelationRun& run, const CorrelationPlan& plan);
+void run_correlation(const std::string& rule, const CorrelationRun& run,
+                     const CorrelationPlan& plan, char* workspace, void* stream);
+
+constexpr int kTileThreads = 256;
+// Blocks on a multiprocessor, all there at once to meet: what registers allow.
+constexpr int tile_blocks(int elements) { return elements == 32 ? 1 : 2; }
+constexpr int kTileClasses = 1024;
+constexpr int kCachedRows = 16;  // of a column, in registers while its moments are taken
+constexpr int kMoments = 5;
+constexpr int kStreamThreads = 512;
+
+}  // namespace kdkernels::cuda

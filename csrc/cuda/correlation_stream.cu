@@ -1,0 +1,260 @@
+// Correlation of any number of classes, dtypes and strides, in float or double, in one cooperative
+// launch: (1) a block a row: normalisers and the row's relation. (2) A thread a column: moments over a
+// part of the rows. (3) The columns combined. (4) A block a row: the gradient. The logits are read from
+// memory three times unless the cache holds them (7 N C bytes an element's size).
+#include "correlation.cuh"
+#include "launch.cuh"
+#include "unit.cuh"
+
+namespace kdkernels::cuda {
+namespace {
+
+template <class R>
+struct RowTerms {
+  R max_s, inverse_s, max_t, inverse_t, of_q, of_p;
+};
+
+template <class R>
+KDK_DEVICE RowTerms<R> fresh(const RowTerms<R>* from) {
+  return {load_fresh(&from->max_s),     load_fresh(&from->inverse_s), load_fresh(&from->max_t),
+          load_fresh(&from->inverse_t), load_fresh(&from->of_q),      load_fresh(&from->of_p)};
+}
+
+// Dense packs of T, in float.
+template <class T>
+struct Packs {
+  using R = float;
+  static constexpr int kWidth = kPack<T>;
+  RowPointers<T> at;
+  KDK_DEVICE Packs(const CorrelationProblem& problem, int64_t row) : at(problem, row) {}
+  KDK_DEVICE void load(int64_t c, R (&s)[kWidth], R (&t)[kWidth]) const {
+    const Pack<T> a = as_pack<T>(load16(at.s + c)), b = as_pack<T>(load16(at.t + c));
+    KDK_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      s[k] = widen(a.x[k]);
+      t[k] = widen(b.x[k]);
+    }
+  }
+  KDK_DEVICE void store(int64_t c, const R (&g)[kWidth]) const {
+    Pack<T> pack;
+    KDK_UNROLL
+    for (int k = 0; k < kWidth; ++k) pack.x[k] = narrow<T>(g[k]);
+    store16(at.g + c, as_bits(pack));
+  }
+};
+
+// Single elements of any dtype and stride.
+template <class Real>
+struct Elements {
+  using R = Real;
+  static constexpr int kWidth = 1;
+  const CorrelationProblem& problem;
+  int64_t s_, t_, g_;
+  KDK_DEVICE Elements(const CorrelationProblem& problem, int64_t row)
+      : problem(problem),
+        s_(problem.student.offset(row)),
+        t_(problem.teacher.offset(row)),
+        g_(problem.gradient.data ? problem.gradient.offset(row) : 0) {}
+  KDK_DEVICE void load(int64_t c, R (&s)[1], R (&t)[1]) const {
+    s[0] = load_element<R>(problem.student, s_ + c * problem.student.class_stride);
+    t[0] = load_element<R>(problem.teacher, t_ + c * problem.teacher.class_stride);
+  }
+  KDK_DEVICE void store(int64_t c, const R (&g)[1]) const {
+    store_element<R>(problem.gradient, g_ + c * problem.gradient.class_stride, g[0]);
+  }
+};
+
+// f(c, k, student, teacher) for every class of this thread, c the first class of its pack.
+template <class Access, class F>
+KDK_DEVICE void each_class(const CorrelationProblem& problem, const Access& row, const F& f) {
+  using R = typename Access::R;
+  for (int64_t c = int64_t(thread_index()) * Access::kWidth; c < problem.classes;
+       c += int64_t(kStreamThreads) * Access::kWidth) {
+    R s[Access::kWidth], t[Access::kWidth];
+    row.load(c, s, t);
+    KDK_UNROLL
+    for (int k = 0; k < Access::kWidth; ++k) f(s[k], t[k]);
+  }
+}
+
+template <class Access, class R>
+KDK_DEVICE R relate_row(const CorrelationProblem& problem, int64_t row, Block& block,
+                        RowTerms<R>& terms) {
+  const Access logits(problem, row);
+  const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
+  R most[2] = {-R(INFINITY), -R(INFINITY)};
+  each_class(problem, logits, [&](R s, R t) {
+    most[0] = Max::join(s, most[0]);
+    most[1] = Max::join(t, most[1]);
+  });
+  block.reduce<Max>(most);
+  R z[2] = {0, 0};
+  each_class(problem, logits, [&](R s, R t) {
+    z[0] += power_of_two((s - most[0]) * k);
+    z[1] += power_of_two((t - most[1]) * k);
+  });
+  block.reduce<Sum>(z);
+  terms = {most[0], R(1) / z[0], most[1], R(1) / z[1], 0, 0};
+  R sums[3] = {0, 0, 0};
+  each_class(problem, logits, [&](R s, R t) {
+    const R a = product(power_of_two((s - terms.max_s) * k), terms.inverse_s) - mean;
+    const R b = product(power_of_two((t - terms.max_t) * k), terms.inverse_t) - mean;
+    sums[0] += product(a, a);
+    sums[1] += product(b, b);
+    sums[2] += product(a, b);
+  });
+  block.reduce<Sum>(sums);
+  const R inter = R(problem.inter);
+  const R value =
+      Rule::relation(sums[0], sums[1], sums[2], R(problem.eps), terms.of_p, terms.of_q);
+  terms.of_p *= inter;
+  terms.of_q *= inter;
+  return value * inter;
+}
+
+template <class Access, class R>
+KDK_DEVICE void sum_columns(const CorrelationTask& task, int part_rows, int parts) {
+  constexpr int kWidth = Access::kWidth;
+  constexpr int kRows = kWidth == 8 ? 2 : 4;  // of a column in registers at once
+  const CorrelationProblem& problem = task.problem;
+  const R k = R(1.0 / problem.tau) * R(kLog2E);
+  const int64_t strip = int64_t(kStreamThreads) * kWidth;
+  const int64_t strips = (problem.classes + strip - 1) / strip;
+  for (int64_t item = block_index(); item < strips * parts; item += block_count()) {
+    const int part = int(item / strips);
+    const int64_t c = item % strips * strip + int64_t(thread_index()) * kWidth;
+    const int64_t begin = int64_t(part) * part_rows;
+    const int64_t end = begin + part_rows < problem.rows ? begin + part_rows : problem.rows;
+    if (c == 0) task.counts[part] = end - begin;
+    if (c >= problem.classes) continue;
+    Moments<R> sum[kWidth];
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int count = int(end - row < kRows ? end - row : kRows);
+      R q[kRows][kWidth], p[kRows][kWidth];
+      KDK_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= count) break;
+        const RowTerms<R> terms = fresh(static_cast<const RowTerms<R>*>(task.rows) + row + r);
+        Access(problem, row + r).load(c, q[r], p[r]);
+        KDK_UNROLL
+        for (int i = 0; i < kWidth; ++i) {
+          q[r][i] = product(power_of_two((q[r][i] - terms.max_s) * k), terms.inverse_s);
+          p[r][i] = product(power_of_two((p[r][i] - terms.max_t) * k), terms.inverse_t);
+        }
+      }
+      KDK_UNROLL
+      for (int i = 0; i < kWidth; ++i) {
+        Moments<R> few;
+        KDK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          if (r >= count) break;
+          few.mean_q += q[r][i];
+          few.mean_p += p[r][i];
+        }
+        few.mean_q /= R(count);
+        few.mean_p /= R(count);
+        KDK_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          if (r >= count) break;
+          const R a = q[r][i] - few.mean_q, b = p[r][i] - few.mean_p;
+          few.qq += a * a;
+          few.pp += b * b;
+          few.qp += a * b;
+        }
+        sum[i].merge(few, R(row - begin), R(count));
+      }
+    }
+    KDK_UNROLL
+    for (int i = 0; i < kWidth; ++i) store_partial<R>(task, parts, part, c + i, sum[i]);
+  }
+}
+
+template <class Access, class R>
+KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R factor,
+                               Block& block) {
+  constexpr int kWidth = Access::kWidth;
+  const CorrelationProblem& problem = task.problem;
+  const Access row(problem, index);
+  const RowTerms<R> terms = fresh(static_cast<const RowTerms<R>*>(task.rows) + index);
+  const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
+  const auto slopes = [&](int64_t c, R (&q)[kWidth], R (&g)[kWidth]) {
+    row.load(c, q, g);
+    KDK_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+      const Column<R>* const from = static_cast<const Column<R>*>(task.columns) + c + i;
+      const Column<R> column = {load_fresh(&from->mean_q), load_fresh(&from->mean_p),
+                                load_fresh(&from->of_q), load_fresh(&from->of_p)};
+      q[i] = product(power_of_two((q[i] - terms.max_s) * k), terms.inverse_s);
+      const R p = product(power_of_two((g[i] - terms.max_t) * k), terms.inverse_t);
+      g[i] = derivative(q[i], p, mean, terms.of_q, terms.of_p, column);
+    }
+  };
+  const int64_t first = int64_t(thread_index()) * kWidth, step = int64_t(kStreamThreads) * kWidth;
+  R along[1] = {0};
+  for (int64_t c = first; c < problem.classes; c += step) {
+    R q[kWidth], g[kWidth];
+    slopes(c, q, g);
+    KDK_UNROLL
+    for (int i = 0; i < kWidth; ++i) along[0] += q[i] * g[i];
+  }
+  block.reduce<Sum>(along);
+  for (int64_t c = first; c < problem.classes; c += step) {
+    R q[kWidth], g[kWidth];
+    slopes(c, q, g);
+    KDK_UNROLL
+    for (int i = 0; i < kWidth; ++i) g[i] = q[i] * (g[i] - along[0]) * factor;
+    row.store(c, g);
+  }
+}
+
+template <class Access>
+KDK_KERNEL void KDK_BOUNDS(kStreamThreads, 1)
+    correlate_stream(KDK_PARAMETER CorrelationTask task, KDK_PARAMETER CorrelationPlan plan) {
+  using R = typename Access::R;
+  const CorrelationProblem& problem = task.problem;
+  R* const scratch = reinterpret_cast<R*>(shared_memory() + kBlockExchange);
+  Block block;
+  double total = 0;
+  for (int64_t row = block_index(); row < problem.rows; row += block_count()) {
+    RowTerms<R> terms;
+    const R value = relate_row<Access>(problem, row, block, terms);
+    if (thread_index() != 0) continue;
+    static_cast<RowTerms<R>*>(task.rows)[row] = terms;
+    total += double(value);
+  }
+  sync_grid();
+  sum_columns<Access, R>(task, plan.tile, plan.parts);
+  sync_grid();
+  total += combine_columns<Rule, R>(task, plan.parts, scratch);
+  keep_total(task, total);
+  sync_grid();
+  finish_total<R>(task);
+  sync_block();
+  if (!problem.gradient.data) return;
+  Block again;
+  const R factor = gradient_factor<R>(task);
+  for (int64_t row = block_index(); row < problem.rows; row += block_count())
+    write_gradient<Access, R>(task, row, factor, again);
+}
+
+template <class Access>
+void run(const CorrelationTask& task, const CorrelationPlan& plan, void* stream) {
+  launch<correlate_stream<Access>>({plan.blocks, plan.threads, 1, size_t(plan.shared), true},
+                                   stream, task, plan);
+}
+
+}  // namespace
+
+void KDK_JOIN(KDK_RULE, _correlation_stream)(const CorrelationTask& task,
+                                             const CorrelationPlan& plan, void* stream) {
+  const Scalar s = task.problem.student.type, t = task.problem.teacher.type;
+  if (s == Scalar::f64 || t == Scalar::f64) return run<Elements<double>>(task, plan, stream);
+  if (!plan.vector) return run<Elements<float>>(task, plan, stream);
+  switch (s) {
+    case Scalar::f16: return run<Packs<f16>>(task, plan, stream);
+    case Scalar::bf16: return run<Packs<bf16>>(task, plan, stream);
+    default: return run<Packs<float>>(task, plan, stream);
+  }
+}
+
+}  // namespace kdkernels::cuda

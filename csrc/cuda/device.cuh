@@ -1,0 +1,213 @@
+// What the kernels use of the device, and nothing else: tests/emulator/device.h gives the same names
+// on the CPU, so that every kernel runs under the tests of a machine without a GPU.
+//
+// Grids and blocks have one dimension. All lanes of a warp take part in a shuffle, all threads of a
+// block in its barriers, all blocks of a cluster or of a cooperative grid in theirs.
+#pragma once
+
+#if defined(KDK_EMULATED)
+#include "device.h"
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define KDK_DEVICE __device__ __forceinline__
+#define KDK_KERNEL __global__
+#define KDK_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+
+namespace kdkernels::cuda {
+
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+KDK_DEVICE int thread_index() { return int(threadIdx.x); }
+KDK_DEVICE int thread_count() { return int(blockDim.x); }
+KDK_DEVICE int block_index() { return int(blockIdx.x); }
+KDK_DEVICE int block_count() { return int(gridDim.x); }
+
+// The block's dynamic shared memory, 128-byte aligned; there is no other.
+KDK_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char kdk_shared_memory[];
+  return kdk_shared_memory;
+}
+
+KDK_DEVICE void sync_block() { __syncthreads(); }
+KDK_DEVICE void sync_warp() { __syncwarp(); }
+// Among all blocks of a cooperative launch; orders their accesses to global memory.
+KDK_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+// The value of the lane whose index differs by the bits of `mask`, or of lane `lane`.
+template <class X>
+KDK_DEVICE X shuffle_xor(X x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class X>
+KDK_DEVICE X shuffle(X x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+// Thread-block clusters (sm_90 and later). `cluster_shared` is where block `rank` of the cluster
+// keeps what this block keeps at `p`; sync_cluster orders accesses to it.
+KDK_DEVICE int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+KDK_DEVICE int cluster_size() {
+  int size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+KDK_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#else
+  __syncthreads();
+#endif
+}
+template <class X>
+KDK_DEVICE X* cluster_shared(X* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
+  return reinterpret_cast<X*>(address);
+#else
+  return p;
+#endif
+}
+
+// A barrier in shared memory for bulk copies. One thread calls barrier_init, then fence_barriers; the
+// block synchronises; one thread calls barrier_expect and bulk_load; all wait. The n-th use of a
+// barrier (from 0) has parity n % 2.
+using Barrier = uint64_t;
+
+KDK_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+KDK_DEVICE void barrier_init(Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+KDK_DEVICE void fence_barriers() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Announces one use of the barrier in which copies write `bytes`.
+KDK_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+// Starts a copy into this block's shared memory; addresses and size are multiples of 16 bytes.
+KDK_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+// Shared memory that ordinary accesses have finished with may be the target of a bulk copy: called by
+// each thread that accessed it, before the block synchronises.
+KDK_DEVICE void fence_bulk() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// What this thread wrote to global memory is visible to a block that sees the counter's new value.
+// Returns the value before; 32-bit, begins at 0.
+KDK_DEVICE unsigned arrive(unsigned* counter) {
+  __threadfence();
+  const unsigned before = atomicAdd(counter, 1u);
+  __threadfence();
+  return before;
+}
+// Reads what another block of the same launch wrote (never through the L1 cache).
+template <class X>
+KDK_DEVICE X load_fresh(const X* p) {
+  return __ldcg(p);
+}
+
+// 16 bytes at an address that is a multiple of 16. Read once, written once: streaming accesses.
+struct alignas(16) Bits16 {
+  uint32_t word[4];
+};
+KDK_DEVICE Bits16 load16(const void* p) {
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+KDK_DEVICE Bits16 load16_shared(const void* p) { return *static_cast<const Bits16*>(p); }
+KDK_DEVICE void store16(void* p, const Bits16& v) {
+  __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+KDK_DEVICE float widen(f16 x) { return __half2float(x); }
+KDK_DEVICE float widen(bf16 x) { return __bfloat162float(x); }
+KDK_DEVICE float widen(float x) { return x; }
+KDK_DEVICE double widen(double x) { return x; }
+template <class T>
+KDK_DEVICE T narrow(double x) {
+  return T(x);
+}
+template <class T>
+KDK_DEVICE T narrow(float x) {
+  return T(x);
+}
+template <>
+KDK_DEVICE f16 narrow<f16>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+KDK_DEVICE bf16 narrow<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// 2^x to 2 ulp (denormal results are 0), and exactly rounded products that are never contracted.
+KDK_DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+KDK_DEVICE double power_of_two(double x) { return exp2(x); }
+KDK_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+KDK_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+
+}  // namespace kdkernels::cuda
+
+#endif
+
+#if defined(__CUDACC__)
+#define KDK_UNROLL _Pragma("unroll")
+#define KDK_PARAMETER const __grid_constant__  // of a kernel: read where it lies
+#else
+#define KDK_UNROLL
+#define KDK_PARAMETER const
+#endif

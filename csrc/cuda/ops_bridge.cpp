@@ -1,0 +1,96 @@
+// The device as the operators see it, and the pybind11 module kdkernels._cuda. Importing it registers
+// the operators for CUDA tensors (ops_*.cpp are part of the same library).
+#include "ops_bridge.h"
+
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "rows.h"
+
+namespace kdkernels::cuda {
+namespace {
+
+int attribute(cudaDeviceAttr name, int index) {
+  int value = 0;
+  STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, name, index) == cudaSuccess,
+                  "cudaDeviceGetAttribute failed");
+  return value;
+}
+
+}  // namespace
+
+const Device& device_of(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;  // references stay valid
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  const Device device{attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
+                          attribute(cudaDevAttrComputeCapabilityMinor, index),
+                      attribute(cudaDevAttrMultiProcessorCount, index),
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+  return known.emplace(index, device).first->second;
+}
+
+void* current_stream(int index) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0,
+                  "aoti_torch_get_current_cuda_stream failed");
+  return stream;
+}
+
+namespace {
+
+// gradient *= upstream for a dense gradient, by address: half of a small loss's time is the operator
+// machinery.
+void scale_by_address(std::uintptr_t gradient, int type, int64_t size, std::uintptr_t upstream,
+                      int upstream_type, int device, std::uintptr_t stream) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  scale(reinterpret_cast<void*>(gradient), Scalar(type), size,
+        reinterpret_cast<const void*>(upstream), Scalar(upstream_type), device_of(device),
+        reinterpret_cast<void*>(stream));
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"CUDA", KDK_CUDA_TOOLKIT}, {"architectures", KDK_CUDA_ARCHS}};
+}
+
+std::vector<std::string> rules(const std::string& family) {
+#define KDK_NAME(rule) #rule,
+  if (family == "divergence" || family == "decoupled") {
+    std::vector<std::string> names;
+    for (const char* name : {KDK_ROW_RULES(KDK_NAME)})
+      if (reads_target(name) == (family == "decoupled")) names.push_back(name);
+    return names;
+  }
+  if (family == "correlation") return {KDK_CORRELATION_RULES(KDK_NAME)};
+  if (family == "embedding") return {KDK_FACTOR_RULES(KDK_NAME) KDK_TUPLE_RULES(KDK_NAME)};
+#undef KDK_NAME
+  return {};
+}
+
+std::map<std::string, int> device_info(int index) {
+  const Device& device = device_of(index);
+  return {{"arch", device.arch},
+          {"multiprocessors", device.multiprocessors},
+          {"block_shared", device.block_shared}};
+}
+
+}  // namespace
+}  // namespace kdkernels::cuda
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of kdkernels.";
+  m.def("build_info", &kdkernels::cuda::build_info, "How the extension was built.");
+  m.def("device_info", &kdkernels::cuda::device_info, "What the plans know of a device.");
+  m.def("rules", &kdkernels::cuda::rules, "The rules of a family.");
+  m.def("scale", &kdkernels::cuda::scale_by_address, "Scale a dense gradient in place.");
+}

@@ -1,0 +1,39 @@
+// What the operators on CUDA tensors share: device, stream, workspace.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../bridge.h"
+#include "task.h"
+
+namespace kdkernels::cuda {
+
+// What the kernels' plans need of a device; asked once.
+const Device& device_of(int index);
+
+// The current stream of a device.
+void* current_stream(int index);
+
+// While it lives the tensor's device is the current one.
+struct Context {
+  explicit Context(const Tensor& x)
+      : guard(x.get_device_index()),
+        device(device_of(x.get_device_index())),
+        stream(current_stream(x.get_device_index())) {}
+
+  torch::stable::accelerator::DeviceGuard guard;
+  const Device& device;
+  void* stream;
+};
+
+// Memory of any content for the launches that follow on the current stream.
+inline Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// The upstream gradient in the working type, a value a row or one for all.
+inline Tensor factors(const Tensor& upstream, ScalarType type) {
+  return torch::stable::contiguous(torch::stable::to(upstream, type));
+}
+
+}  // namespace kdkernels::cuda

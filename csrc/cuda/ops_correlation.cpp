@@ -1,0 +1,80 @@
+// kdkernels::correlation and its backward on CUDA tensors; schemas in kdkernels/_ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "correlation.h"
+#include "ops_bridge.h"
+
+namespace kdkernels::cuda {
+namespace {
+
+struct CorrelationArguments {
+  const Tensor& student;
+  const Tensor& teacher;
+  const std::string& rule;
+  double inter, intra, tau, eps;
+  int64_t class_dim, reduction;
+};
+
+// The loss into `total`, and the gradient where one is given.
+void run(const CorrelationArguments& a, const Logits& logits, const Tensor* upstream, Tensor& total,
+         Tensor* gradient, const Context& context) {
+  STD_TORCH_CHECK(a.reduction != kNone, "reduction must be 'mean' or 'sum', got 'none'");
+  CorrelationProblem problem{};
+  problem.student = rows_of(a.student, a.class_dim, a.student.const_data_ptr());
+  problem.teacher = rows_of(a.teacher, a.class_dim, a.teacher.const_data_ptr());
+  problem.gradient = gradient ? rows_of(*gradient, a.class_dim, gradient->mutable_data_ptr())
+                              : rows_of(a.student, a.class_dim, nullptr);
+  problem.rows = logits.rows;
+  problem.classes = logits.classes;
+  problem.inter = a.inter;
+  problem.intra = a.intra;
+  problem.tau = a.tau;
+  problem.eps = a.eps;
+  const CorrelationRun work{problem, upstream ? upstream->const_data_ptr() : nullptr, a.reduction,
+                            total.mutable_data_ptr()};
+  const CorrelationPlan plan = plan_correlation(shape_of(problem), context.device);
+  Tensor memory = workspace(a.student, workspace_bytes(work, plan));
+  run_correlation(a.rule, work, plan, static_cast<char*>(memory.mutable_data_ptr()),
+                  context.stream);
+}
+
+std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teacher,
+                                       std::string rule, double inter, double intra, double tau,
+                                       double eps, int64_t class_dim, int64_t reduction,
+                                       bool need_gradient) {
+  const Logits logits = check(student, teacher, class_dim);
+  const Context context(student);
+  Tensor gradient = empty_gradient(student, need_gradient);
+  if (logits.rows == 0)
+    return {torch::stable::new_zeros(student, {}, logits.loss_type()), gradient};
+  Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());
+  run({student, teacher, rule, inter, intra, tau, eps, class_dim, reduction}, logits, nullptr, loss,
+      need_gradient ? &gradient : nullptr, context);
+  return {loss, gradient};
+}
+
+Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
+                            std::string rule, double inter, double intra, double tau, double eps,
+                            int64_t class_dim, int64_t reduction) {
+  const Logits logits = check(student, teacher, class_dim);
+  const Context context(student);
+  Tensor gradient = torch::stable::empty_like(student);
+  if (logits.rows == 0) return gradient;
+  STD_TORCH_CHECK(upstream.numel() == 1, "upstream must be one number");
+  const Tensor factor = factors(upstream, logits.loss_type());
+  Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());  // not wanted
+  run({student, teacher, rule, inter, intra, tau, eps, class_dim, reduction}, logits, &factor, loss,
+      &gradient, context);
+  return gradient;
+}
+
+}  // namespace
+}  // namespace kdkernels::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
+  m.impl("correlation", TORCH_BOX(&kdkernels::cuda::correlation));
+  m.impl("correlation_backward", TORCH_BOX(&kdkernels::cuda::correlation_backward));
+}

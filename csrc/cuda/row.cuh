@@ -1,0 +1,261 @@
+// One row of the divergence and target-decoupled families, whoever walks it and wherever it lies.
+//
+// With k = 1 / temperature, a = s - max s, b = t - max t:
+//   q = exp(k a) / Z_s,  p = exp(k b) / Z_t,  log p - log q = k (b - a) - log(Z_t / Z_s),
+// which is exact near p = q: the gap b - a is taken before anything is rounded by a factor. A rule's
+// value and slope follow (csrc/rules); the gradient by the logits is k (slope - q sum(slope)). Rules
+// whose slopes sum to 0, and rows without standardisation, need no sweep for that sum.
+#pragma once
+
+#include "groups.cuh"
+#include "sources.cuh"
+#include "task.h"
+
+namespace kdkernels::cuda {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+template <class R>
+KDK_DEVICE R logarithm(R x) {
+  return std::log(x);
+}
+
+// Which rows a thread's group takes, what they weigh, and where their values go.
+template <class Rule, class R>
+class RowLoop {
+ public:
+  static constexpr bool kDecoupled = Rule::family == Family::decoupled;
+
+  KDK_DEVICE explicit RowLoop(const RowTask& task) : task_(task), weight_(R(task.problem.scale)) {
+    if (!task.counts) return;
+    // The valid rows, counted in parts by the kernel before; a lane adds every 32nd.
+    int64_t valid[1] = {0};
+    for (int part = thread_index() % kWarp; part < task.parts; part += kWarp)
+      valid[0] += task.counts[part];
+    reduce_lanes<Sum>(valid, kWarp);
+    weight_ /= R(valid[0] > 0 ? valid[0] : 1);
+  }
+
+  struct Row {
+    bool valid;
+    int64_t target;
+    R weight;    // of the value; NaN where the target is no class
+    R upstream;  // the gradient's factor next to it
+  };
+
+  KDK_DEVICE Row row(int64_t index) const {
+    const RowProblem& problem = task_.problem;
+    Row row{index < problem.rows, 0, weight_, R(1)};
+    if (!row.valid) return row;
+    if (problem.target) {
+      row.target = problem.target[index];
+      row.valid = row.target != problem.ignore_index;
+      if (kDecoupled && (row.target < 0 || row.target >= problem.classes)) {
+        row.target = 0;
+        row.weight = R(NAN);
+      }
+    }
+    if (problem.upstream)
+      row.upstream = static_cast<const R*>(problem.upstream)[index * task_.upstream_stride];
+    return row;
+  }
+
+  // Called by one thread of the row's group.
+  KDK_DEVICE void keep(int64_t index, const Row& row, R value) {
+    if (index >= task_.problem.rows) return;
+    value = row.valid ? value * row.weight : R(0);
+    if (task_.problem.loss) static_cast<R*>(task_.problem.loss)[index] = value;
+    total_ += double(value);
+  }
+
+  // The sum of all values: each block's in order of its threads, then, by the block that comes last,
+  // the blocks' in order. All threads of the block call it; shared memory holds `Block`'s exchange.
+  KDK_DEVICE void finish() {
+    if (!task_.partials) return;
+    Block block;
+    double sum[1] = {total_};
+    sync_block();  // the exchange may still be read
+    block.reduce<Sum>(sum);
+    bool* const last = reinterpret_cast<bool*>(shared_memory() + Block::kExchangeBytes);
+    if (thread_index() == 0) {
+      task_.partials[block_index()] = sum[0];
+      *last = arrive(task_.ticket) == unsigned(block_count()) - 1;
+    }
+    sync_block();
+    if (!*last) return;
+    sum[0] = 0;
+    for (int i = thread_index(); i < block_count(); i += thread_count())
+      sum[0] += load_fresh(task_.partials + i);
+    block.reduce<Sum>(sum);
+    if (thread_index() == 0) *static_cast<R*>(task_.total) = R(sum[0]);
+  }
+  static constexpr int kSharedBytes = Block::kExchangeBytes + 16;
+
+ private:
+  const RowTask& task_;
+  R weight_;
+  double total_ = 0;
+};
+
+// Means and standard deviations (unbiased) of a row pair.
+template <class R, class Source, class Group>
+KDK_DEVICE void moments(const Source& source, Group& group, R classes, R& mean_s, R& mean_t,
+                        R& deviation_s, R& deviation_t) {
+  R sum[2] = {0, 0};
+  // Deviations from the first class, so that an offset of the row costs no accuracy.
+  const R base_s = source.student(0), base_t = source.teacher(0);
+  source.each_class([&](int64_t, R s, R t) {
+    sum[0] += s - base_s;
+    sum[1] += t - base_t;
+  });
+  group.template reduce<Sum>(sum);
+  mean_s = base_s + sum[0] / classes;
+  mean_t = base_t + sum[1] / classes;
+  R squares[2] = {0, 0};
+  source.each_class([&](int64_t, R s, R t) {
+    squares[0] += (s - mean_s) * (s - mean_s);
+    squares[1] += (t - mean_t) * (t - mean_t);
+  });
+  group.template reduce<Sum>(squares);
+  deviation_s = std::sqrt(squares[0] / (classes - 1));
+  deviation_t = std::sqrt(squares[1] / (classes - 1));
+}
+
+// The value of one row, and its gradient into the source. kGeneral sources know the class of each
+// element and serve standardisation and rules that are not centred.
+template <class Rule, class R, bool kGeneral, class Source, class Group>
+KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule, R>::Row& row,
+                         R target_s, R target_t, Source& source, Group& group) {
+  using Pointwise = typename rules::PointwiseOf<Rule>::type;
+  constexpr bool kDecoupled = Rule::family == Family::decoupled;
+  static_assert(kGeneral || Pointwise::centred);
+  const R infinity = R(INFINITY);
+
+  R k_s = R(1.0 / problem.temperature), k_t = k_s;
+  R mean_s = 0, deviation_s = 1, spread_s = 1;
+  if constexpr (kGeneral) {
+    if (problem.standardize) {
+      R mean_t, deviation_t;
+      moments(source, group, R(problem.classes), mean_s, mean_t, deviation_s, deviation_t);
+      spread_s = deviation_s + R(rules::kStandardizeEps);
+      k_s = k_s / spread_s;
+      k_t = k_t / (deviation_t + R(rules::kStandardizeEps));
+    }
+  }
+  if constexpr (kDecoupled) source.exclude(row.target);
+
+  R origin[2] = {-infinity, -infinity};
+  source.each([&](R s, R t) {
+    origin[0] = Max::join(s, origin[0]);
+    origin[1] = Max::join(t, origin[1]);
+  });
+  group.template reduce<Max>(origin);
+  if constexpr (kDecoupled) {  // no class but the target: any finite origin will do
+    for (int k = 0; k < 2; ++k) origin[k] = origin[k] == -infinity ? R(0) : origin[k];
+  }
+
+  const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E);
+  R z[2] = {0, 0};
+  source.each([&](R s, R t) {
+    z[0] += power_of_two((s - origin[0]) * two_s);
+    z[1] += power_of_two((t - origin[1]) * two_t);
+  });
+  group.template reduce<Sum>(z);
+  R inverse_s = R(1) / z[0], inverse_t = R(1) / z[1];
+
+  R value = 0, explicit_slope = 0, implicit_weight = 1;
+  if constexpr (kDecoupled) {
+    inverse_s = z[0] == R(0) ? R(0) : inverse_s;
+    inverse_t = z[1] == R(0) ? R(0) : inverse_t;
+    // Log-odds of the other classes against the target.
+    const R odds_s = logarithm(z[0]) - (target_s - origin[0]) * k_s;
+    const R odds_t = logarithm(z[1]) - (target_t - origin[1]) * k_t;
+    Rule::explicit_term(problem.options, rules::two_point<R>(odds_t), rules::two_point<R>(odds_s),
+                        value, explicit_slope, implicit_weight);
+    // A teacher without other classes has no implicit term.
+    implicit_weight = z[1] == R(0) ? R(0) : implicit_weight;
+  }
+
+  const R log_z_ratio = logarithm(z[1] * inverse_s);
+  const R g = row.weight * row.upstream * k_s;
+  const R g_implicit = g * implicit_weight, g_explicit = g * explicit_slope;
+  const auto terms = [&](R s, R t, R& q, R& v, R& slope) {
+    const R a = s - origin[0], b = t - origin[1];
+    q = power_of_two(a * two_s) * inverse_s;
+    const R p = power_of_two(b * two_t) * inverse_t;
+    R gap;
+    if constexpr (kGeneral) gap = problem.standardize ? b * k_t - a * k_s : (b - a) * k_s;
+    else gap = (b - a) * k_s;
+    Pointwise::pointwise(problem.options, p, q, rules::log_ratio(p, R(gap - log_z_ratio)), v, slope);
+  };
+
+  R pull = 0, along = 0;
+  if constexpr (kGeneral) {
+    if (problem.gradient.data && (problem.standardize || !Pointwise::centred)) {
+      // Of slope, slope (s - mean), q (s - mean), over the classes of the softmax.
+      R sums[3] = {0, 0, 0};
+      source.each([&](R s, R t) {
+        R q, v, slope;
+        terms(s, t, q, v, slope);
+        sums[0] += slope;
+        sums[1] += slope * (s - mean_s);
+        sums[2] += q * (s - mean_s);
+      });
+      group.template reduce<Sum>(sums);
+      pull = Pointwise::centred ? R(0) : g_implicit * sums[0];
+      if (problem.standardize && deviation_s != R(0)) {
+        along = g_implicit * sums[1] - (pull + g_explicit) * sums[2];
+        if constexpr (kDecoupled) along += g_explicit * (target_s - mean_s);
+        along /= spread_s * deviation_s * R(problem.classes - 1);
+      }
+    }
+  }
+
+  R divergence[1] = {0};
+  if (row.valid) {
+    const auto gradient = [&](R s, R t) {
+      R q, v, slope;
+      terms(s, t, q, v, slope);
+      divergence[0] += v;
+      R out = slope * g_implicit;
+      if constexpr (kDecoupled || kGeneral) out -= (pull + g_explicit) * q;
+      if (kGeneral && problem.standardize) out -= along * (s - mean_s);  // s may be -inf
+      return out;
+    };
+    source.emit(gradient);
+    if constexpr (kDecoupled) {
+      const R pulled = kGeneral && problem.standardize ? along * (target_s - mean_s) : R(0);
+      source.put(row.target, g_explicit - pulled);
+    }
+  } else {
+    source.clear();
+  }
+  group.template reduce<Sum>(divergence);
+  if constexpr (!kDecoupled) return divergence[0];
+  // 0 * inf would be NaN where the term is absent.
+  return value + (z[1] == R(0) ? R(0) : implicit_weight * divergence[0]);
+}
+
+// All rows of a block's groups, one row a group at a time: rows start + offset, start + step + offset...
+// `start` is the same for all threads that synchronise with each other.
+template <class Rule, class R, bool kGeneral, class Group, class MakeSource>
+KDK_DEVICE void walk_rows(const RowTask& task, Group& group, int64_t start, int64_t offset,
+                          int64_t step, const MakeSource& make_source) {
+  RowLoop<Rule, R> loop(task);
+  for (int64_t base = start; base < task.problem.rows; base += step) {
+    const int64_t index = base + offset;
+    const auto row = loop.row(index);
+    auto source = make_source(index, row.valid);
+    R target_s = 0, target_t = 0;
+    if (RowLoop<Rule, R>::kDecoupled && row.valid) {
+      target_s = source.student(row.target);
+      target_t = source.teacher(row.target);
+    }
+    const R value =
+        process_row<Rule, R, kGeneral>(task.problem, row, target_s, target_t, source, group);
+    if (group.rank() == 0) loop.keep(index, row, value);
+  }
+  loop.finish();
+}
+
+}  // namespace kdkernels::cuda

@@ -1,0 +1,402 @@
+"""The CUDA kernels of csrc/cuda run on the CPU by the emulator in tests/emulator.
+
+Every thread of a launch is a fiber and every barrier is real, so values, masks, addresses and
+barriers are those of the GPU; only the compiler, the memory model and the clock are not.
+``library`` compiles the kernels once, ``row_loss`` and ``correlation_loss`` call them on CPU
+tensors, and ``instead_of_native`` puts them under the public functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import _autograd
+from kdkernels._ops import loss_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "emulator"
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
+SMALL = {"arch": 90, "multiprocessors": 4, "block_shared": 232448}
+"""A device with an H200's multiprocessors, but few of them: fewer threads to emulate."""
+_DIMS = 8
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return next((n for n in (os.environ.get("CXX", "g++"), "clang++") if shutil.which(n)), None)
+
+
+def build_facts() -> Any:
+    """csrc/cuda/build.py, which lists the kernels and the rules that each is compiled for."""
+    specification = importlib.util.spec_from_file_location("cuda_build", SOURCE / "build.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def ninja_file(target: Path) -> str:
+    """Every kernel of every rule, compiled as C++."""
+    facts = build_facts()
+    flags = f"-std=c++17 -O1 -fPIC -fvisibility=hidden -DKDK_EMULATED -I{ROOT}/tests/emulator"
+    lines = [
+        f"flags = {flags}",
+        "rule compile",
+        f"  command = {compiler()} $flags $extra -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} -shared $in -o $out",
+    ]
+    objects = []
+
+    def add(name: str, path: Path, extra: str = "") -> None:
+        objects.append(f"{name}.o")
+        lines.extend([f"build {name}.o: compile {path}", f"  extra = {extra}"])
+
+    for unit in facts.units():
+        add(unit.name, unit.source, f"-DKDK_RULE={unit.rule}" if unit.rule else "")
+    macros = " ".join(f"'-D{macro}'" for macro in facts.host_macros())
+    # The operators need PyTorch and CUDA's headers; everything else is plain C++.
+    hosts = [path for path in facts.host_sources() if not path.stem.startswith("ops")]
+    harness = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
+    for path in [*hosts, *(p for p in harness if p.stem != "check_emulator")]:
+        add(f"host_{path.stem}", path, macros)
+    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, compiled if need be; one process compiles, others wait."""
+    import fcntl
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target = BUILD / "kernels.so"
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (BUILD / "build.ninja").write_text(ninja_file(target))
+        command = [sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", "2"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stdout + result.stderr)
+    loaded = ctypes.CDLL(str(target))
+    loaded.emulate_row.restype = ctypes.c_char_p
+    loaded.emulate_scale.restype = ctypes.c_char_p
+    loaded.emulate_correlation.restype = ctypes.c_char_p
+    return loaded
+
+
+class View(ctypes.Structure):
+    """A tensor as rows of classes; ``kdkernels::Rows``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("class_stride", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("size", ctypes.c_int64 * _DIMS),
+        ("stride", ctypes.c_int64 * _DIMS),
+    ]
+
+
+class RowCall(ctypes.Structure):
+    _fields_ = [
+        ("student", View),
+        ("teacher", View),
+        ("gradient", View),
+        ("target", ctypes.c_void_p),
+        ("upstream", ctypes.c_void_p),
+        ("upstream_stride", ctypes.c_int64),
+        ("loss", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("classes", ctypes.c_int64),
+        ("ignore_index", ctypes.c_int64),
+        ("reduction", ctypes.c_int64),
+        ("standardize", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("options", ctypes.c_double * 4),
+        ("arch", ctypes.c_int64),
+        ("multiprocessors", ctypes.c_int64),
+        ("block_shared", ctypes.c_int64),
+        ("seed", ctypes.c_int64),
+        ("plan", ctypes.c_int64 * 9),
+    ]
+
+
+def view(x: Tensor | None, class_dim: int) -> View:
+    """The rows of a tensor, merged as csrc/bridge.h merges them."""
+    if x is None:
+        return View(data=None, type=1, class_stride=1, dims=1)
+    levels: list[list[int]] = []
+    for dim, size in enumerate(x.shape):
+        if dim == class_dim or size == 1:
+            continue
+        if levels and levels[-1][1] == x.stride(dim) * size:
+            levels[-1] = [levels[-1][0] * size, x.stride(dim)]
+        else:
+            levels.append([size, x.stride(dim)])
+    levels = levels or [[1, 0]]
+    made = View(x.data_ptr(), CODES[x.dtype], x.stride(class_dim), len(levels))
+    for dim, (size, stride) in enumerate(levels):
+        made.size[dim], made.stride[dim] = size, stride
+    return made
+
+
+def row_loss(
+    rule: str,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    options: list[float],
+    *,
+    temperature: float = 4.0,
+    scale: float = 1.0,
+    standardize: bool = False,
+    ignore_index: int = -100,
+    class_dim: int = -1,
+    reduction: int = 1,
+    upstream: Tensor | None = None,
+    need_gradient: bool = True,
+    traversal: str | None = None,
+    device: dict[str, int] | None = None,
+    seed: int = 1,
+) -> tuple[Tensor, Tensor | None, str]:
+    """Loss, gradient and traversal; arguments as those of ``kdkernels::row``."""
+    class_dim %= student.dim()
+    student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    dtype = loss_dtype(student, teacher)
+    loss = torch.full(shape if reduction == 0 else (), float("nan"), dtype=dtype)
+    gradient = torch.full_like(student, float("nan")) if need_gradient else None
+    call = RowCall(
+        student=view(student, class_dim),
+        teacher=view(teacher, class_dim),
+        gradient=view(gradient, class_dim),
+        target=None if target is None else target.data_ptr(),
+        upstream=None if upstream is None else upstream.data_ptr(),
+        upstream_stride=1 if upstream is not None and upstream.dim() else 0,
+        loss=loss.data_ptr() if reduction == 0 else None,
+        total=None if reduction == 0 else loss.data_ptr(),
+        rows=student.numel() // student.shape[class_dim],
+        classes=student.shape[class_dim],
+        ignore_index=ignore_index,
+        reduction=reduction,
+        standardize=int(standardize),
+        temperature=temperature,
+        scale=scale,
+        options=(ctypes.c_double * 4)(*options),
+        seed=seed,
+        **(device or SMALL),
+    )
+    call.plan[0] = -1 if traversal is None else TRAVERSALS.index(traversal)
+    raise_error(library().emulate_row(rule.encode(), ctypes.byref(call)))
+    return loss, gradient, TRAVERSALS[call.plan[0]]
+
+
+CORRELATION_TRAVERSALS = ("tile", "staged", "stream")
+
+
+class CorrelationCall(ctypes.Structure):
+    _fields_ = [
+        ("student", View),
+        ("teacher", View),
+        ("gradient", View),
+        ("upstream", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("classes", ctypes.c_int64),
+        ("reduction", ctypes.c_int64),
+        ("inter", ctypes.c_double),
+        ("intra", ctypes.c_double),
+        ("tau", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("arch", ctypes.c_int64),
+        ("multiprocessors", ctypes.c_int64),
+        ("block_shared", ctypes.c_int64),
+        ("seed", ctypes.c_int64),
+        ("plan", ctypes.c_int64 * 10),
+    ]
+
+
+def correlation_loss(
+    rule: str,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    inter: float = 1.0,
+    intra: float = 1.0,
+    tau: float = 1.0,
+    eps: float = 1e-8,
+    class_dim: int = -1,
+    reduction: int = 1,
+    upstream: Tensor | None = None,
+    need_gradient: bool = True,
+    traversal: str | None = None,
+    device: dict[str, int] | None = None,
+    seed: int = 1,
+) -> tuple[Tensor, Tensor | None, str]:
+    """Loss, gradient and traversal; arguments as those of ``kdkernels::correlation``."""
+    class_dim %= student.dim()
+    student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
+    total = torch.full((), float("nan"), dtype=loss_dtype(student, teacher))
+    gradient = torch.full_like(student, float("nan")) if need_gradient else None
+    call = CorrelationCall(
+        student=view(student, class_dim),
+        teacher=view(teacher, class_dim),
+        gradient=view(gradient, class_dim),
+        upstream=None if upstream is None else upstream.data_ptr(),
+        total=total.data_ptr(),
+        rows=student.numel() // student.shape[class_dim],
+        classes=student.shape[class_dim],
+        reduction=reduction,
+        inter=inter,
+        intra=intra,
+        tau=tau,
+        eps=eps,
+        seed=seed,
+        **(device or SMALL),
+    )
+    call.plan[0] = -1 if traversal is None else CORRELATION_TRAVERSALS.index(traversal)
+    raise_error(library().emulate_correlation(rule.encode(), ctypes.byref(call)))
+    return total, gradient, CORRELATION_TRAVERSALS[call.plan[0]]
+
+
+def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """``kdkernels.native.scale_`` on the emulated device."""
+    upstream = upstream.to(torch.float64 if upstream.dtype == torch.float64 else torch.float32)
+    raise_error(
+        library().emulate_scale(
+            ctypes.c_void_p(gradient.data_ptr()),
+            ctypes.c_int64(CODES[gradient.dtype]),
+            ctypes.c_int64(gradient.numel()),
+            ctypes.c_void_p(upstream.data_ptr()),
+            ctypes.c_int64(CODES[upstream.dtype]),
+        )
+    )
+    return gradient
+
+
+def _row(student: Tensor, teacher: Tensor, target: Tensor | None, *args: Any) -> Any:
+    rule, options, temperature, scale, standardize, ignored, class_dim, reduction, wanted = args
+    if student.numel() == 0:
+        return _nothing(student, teacher, class_dim, reduction)
+    loss, gradient, _ = row_loss(
+        rule,
+        student,
+        teacher,
+        target,
+        options,
+        temperature=temperature,
+        scale=scale,
+        standardize=standardize,
+        ignore_index=ignored,
+        class_dim=class_dim,
+        reduction=reduction,
+        need_gradient=wanted,
+    )
+    return loss, gradient
+
+
+def _row_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    target, rule, options, temperature, scale, standardize, ignored, class_dim, reduction = args
+    if student.numel() == 0:
+        return torch.empty_like(student)
+    gradient = row_loss(
+        rule,
+        student,
+        teacher,
+        target,
+        options,
+        temperature=temperature,
+        scale=scale,
+        standardize=standardize,
+        ignore_index=ignored,
+        class_dim=class_dim,
+        reduction=reduction,
+        upstream=upstream.to(loss_dtype(student, teacher)).contiguous(),
+    )[1]
+    assert gradient is not None
+    return gradient
+
+
+def _correlation(student: Tensor, teacher: Tensor, *args: Any) -> Any:
+    rule, inter, intra, tau, eps, class_dim, reduction, wanted = args
+    if student.numel() == 0:
+        return _nothing(student, teacher, class_dim, reduction)
+    loss, gradient, _ = correlation_loss(
+        rule,
+        student,
+        teacher,
+        inter=inter,
+        intra=intra,
+        tau=tau,
+        eps=eps,
+        class_dim=class_dim,
+        reduction=reduction,
+        need_gradient=wanted,
+    )
+    return loss, gradient
+
+
+def _correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
+    rule, inter, intra, tau, eps, class_dim, reduction = args
+    if student.numel() == 0:
+        return torch.empty_like(student)
+    gradient = correlation_loss(
+        rule,
+        student,
+        teacher,
+        inter=inter,
+        intra=intra,
+        tau=tau,
+        eps=eps,
+        class_dim=class_dim,
+        reduction=reduction,
+        upstream=upstream.to(loss_dtype(student, teacher)).contiguous(),
+    )[1]
+    assert gradient is not None
+    return gradient
+
+
+def _nothing(student: Tensor, teacher: Tensor, class_dim: int, reduction: int) -> Any:
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    loss = torch.zeros(shape if reduction == 0 else (), dtype=loss_dtype(student, teacher))
+    return loss, torch.empty_like(student)
+
+
+@contextlib.contextmanager
+def instead_of_native() -> Iterator[None]:
+    """Inside, eager calls with ``backend='native'`` run the CUDA kernels on the emulated device."""
+    before = dict(_autograd._loaded)
+    kernels = {
+        "row": _autograd.Kernels(_row, _row_backward, scale_),
+        "correlation": _autograd.Kernels(_correlation, _correlation_backward, scale_),
+    }
+    _autograd._loaded.update({("native", family): k for family, k in kernels.items()})
+    try:
+        yield
+    finally:
+        _autograd._loaded.clear()
+        _autograd._loaded.update(before)
+
+
+def raise_error(text: Any) -> None:
+    if text:
+        raise RuntimeError(text.decode())

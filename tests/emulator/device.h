@@ -1,0 +1,284 @@
+// The names of csrc/cuda/device.cuh on the CPU; launch.h has emulate(), which runs a kernel.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "launch.h"
+
+#define KDK_DEVICE inline
+#define KDK_KERNEL
+#define KDK_BOUNDS(threads, blocks)
+
+namespace kdkernels::cuda {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+KDK_DEVICE int thread_index() { return emulator::self().thread; }
+KDK_DEVICE int thread_count() { return (emulator::self(), emulator::launch->shape.threads); }
+KDK_DEVICE int block_index() { return emulator::block().index; }
+KDK_DEVICE int block_count() { return (emulator::self(), emulator::launch->shape.blocks); }
+
+KDK_DEVICE char* shared_memory() { return emulator::block().shared; }
+
+KDK_DEVICE void sync_block() { emulator::meet(emulator::block().group, emulator::Wait::block); }
+KDK_DEVICE void sync_warp() {
+  emulator::meet(emulator::warp_of(emulator::self(), emulator::Wait::warp), emulator::Wait::warp);
+}
+KDK_DEVICE void sync_grid() {
+  emulator::self();
+  if (!emulator::launch->shape.cooperative) emulator::fail("sync_grid in an ordinary launch");
+  emulator::meet(emulator::launch->grid, emulator::Wait::grid);
+}
+
+template <class X>
+KDK_DEVICE X shuffle(X x, int lane) {
+  static_assert(std::is_arithmetic_v<X> || std::is_same_v<X, f16> || std::is_same_v<X, bf16>);
+  using namespace emulator;
+  Warp& warp = warp_of(self(), Wait::shuffle);
+  // The warp's count is of whole shuffles: it is the same for all lanes until the last arrives.
+  uint64_t* const value = warp.value[warp.shuffles % 2];
+  std::memcpy(&value[self().thread % 32], &x, sizeof x);
+  if (warp.waiting.size() == 31) ++warp.shuffles;
+  meet(warp, Wait::shuffle);
+  std::memcpy(&x, &value[lane & 31], sizeof x);
+  return x;
+}
+template <class X>
+KDK_DEVICE X shuffle_xor(X x, int mask) {
+  if (mask < 0 || mask > 31) emulator::fail("shuffle_xor: the mask must be 0 to 31");
+  return shuffle(x, (thread_index() ^ mask) & 31);
+}
+
+KDK_DEVICE int cluster_rank() { return emulator::block().rank; }
+KDK_DEVICE int cluster_size() { return (emulator::self(), emulator::launch->shape.cluster); }
+KDK_DEVICE void sync_cluster() {
+  emulator::meet(emulator::block().cluster->group, emulator::Wait::cluster);
+}
+template <class X>
+KDK_DEVICE X* cluster_shared(X* p, int rank) {
+  emulator::Block& block = emulator::block();
+  if (emulator::launch->owner(p, sizeof(X)) != &block)
+    emulator::fail("cluster_shared: not in the block's shared memory");
+  if (rank < 0 || rank >= cluster_size()) emulator::fail("cluster_shared: no such rank");
+  return reinterpret_cast<X*>(uintptr_t(p) - uintptr_t(block.shared) +
+                              uintptr_t(block.cluster->first[rank].shared));
+}
+
+namespace emulator {
+
+inline void check_aligned(const char* call, const void* p, size_t to = 16) {
+  if (uintptr_t(p) % to != 0)
+    fail(std::string(call) + ": misaligned, not a multiple of " + std::to_string(to));
+}
+inline void check_global(const char* call, const void* p) {
+  if (launch && launch->owner(p, 1)) fail(std::string(call) + ": the address is in shared memory");
+}
+inline void check_shared(const char* call, const void* p, size_t bytes) {
+  if (launch->owner(p, bytes) != &block())
+    fail(std::string(call) + ": the address is not in the block's shared memory");
+}
+
+inline BarrierState& barrier_state(const char* call, uint64_t* barrier) {
+  const auto demand = [&](bool holds, const char* what) {
+    if (!holds) fail(std::string(call) + ": " + what);
+  };
+  for (BarrierState& state : block().barriers) {
+    if (state.address != barrier) continue;
+    demand(*barrier == kInitialised, "the barrier's memory was overwritten");
+    demand(state.fenced, "no fence_barriers after barrier_init");
+    demand(self().thread == state.owner || block().syncs > state.syncs,
+           "the block has not synchronised since barrier_init");
+    return state;
+  }
+  fail(std::string(call) + ": the barrier was not initialised");
+}
+
+}  // namespace emulator
+
+using Barrier = uint64_t;
+
+KDK_DEVICE uint32_t shared_address(const void* p) {
+  emulator::check_shared("shared_address", p, 1);
+  return uint32_t(static_cast<const char*>(p) - shared_memory());
+}
+KDK_DEVICE void barrier_init(Barrier* barrier) {
+  emulator::check_aligned("barrier_init", barrier, 8);
+  emulator::check_shared("barrier_init", barrier, sizeof *barrier);
+  for (const auto& state : emulator::block().barriers)
+    if (state.address == barrier) emulator::fail("barrier_init: the barrier is initialised");
+  *barrier = emulator::kInitialised;
+  emulator::BarrierState state{};
+  state.address = barrier;
+  state.owner = thread_index();
+  state.waits.resize(thread_count());
+  emulator::block().barriers.push_back(state);
+}
+KDK_DEVICE void fence_barriers() {
+  for (auto& state : emulator::block().barriers) {
+    if (state.owner != thread_index() || state.fenced) continue;
+    state.fenced = true;
+    state.syncs = emulator::block().syncs;
+  }
+}
+KDK_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
+  emulator::pause();
+  auto& state = emulator::barrier_state("barrier_expect", barrier);
+  if (state.announced) emulator::fail("barrier_expect: the use before is not complete");
+  if (bytes >= 1u << 20) emulator::fail("barrier_expect: a use copies less than 1 MiB");
+  state.announced = true;
+  state.missing += bytes;
+  if (state.missing < 0) emulator::fail("barrier_expect: more bytes were copied than announced");
+  emulator::launch->complete_use(state);
+}
+// The copy is made at some later time, from what the source holds then; until then the target is
+// NaN, so that whoever reads without waiting notices.
+KDK_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  emulator::pause();
+  auto& state = emulator::barrier_state("bulk_load", barrier);
+  emulator::check_aligned("bulk_load, target", to);
+  emulator::check_aligned("bulk_load, source", from);
+  if (bytes % 16 != 0) emulator::fail("bulk_load: the size is not a multiple of 16");
+  if (bytes > 0) emulator::check_shared("bulk_load, target", to, bytes);
+  emulator::check_global("bulk_load, source", from);
+  std::memset(to, 0xff, bytes);
+  emulator::launch->copies.push_back({&emulator::block(), &state, to, from, bytes});
+  emulator::pause();
+}
+KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+  emulator::pause();
+  auto& state = emulator::barrier_state("barrier_wait", barrier);
+  const uint64_t use = state.waits[thread_index()]++;
+  if (parity != use % 2)
+    emulator::fail("barrier_wait: wrong parity " + std::to_string(parity) + " for use " +
+                   std::to_string(use) + " of the barrier");
+  if (state.uses <= use) {
+    emulator::self().waits = emulator::Wait::copies;
+    state.waiting.push_back(&emulator::self());
+    emulator::launch->suspend();
+  }
+  if (state.uses > use + 1)
+    emulator::fail("barrier_wait: the use after the one waited for may be over before it is seen");
+}
+KDK_DEVICE void fence_bulk() { emulator::pause(); }
+
+KDK_DEVICE unsigned arrive(unsigned* counter) {
+  emulator::check_aligned("arrive", counter, alignof(unsigned));
+  emulator::check_global("arrive", counter);
+  emulator::pause();
+  const unsigned before = (*counter)++;
+  emulator::pause();
+  return before;
+}
+template <class X>
+KDK_DEVICE X load_fresh(const X* p) {
+  emulator::check_aligned("load_fresh", p, alignof(X));
+  emulator::check_global("load_fresh", p);
+  emulator::pause();
+  return *p;
+}
+
+struct alignas(16) Bits16 {
+  uint32_t word[4];
+};
+KDK_DEVICE Bits16 load16(const void* p) {
+  emulator::check_aligned("load16", p);
+  emulator::check_global("load16", p);
+  Bits16 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+KDK_DEVICE Bits16 load16_shared(const void* p) {
+  emulator::check_aligned("load16_shared", p);
+  if (emulator::launch && !emulator::launch->owner(p, 16))
+    emulator::fail("load16_shared: the address is not in shared memory");
+  Bits16 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+KDK_DEVICE void store16(void* p, const Bits16& v) {
+  emulator::check_aligned("store16", p);
+  emulator::check_global("store16", p);
+  std::memcpy(p, &v, 16);
+}
+
+namespace emulator {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+}  // namespace emulator
+
+KDK_DEVICE float widen(f16 x) {
+  using namespace emulator;
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | rest << 13);
+  if (rest >= 0x400) return float_of(sign | ((rest << 13) + 0x38000000u));
+  return float_of(sign | bits_of(float(rest) * 0x1p-24f));
+}
+KDK_DEVICE float widen(bf16 x) { return emulator::float_of(uint32_t(x.bits) << 16); }
+KDK_DEVICE float widen(float x) { return x; }
+KDK_DEVICE double widen(double x) { return x; }
+template <class T>
+KDK_DEVICE T narrow(double x) {
+  return T(x);
+}
+template <class T>
+KDK_DEVICE T narrow(float x) {
+  return T(x);
+}
+// To nearest, ties to even; every NaN becomes the device's one NaN, 0x7fff.
+template <>
+KDK_DEVICE f16 narrow<f16>(float x) {
+  using namespace emulator;
+  const uint16_t sign = uint16_t(bits_of(x) >> 16 & 0x8000);
+  uint32_t rest = bits_of(x) & 0x7fffffffu;
+  if (rest > 0x7f800000u) return {0x7fff};
+  if (rest >= 0x47800000u) return {uint16_t(sign | 0x7c00)};  // 2^16 and more
+  // Below 2^-14 the numbers are multiples of 2^-24, as those above 1/2 are in float.
+  if (rest < 0x38800000u)
+    return {uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)))};
+  rest += 0xfff + (rest >> 13 & 1);
+  return {uint16_t(sign | (rest - 0x38000000u) >> 13)};
+}
+template <>
+KDK_DEVICE bf16 narrow<bf16>(float x) {
+  const uint32_t bits = emulator::bits_of(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+KDK_DEVICE float power_of_two(float x) {
+  const float y = std::exp2(x);
+  return y < FLT_MIN ? 0.0f : y;
+}
+KDK_DEVICE double power_of_two(double x) { return std::exp2(x); }
+// Through memory, or the compiler might contract the product with a sum.
+KDK_DEVICE float product(float a, float b) {
+  float c = a * b;
+  asm("" : "+m"(c));
+  return c;
+}
+KDK_DEVICE double product(double a, double b) {
+  double c = a * b;
+  asm("" : "+m"(c));
+  return c;
+}
+
+}  // namespace kdkernels::cuda

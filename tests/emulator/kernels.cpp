@@ -1,0 +1,151 @@
+// The CUDA kernels of csrc/cuda on the CPU, for tests/cuda_emulator.py: plain C functions on CPU
+// memory. Each returns null or the text of the error.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/common.h"
+#include "../../csrc/cuda/correlation.h"
+#include "../../csrc/cuda/rows.h"
+#include "launch.h"
+
+using namespace kdkernels;
+using namespace kdkernels::cuda;
+
+namespace {
+
+struct View {  // as tests/cuda_emulator.py packs it
+  void* data;
+  int64_t type, class_stride, dims;
+  int64_t size[kMaxRowDims], stride[kMaxRowDims];
+};
+
+Rows rows_of(const View& view) {
+  Rows rows{view.data, Scalar(view.type), view.class_stride, int32_t(view.dims), {}, {}};
+  for (int64_t dim = 0; dim < view.dims; ++dim) {
+    rows.size[dim] = view.size[dim];
+    rows.stride[dim] = view.stride[dim];
+  }
+  return rows;
+}
+
+struct RowCall {
+  View student, teacher, gradient;
+  const int64_t* target;
+  const void* upstream;
+  int64_t upstream_stride;
+  void *loss, *total;
+  int64_t rows, classes, ignore_index, reduction, standardize;
+  double temperature, scale;
+  double options[4];
+  int64_t arch, multiprocessors, block_shared;
+  int64_t seed;
+  int64_t plan[9];  // in: traversal or -1; out: the plan
+};
+
+template <class F>
+const char* guarded(const F& run) {
+  static std::string text;
+  try {
+    run();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
+
+RowPlan forced(const RowCall& call, const RowShape& shape, const Device& device) {
+  RowPlan plan = plan_rows(shape, device);
+  const Traversal wanted = Traversal(call.plan[0]);
+  if (call.plan[0] < 0 || wanted == plan.traversal) return plan;
+  plan = plan_as(wanted, shape, device);
+  return plan;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* emulate_row(const char* rule,
+                                                                           RowCall* call) {
+  return guarded([&] {
+    emulator_seed = uint64_t(call->seed);
+    RowProblem problem{};
+    problem.student = rows_of(call->student);
+    problem.teacher = rows_of(call->teacher);
+    problem.gradient = rows_of(call->gradient);
+    problem.target = call->target;
+    problem.upstream = call->upstream;
+    problem.loss = call->loss;
+    problem.rows = call->rows;
+    problem.classes = call->classes;
+    problem.ignore_index = call->ignore_index;
+    problem.temperature = call->temperature;
+    problem.scale = call->scale;
+    problem.standardize = call->standardize != 0;
+    std::memcpy(problem.options.value, call->options, sizeof call->options);
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const RowRun run{problem, call->upstream_stride, call->reduction, call->total};
+    const RowShape shape = shape_of(problem);
+    const RowPlan plan = forced(*call, shape, device);
+    const int64_t out[] = {int64_t(plan.traversal), plan.lanes,  plan.elements,
+                           plan.threads,            plan.blocks, plan.cluster,
+                           plan.slice,              plan.shared, plan.vector};
+    std::memcpy(call->plan, out, sizeof out);
+    std::vector<char> workspace(workspace_bytes(run, plan) + 256, char(0xff));
+    char* const base = workspace.data() + (256 - uintptr_t(workspace.data()) % 256);
+    run_rows(rule, run, plan, base, nullptr);
+  });
+}
+
+extern "C" __attribute__((visibility("default"))) const char* emulate_scale(
+    void* gradient, int64_t type, int64_t size, const void* upstream, int64_t upstream_type) {
+  return guarded([&] {
+    scale(gradient, Scalar(type), size, upstream, Scalar(upstream_type), {90, 4, 232448}, nullptr);
+  });
+}
+
+namespace {
+
+struct CorrelationCall {
+  View student, teacher, gradient;
+  const void* upstream;
+  void* total;
+  int64_t rows, classes, reduction;
+  double inter, intra, tau, eps;
+  int64_t arch, multiprocessors, block_shared;
+  int64_t seed;
+  int64_t plan[10];  // as in RowCall
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* emulate_correlation(
+    const char* rule, CorrelationCall* call) {
+  return guarded([&] {
+    emulator_seed = uint64_t(call->seed);
+    CorrelationProblem problem{};
+    problem.student = rows_of(call->student);
+    problem.teacher = rows_of(call->teacher);
+    problem.gradient = rows_of(call->gradient);
+    problem.rows = call->rows;
+    problem.classes = call->classes;
+    problem.inter = call->inter;
+    problem.intra = call->intra;
+    problem.tau = call->tau;
+    problem.eps = call->eps;
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const CorrelationRun run{problem, call->upstream, call->reduction, call->total};
+    const RowShape shape = shape_of(problem);
+    const CorrelationPlan plan =
+        call->plan[0] < 0
+            ? plan_correlation(shape, device)
+            : plan_correlation_as(CorrelationTraversal(call->plan[0]), shape, device);
+    const int64_t out[] = {int64_t(plan.traversal), plan.lanes,  plan.elements, plan.tile,
+                           plan.groups,             plan.threads, plan.blocks,  plan.parts,
+                           plan.shared,             plan.vector};
+    std::memcpy(call->plan, out, sizeof out);
+    std::vector<char> workspace(workspace_bytes(run, plan) + 256, char(0xff));
+    char* const base = workspace.data() + (256 - uintptr_t(workspace.data()) % 256);
+    run_correlation(rule, run, plan, base, nullptr);
+  });
+}

@@ -1,0 +1,214 @@
+"""The CUDA kernels on the emulated device, each traversal by name, against the float64 reference.
+
+What a GPU would choose by itself is tested under the public functions (``emulated`` in the other
+files); here every traversal walks rows that others would be chosen for, on several schedules.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cuda_emulator
+import pytest
+import torch
+from cases import same_bits
+from inputs import FAMILIES, make
+from torch import Tensor
+
+from kdkernels.registry import SPECS
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.compiler() is None, reason="the emulator needs a C++ compiler"
+)
+
+OPTIONS: dict[str, list[float]] = {
+    "kd": [],
+    "dkd": [1.0, 8.0],
+    "aekt": [1.0, 8.0, 1.0, 10.0],
+}
+ROW_RULES = [s.name for s in SPECS.values() if s.by_row]
+SIZES = {
+    "lanes": ((5, 8), (9, 64), (6, 72), (3, 320), (2, 1000)),
+    "block": ((3, 24), (2, 1032), (2, 2056), (3, 5008)),
+    "cluster": ((3, 40), (2, 4104), (9, 20008)),
+    "stream": ((3, 40), (2, 4104), (9, 20008)),
+    "split": ((1, 40), (2, 4104), (2, 20008)),
+    "general": ((3, 40), (2, 4104)),
+}
+TRAVERSALS = [(name, size) for name, sizes in SIZES.items() for size in sizes]
+
+
+def options_of(rule: str) -> dict[str, Any]:
+    names = {"dkd": ("alpha", "beta"), "aekt": ("alpha", "beta", "kappa", "ratio_max")}
+    return dict(zip(names.get(rule, ()), OPTIONS[rule], strict=True))
+
+
+def run_row(
+    rule: str, traversal: str, student: Tensor, teacher: Tensor, target: Tensor, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    loss, gradient, ran = cuda_emulator.row_loss(
+        rule, student, teacher, target, OPTIONS[rule], scale=16.0, traversal=traversal, seed=seed
+    )
+    assert ran == traversal
+    assert gradient is not None
+    return loss, gradient
+
+
+def against_reference(
+    rule: str, student: Tensor, teacher: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = student.double().detach().clone().requires_grad_()
+    loss = SPECS[rule].function(
+        wide,
+        teacher.double(),
+        target=target,
+        temperature=4.0,
+        backend="reference",
+        **options_of(rule),
+    )
+    (gradient,) = torch.autograd.grad(loss, wide)
+    return loss.detach(), gradient
+
+
+def close(gradient: Tensor, expected: Tensor) -> None:
+    """Within float32's error of the sums, and the rounding to the gradient's dtype."""
+    kind = torch.finfo(gradient.dtype)
+    rounding = kind.eps / 2 if gradient.dtype != torch.float32 else 0
+    smallest = kind.smallest_normal * kind.eps / 2  # half of the smallest subnormal number
+    bound = 2e-6 * expected.abs().max() + (rounding + 2e-5) * expected.abs() + smallest
+    error = (gradient.double() - expected).abs()
+    assert bool((error <= bound).all()), f"largest excess {(error - bound).max():.2e}"
+
+
+@pytest.mark.parametrize("rule", ROW_RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("traversal", "size"), TRAVERSALS, ids=str)
+def test_row_traversals(
+    rule: str, dtype: torch.dtype, traversal: str, size: tuple[int, int]
+) -> None:
+    student, teacher, target = make("gaussian", *size, dtype=dtype)
+    if size[0] > 2:
+        target[1] = -100
+        student[1] = float("nan")
+    loss, gradient = run_row(rule, traversal, student, teacher, target)
+    expected_loss, expected = against_reference(rule, student, teacher, target)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=2e-6, atol=0)
+    close(gradient, expected)
+    if size[0] > 2:
+        assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("traversal", [t for t in SIZES if t != "lanes"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_families(family: str, traversal: str) -> None:
+    """Masks, ties, NaN and huge logits by the traversals that rows so short are not walked by."""
+    student, teacher, target = make(family, 2, 40)
+    for rule in ROW_RULES:
+        expected = run_row(rule, "lanes", student, teacher, target)
+        actual = run_row(rule, traversal, student, teacher, target)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("traversal", SIZES)
+def test_rows_do_not_depend_on_the_schedule(traversal: str) -> None:
+    size = SIZES[traversal][-1]
+    student, teacher, target = make("gaussian", *size)
+    first = run_row("dkd", traversal, student, teacher, target, seed=1)
+    for seed in range(2, 6):
+        other = run_row("dkd", traversal, student, teacher, target, seed=seed)
+        assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_general_rows_are_standardised_in_float64(reduction: int) -> None:
+    """The traversal that serves gradcheck, with upstream factors for each row."""
+    student, teacher, target = make("gaussian", 6, 21, dtype=torch.float64)
+    wide = student.clone().requires_grad_()
+    names = ("none", "mean", "sum")
+    loss = SPECS["dkd"].function(
+        wide, teacher, target, standardize=True, reduction=names[reduction], backend="reference"
+    )
+    upstream = (
+        torch.linspace(-1, 2, 6, dtype=torch.float64) if reduction == 0 else torch.tensor(1.5)
+    )
+    (expected,) = torch.autograd.grad(loss, wide, upstream.to(loss.dtype))
+    value, gradient, _ = cuda_emulator.row_loss(
+        "dkd",
+        student,
+        teacher,
+        target,
+        OPTIONS["dkd"],
+        scale=16.0,
+        standardize=True,
+        reduction=reduction,
+        upstream=upstream.double(),
+    )
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+CORRELATIONS = [
+    ("tile", (40, 7)), ("tile", (300, 19)), ("tile", (130, 150)), ("tile", (33, 500)),
+    ("tile", (21, 1000)), ("staged", (40, 7)), ("staged", (130, 150)), ("staged", (21, 1000)),
+    ("stream", (9, 40)), ("stream", (21, 1000)), ("stream", (13, 4104)), ("stream", (5, 2057)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("traversal", "size"), CORRELATIONS, ids=str)
+def test_correlation_traversals(dtype: torch.dtype, traversal: str, size: tuple[int, int]) -> None:
+    student, teacher, _ = make("gaussian", *size, dtype=dtype)
+    teacher = (student.float() + teacher.float()).to(dtype)
+
+    first: tuple[Tensor, Tensor] | None = None
+    for seed in (1, 2, 3):
+        loss, gradient, ran = cuda_emulator.correlation_loss(
+            "dist", student, teacher, traversal=traversal, seed=seed
+        )
+        assert ran == traversal
+        assert gradient is not None
+        first = first or (loss, gradient)
+        assert same_bits(loss, first[0]) and same_bits(gradient, first[1])
+    wide = student.double().requires_grad_()
+    expected = SPECS["dist"].function(wide, teacher.double(), backend="reference")
+    (slope,) = torch.autograd.grad(expected, wide)
+    assert first is not None
+    torch.testing.assert_close(first[0].double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    close(first[1], slope)
+
+
+def test_dense_rows_are_read_in_place() -> None:
+    """NCHW: neighbouring threads take neighbouring pixels."""
+    student, teacher, _ = make("gaussian", 2 * 6 * 7, 19)
+    student, teacher = (
+        x.view(2, 6, 7, 19).permute(0, 3, 1, 2).contiguous() for x in (student, teacher)
+    )
+    rows = functools.partial(cuda_emulator.row_loss, "kd", target=None, options=[])
+    loss, gradient, ran = rows(student, teacher, class_dim=1)
+    assert ran == "general"
+    flat = [x.permute(0, 2, 3, 1).reshape(-1, 19) for x in (student, teacher)]
+    other, other_gradient, _ = rows(*flat)
+    torch.testing.assert_close(loss, other)
+    assert gradient is not None and other_gradient is not None
+    torch.testing.assert_close(
+        gradient.permute(0, 2, 3, 1).reshape(-1, 19), other_gradient, rtol=1e-4, atol=1e-8
+    )
+    value, slope, ran = cuda_emulator.correlation_loss("dist", student, teacher, class_dim=1)
+    assert ran == "staged"
+    other, other_slope, _ = cuda_emulator.correlation_loss("dist", *flat)
+    torch.testing.assert_close(value, other)
+    assert slope is not None and other_slope is not None
+    torch.testing.assert_close(
+        slope.permute(0, 2, 3, 1).reshape(-1, 19), other_slope, rtol=1e-3, atol=1e-8
+    )
+
+
+def test_a_stored_gradient_is_scaled_only_by_what_is_not_one() -> None:
+    for dtype in cuda_emulator.CODES:
+        gradient = torch.arange(1, 1030, dtype=torch.float64).to(dtype)
+        kept = gradient.clone()
+        assert same_bits(cuda_emulator.scale_(gradient, torch.tensor(1.0)), kept)
+        scaled = cuda_emulator.scale_(gradient, torch.tensor(-2.5))
+        torch.testing.assert_close(scaled, (kept.double() * -2.5).to(dtype))

@@ -1,0 +1,113 @@
+"""The launches of csrc/cuda: every choice is legal on every device, and the intended one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdkernels import native
+
+module = native.extension()
+pytestmark = pytest.mark.skipif(module is None, reason=native.reason() or "-")
+
+DEVICES = {
+    "A100": (80, 108, 166912),
+    "RTX3090": (86, 82, 101376),
+    "RTX4090": (89, 128, 101376),
+    "H200": (90, 132, 232448),
+    "B200": (100, 148, 232448),
+    "one": (80, 1, 101376),
+}
+"""Architecture, multiprocessors, bytes of shared memory that a block may have."""
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+ROWS = (1, 2, 3, 7, 64, 131, 1000, 8192, 10**5, 10**7)
+ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
+TRAVERSALS = ("tile", "staged", "stream")
+
+
+def every_class_count() -> list[int]:
+    """All small counts, and both sides of every power of two, and vocabularies, beyond."""
+    edges = {2**n + d for n in range(11, 22) for d in (-8, -1, 0, 1, 8)}
+    real = {19, 150, 1000, 21841, 32000, 32768, 50257, 50304, 128256, 151936, 152064, 256000}
+    return sorted({*range(1, 1200), *range(1200, 70000, 97), *edges, *real, 262144, 1048576})
+
+
+def shapes(classes: int, dtype: torch.dtype) -> list[tuple[bool, bool, bool, bool]]:
+    """dense, aligned, adjacent and plain, as they can occur."""
+    narrow = dtype != torch.float64
+    whole = classes * dtype.itemsize % 16 == 0
+    made = [
+        (True, False, False, narrow),
+        (False, False, True, narrow),
+        (False, False, False, narrow),
+    ]
+    made.append((True, whole, False, False))
+    return [*made, (True, True, False, narrow)] if whole else made
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CODES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_row_plan_fits(device: str, dtype: torch.dtype) -> None:
+    assert module is not None
+    for classes in every_class_count():
+        for shape in shapes(classes, dtype):
+            for rows in ROWS:
+                plan = module.cuda_row_plan(rows, classes, CODES[dtype], *shape, *DEVICES[device])
+                assert plan["fits"], (rows, classes, shape, plan)
+                assert plan["blocks"] < 2**31
+                if not shape[0] or not shape[3]:
+                    assert ROW_TRAVERSALS[plan["traversal"]] == "general"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CODES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_correlation_plan_fits(device: str, dtype: torch.dtype) -> None:
+    assert module is not None
+    for classes in every_class_count():
+        for shape in shapes(classes, dtype):
+            for rows in ROWS:
+                plan = module.cuda_correlation_plan(
+                    rows, classes, CODES[dtype], *shape, *DEVICES[device]
+                )
+                assert plan["fits"], (rows, classes, shape, plan)
+                # Every part has rows, and every row a part.
+                assert (plan["parts"] - 1) * plan["tile"] < rows or plan["groups"]
+
+
+def row_traversal(rows: int, classes: int, dtype: torch.dtype, device: str) -> tuple[str, int]:
+    assert module is not None
+    whole = classes * dtype.itemsize % 16 == 0
+    plan = module.cuda_row_plan(
+        rows, classes, CODES[dtype], True, whole, False, True, *DEVICES[device]
+    )
+    return ROW_TRAVERSALS[plan["traversal"]], plan["cluster"]
+
+
+def test_the_intended_traversals() -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert row_traversal(256, 10, fp32, "H200") == ("lanes", 1)
+    assert row_traversal(1024, 1000, fp32, "H200") == ("lanes", 1)
+    assert row_traversal(4096, 8192, bf16, "H200") == ("block", 1)
+    assert row_traversal(8192, 128256, bf16, "H200") == ("cluster", 8)
+    assert row_traversal(8192, 262144, bf16, "H200") == ("cluster", 16)
+    assert row_traversal(8192, 128256, bf16, "A100") == ("stream", 1)
+    assert row_traversal(4, 1048576, fp32, "H200") == ("split", 33)
+    assert row_traversal(8192, 1048576, fp32, "H200") == ("stream", 1)
+    assert row_traversal(8192, 50257, bf16, "H200") == ("general", 1)
+
+
+def test_a_plan_depends_on_rows_only_where_they_are_few() -> None:
+    """So that a row's bits do not depend on its batch (but for a split of very long rows)."""
+    assert module is not None
+    for classes in (10, 1000, 4096, 32000, 128256):
+        kept = [
+            {
+                name: value
+                for name, value in module.cuda_row_plan(
+                    rows, classes, 3, True, classes % 8 == 0, False, True, *DEVICES["H200"]
+                ).items()
+                if name not in ("blocks", "fits")
+            }
+            for rows in (1, 5, 64, 4096)
+        ]
+        assert all(plan == kept[0] for plan in kept)
