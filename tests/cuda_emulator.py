@@ -76,7 +76,7 @@ def ninja_file(target: Path) -> str:
     hosts = [path for path in facts.host_sources() if not path.stem.startswith("ops")]
     harness = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
     for path in [*hosts, *(p for p in harness if p.stem != "check_emulator")]:
-        add(f"host_{path.stem}", path, macros)
+        add(f"{path.parent.name}_{path.stem}", path, macros)
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
 
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 
 import torch
-from cuda_emulator import CODES, H200, library, raise_error
+from cuda_emulator import CODES, SMALL, library, raise_error
 from torch import Tensor
 
 from kdkernels._ops_embedding import working_dtype
@@ -117,7 +117,7 @@ def factors(
         cosine=int(cosine),
         reduction=reduction,
         seed=seed,
-        **(device or H200),
+        **(device or SMALL),
     )
     call.plan[0] = -1 if traversal is None else TRAVERSALS.index(traversal)
     raise_error(_function("emulate_factors")(b"iekd", ctypes.byref(call)))
@@ -153,7 +153,8 @@ def tuples(
         temperature=temperature,
         scale=scale,
         seed=seed,
-        **(device or H200),
+        **(device or SMALL),
     )
     raise_error(_function("emulate_tuples")(b"tuple_matching", ctypes.byref(call)))
-    return loss, gradient, dict(zip(("threads", "blocks", "shared", "scratch"), call.plan, strict=True))
+    names = ("threads", "blocks", "shared", "scratch")
+    return loss, gradient, dict(zip(names, call.plan, strict=True))

@@ -37,6 +37,19 @@ def labels(count: int, classes: int, seed: int = 0) -> Tensor:
 
 
 @backends
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("width", (7, 33, 64, 4096))
+def test_equal_factors_are_a_tie(backend: str, dtype: torch.dtype, width: int) -> None:
+    """|x - t| = 0 has the subgradient 0, whatever rounds on the way to x and t."""
+    if backend == "triton" and width > 64:
+        pytest.skip("the interpreter takes seconds for this width")
+    teacher = draw(5, width, dtype=dtype)
+    factors = [teacher.clone().requires_grad_() for _ in range(2)]
+    loss = K.iekd_loss(*factors, teacher, backend=backend)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients(loss, *factors))
+
+
+@backends
 @similarities
 def test_iekd_ignores_the_scale_of_a_sample(backend: str, similarity: str) -> None:
     factors = [draw(5, 3, 4, 4, seed=s).requires_grad_() for s in range(3)]

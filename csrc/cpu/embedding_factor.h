@@ -71,6 +71,7 @@ double factor_sample(const FactorProblem& problem, int64_t row, R* scratch, int6
   const Norm<R> norm_e = norm<Rule>(e, width, reduce_sum<R>(ee.total));
   const Norm<R> norm_t = norm<Rule>(t, width, reduce_sum<R>(tt.total));
 
+  // Normalised elements are rounded, or equal ones would differ by the rounding of one of them.
   const V scale_a = splat<R>(norm_a.inverse), scale_e = splat<R>(norm_e.inverse);
   const V scale_t = splat<R>(norm_t.inverse);
   Blocked<V> sum_a, sum_e, dot_a, dot_e;
@@ -78,9 +79,9 @@ double factor_sample(const FactorProblem& problem, int64_t row, R* scratch, int6
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V x = mode.template get<kPart>(a, i, R(0)) * scale_a;
-        const V y = mode.template get<kPart>(e, i, R(0)) * scale_e;
-        const V z = mode.template get<kPart>(t, i, R(0)) * scale_t;
+        const V x = rounded(V(mode.template get<kPart>(a, i, R(0)) * scale_a));
+        const V y = rounded(V(mode.template get<kPart>(e, i, R(0)) * scale_e));
+        const V z = rounded(V(mode.template get<kPart>(t, i, R(0)) * scale_t));
         V term, direction;
         Rule::template element<kCosine>(x, z, term, direction);
         sum_a.add(term);
@@ -113,8 +114,8 @@ double factor_sample(const FactorProblem& problem, int64_t row, R* scratch, int6
         mode,
         [&](int64_t i, auto part) KDK_LAMBDA {
           constexpr bool kPart = decltype(part)::value;
-          const V x = mode.template get<kPart>(from, i, R(0)) * scale;
-          const V z = mode.template get<kPart>(t, i, R(0)) * scale_t;
+          const V x = rounded(V(mode.template get<kPart>(from, i, R(0)) * scale));
+          const V z = rounded(V(mode.template get<kPart>(t, i, R(0)) * scale_t));
           V term, direction;
           Rule::template element<kCosine>(x, z, term, direction);
           mode.template put<kPart>(to, i, V(outer * direction - pull * x));

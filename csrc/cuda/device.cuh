@@ -169,6 +169,50 @@ KDK_DEVICE void store16(void* p, const Bits16& v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 
+// Element k of 16 bytes of T, as a float; and the larger of each pair of elements (NaN loses).
+template <class T>
+KDK_DEVICE float element(const Bits16& bits, int k);
+template <>
+KDK_DEVICE float element<float>(const Bits16& bits, int k) {
+  return __uint_as_float(bits.word[k]);
+}
+template <>
+KDK_DEVICE float element<bf16>(const Bits16& bits, int k) {
+  const uint32_t word = bits.word[k / 2];
+  return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16);
+}
+template <>
+KDK_DEVICE float element<f16>(const Bits16& bits, int k) {
+  const uint32_t word = bits.word[k / 2];
+  return __half2float(__ushort_as_half(uint16_t(k % 2 ? word >> 16 : word)));
+}
+template <class T>
+KDK_DEVICE Bits16 larger(const Bits16& a, const Bits16& b);
+template <>
+KDK_DEVICE Bits16 larger<float>(const Bits16& a, const Bits16& b) {
+  Bits16 most;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    most.word[i] = __float_as_uint(fmaxf(__uint_as_float(a.word[i]), __uint_as_float(b.word[i])));
+  return most;
+}
+template <>
+KDK_DEVICE Bits16 larger<bf16>(const Bits16& a, const Bits16& b) {
+  Bits16 most;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most.word[i]) : "r"(a.word[i]), "r"(b.word[i]));
+  return most;
+}
+template <>
+KDK_DEVICE Bits16 larger<f16>(const Bits16& a, const Bits16& b) {
+  Bits16 most;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm("max.f16x2 %0, %1, %2;" : "=r"(most.word[i]) : "r"(a.word[i]), "r"(b.word[i]));
+  return most;
+}
+
 KDK_DEVICE float widen(f16 x) { return __half2float(x); }
 KDK_DEVICE float widen(bf16 x) { return __bfloat162float(x); }
 KDK_DEVICE float widen(float x) { return x; }
@@ -190,13 +234,15 @@ KDK_DEVICE bf16 narrow<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// 2^x to 2 ulp (denormal results are 0), and exactly rounded products that are never contracted.
+// 2^x to 2 ulp (denormal results are 0); below, exactly rounded products that are never contracted.
 KDK_DEVICE float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 KDK_DEVICE double power_of_two(double x) { return exp2(x); }
+KDK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of numbers: NaN loses
+KDK_DEVICE double larger(double a, double b) { return fmax(a, b); }
 KDK_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 KDK_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 

@@ -80,8 +80,8 @@ FactorPlan by_lanes(const FactorShape& shape, const Device& device) {
   return by_warps(FactorTraversal::lanes, shape.width <= 256 ? 8 : 16, shape, device);
 }
 FactorPlan by_block(const FactorShape& shape, const Device& device) {
-  // Few samples: more threads answer sooner. Many: two smaller blocks share a multiprocessor, and one
-  // loads while the other computes.
+  // Few samples: more threads answer sooner. Many: two smaller blocks share a multiprocessor, and
+  // one loads while the other computes.
   const bool longer = shape.width > kBlockThreads * kFactorBlockElements ||
                       (shape.width >= 2048 && shape.samples > device.multiprocessors);
   const int32_t elements = kFactorBlockElements * (longer ? 2 : 1);
@@ -195,9 +195,10 @@ TuplePlan plan_tuples(int64_t batch, bool wide, bool gradient, const Device& dev
     plan.blocks = int32_t(std::min<int64_t>(batch, 2 * device.multiprocessors));
   }
   // Each adds up all anchors' tuples again, so that there are no more than can run at once.
-  if (gradient)
-    plan.closing_blocks = int32_t(std::min<int64_t>(ceil_divide(batch * batch, kClosingThreads * 16),
-                                                    2 * device.multiprocessors));
+  if (gradient) {
+    const int64_t wanted = ceil_divide(batch * batch, kClosingThreads * 16);
+    plan.closing_blocks = int32_t(std::min<int64_t>(wanted, 2 * device.multiprocessors));
+  }
   return plan;
 }
 

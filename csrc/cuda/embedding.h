@@ -1,4 +1,4 @@
-// Running the embedding losses on the device: plans, workspaces, launches. Plain pointers, no PyTorch.
+// Running the embedding losses on the device: plans, workspaces, launches. No PyTorch.
 #pragma once
 
 #include <string>
@@ -33,8 +33,8 @@ struct FactorPlan {
 
 struct FactorShape {
   int64_t samples, width;
-  // Elements lie next to each other in all tensors, of one dtype other than float64, and every sample
-  // begins at, and holds, a multiple of 16 bytes.
+  // Elements lie next to each other in all tensors, of one dtype other than float64, and every
+  // sample begins at, and holds, a multiple of 16 bytes.
   bool aligned;
 };
 

@@ -2,8 +2,8 @@
 //
 // A source gives the sample's elements, those of inheritance, exploration and teacher together:
 // each(f): calls f(inheritance, exploration, teacher) for every element of this thread.
-// emit(f): f(inheritance, exploration, teacher, g, h) sets the two gradients, which are written where
-// they are wanted.
+// emit(f): f(inheritance, exploration, teacher, g, h) sets the two gradients, which are written
+// where they are wanted.
 // Elements past the end of the sample read as 0.
 #pragma once
 
@@ -37,9 +37,9 @@ KDK_DEVICE void emit_pack(const FactorProblem& problem, int64_t row, int64_t at,
     g.x[k] = narrow<T>(dg);
     h.x[k] = narrow<T>(dh);
   }
-  const Rows &inheritance = problem.inheritance_gradient, &exploration = problem.exploration_gradient;
-  if (inheritance.data) store16(sample_of<T>(inheritance, row) + at, as_bits(g));
-  if (exploration.data) store16(sample_of<T>(exploration, row) + at, as_bits(h));
+  const Rows &first = problem.inheritance_gradient, &second = problem.exploration_gradient;
+  if (first.data) store16(sample_of<T>(first, row) + at, as_bits(g));
+  if (second.data) store16(sample_of<T>(second, row) + at, as_bits(h));
 }
 
 // kElements of each factor a thread, T in all tensors, in registers as packs.
@@ -88,8 +88,8 @@ class FactorRegisters {
   int rank_, size_;
 };
 
-// Whole packs in global memory, read again by every sweep, each from where the one before ended: that
-// end of the sample is in cache.
+// Whole packs in global memory, read again by every sweep, each from where the one before ended:
+// that end of the sample is in cache.
 template <class T>
 class FactorStream {
  public:
@@ -266,7 +266,8 @@ KDK_DEVICE double process_sample(const FactorProblem& problem, R upstream, Sourc
       h = outer_e * direction - pull_e * y;
     });
   }
-  return problem.inheritance_weight * double(value_a) + problem.exploration_weight * double(value_e);
+  return problem.inheritance_weight * double(value_a) +
+         problem.exploration_weight * double(value_e);
 }
 
 }  // namespace kdkernels::cuda

@@ -122,7 +122,8 @@ void run(const FactorTask& task, const FactorPlan& plan, void* stream) {
 
 }  // namespace
 
-void KDK_JOIN(KDK_RULE, _factor_rows)(const FactorTask& task, const FactorPlan& plan, void* stream) {
+void KDK_JOIN(KDK_RULE, _factor_rows)(const FactorTask& task, const FactorPlan& plan,
+                                      void* stream) {
   task.problem.cosine ? run<true>(task, plan, stream) : run<false>(task, plan, stream);
 }
 

@@ -31,7 +31,7 @@ struct Max {  // of numbers: NaN is left to the sums, which it reaches through e
   }
   template <class R>
   static KDK_DEVICE R join(R a, R b) {
-    return a > b ? a : b;
+    return larger(a, b);
   }
 };
 

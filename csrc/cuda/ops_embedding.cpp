@@ -52,7 +52,8 @@ std::tuple<Tensor, Tensor> run(const FactorArguments& a, const Tensor* upstream,
   if (need_exploration)
     problem.exploration_gradient =
         rows_of(exploration_gradient, 1, exploration_gradient.mutable_data_ptr());
-  const FactorRun work{problem, upstream ? upstream->const_data_ptr() : nullptr, a.reduction, total};
+  const void* const factor = upstream ? upstream->const_data_ptr() : nullptr;
+  const FactorRun work{problem, factor, a.reduction, total};
   const FactorPlan plan = plan_factors(shape_of(problem), context.device);
   Tensor memory = workspace(a.teacher, workspace_bytes(work, plan));
   run_factors("iekd", work, plan, static_cast<char*>(memory.mutable_data_ptr()), context.stream);
@@ -99,7 +100,8 @@ std::tuple<Tensor, Tensor> tuple_matching(const Tensor& student, const Tensor& t
                       teacher.scalar_type() == student.scalar_type(),
                   "distances must be both float32 or both float64");
   for (const Tensor* x : {&student, &teacher})
-    STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == batch && x->size(1) == batch && x->is_contiguous(),
+    STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == batch && x->size(1) == batch &&
+                        x->is_contiguous(),
                     "distances must be (B, B) and contiguous");
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(),
                   "target must be contiguous int64");

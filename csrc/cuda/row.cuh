@@ -5,6 +5,10 @@
 // which is exact near p = q: the gap b - a is taken before anything is rounded by a factor. A rule's
 // value and slope follow (csrc/rules); the gradient by the logits is k (slope - q sum(slope)). Rules
 // whose slopes sum to 0, and rows without standardisation, need no sweep for that sum.
+//
+// Half logits leave half the time for each class: there q = 2^(two s - A), with A the maximum and the
+// logarithm of Z in one number (an error of some 2e-6 in q, far below the gradient's rounding), and
+// t - s, which is exact, takes the place of b - a.
 #pragma once
 
 #include "groups.cuh"
@@ -145,20 +149,25 @@ KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule,
   if constexpr (kDecoupled) source.exclude(row.target);
 
   R origin[2] = {-infinity, -infinity};
-  source.each([&](R s, R t) {
-    origin[0] = Max::join(s, origin[0]);
-    origin[1] = Max::join(t, origin[1]);
-  });
+  source.find_maxima(origin);
   group.template reduce<Max>(origin);
   if constexpr (kDecoupled) {  // no class but the target: any finite origin will do
     for (int k = 0; k < 2; ++k) origin[k] = origin[k] == -infinity ? R(0) : origin[k];
   }
 
+  constexpr bool kHalf = Source::kHalf;
   const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E);
+  R shift_s = origin[0] * two_s, shift_t = origin[1] * two_t;  // half logits only
+  const auto exponential_s = [&](R s) {
+    return power_of_two(kHalf ? s * two_s - shift_s : (s - origin[0]) * two_s);
+  };
+  const auto exponential_t = [&](R t) {
+    return power_of_two(kHalf ? t * two_t - shift_t : (t - origin[1]) * two_t);
+  };
   R z[2] = {0, 0};
   source.each([&](R s, R t) {
-    z[0] += power_of_two((s - origin[0]) * two_s);
-    z[1] += power_of_two((t - origin[1]) * two_t);
+    z[0] += exponential_s(s);
+    z[1] += exponential_t(t);
   });
   group.template reduce<Sum>(z);
   R inverse_s = R(1) / z[0], inverse_t = R(1) / z[1];
@@ -176,16 +185,26 @@ KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule,
     implicit_weight = z[1] == R(0) ? R(0) : implicit_weight;
   }
 
-  const R log_z_ratio = logarithm(z[1] * inverse_s);
+  R log_z_ratio = logarithm(z[1] * inverse_s);
+  if constexpr (kHalf) {
+    log_z_ratio += (origin[1] - origin[0]) * k_s;
+    if (!kDecoupled || z[0] != R(0)) shift_s += logarithm(z[0]) * R(kLog2E);
+    if (!kDecoupled || z[1] != R(0)) shift_t += logarithm(z[1]) * R(kLog2E);
+  }
   const R g = row.weight * row.upstream * k_s;
   const R g_implicit = g * implicit_weight, g_explicit = g * explicit_slope;
   const auto terms = [&](R s, R t, R& q, R& v, R& slope) {
-    const R a = s - origin[0], b = t - origin[1];
-    q = power_of_two(a * two_s) * inverse_s;
-    const R p = power_of_two(b * two_t) * inverse_t;
-    R gap;
-    if constexpr (kGeneral) gap = problem.standardize ? b * k_t - a * k_s : (b - a) * k_s;
-    else gap = (b - a) * k_s;
+    R p, gap;
+    if constexpr (kHalf) {
+      q = exponential_s(s);
+      p = exponential_t(t);
+      gap = (t - s) * k_s;
+    } else {
+      const R a = s - origin[0], b = t - origin[1];
+      q = exponential_s(s) * inverse_s;
+      p = exponential_t(t) * inverse_t;
+      gap = kGeneral && problem.standardize ? b * k_t - a * k_s : (b - a) * k_s;
+    }
     Pointwise::pointwise(problem.options, p, q, rules::log_ratio(p, R(gap - log_z_ratio)), v, slope);
   };
 

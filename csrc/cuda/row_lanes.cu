@@ -7,7 +7,7 @@ namespace kdkernels::cuda {
 namespace {
 
 template <class T, int kLanes, int kElements>
-KDK_KERNEL void KDK_BOUNDS(kLaneThreads, (kElements == 32 ? 3 : 4))
+KDK_KERNEL void KDK_BOUNDS(kLaneThreads, (kElements < 32 ? 4 : sizeof(T) == 2 ? 2 : 3))
     row_lanes(KDK_PARAMETER RowTask task, KDK_PARAMETER bool vector) {
   Lanes<kLanes> group;
   const int rows = kLaneThreads / kLanes;

@@ -1,5 +1,6 @@
 // Where a thread finds its part of a row, and where its part of the gradient goes.
 //
+// find_maxima(origin): extends the maxima of student and teacher by this thread's classes.
 // each(f): calls f(student, teacher) for every class of this thread.
 // emit(f): likewise, and writes what f returns as the gradient, where one is wanted.
 // clear(): writes zeros as the gradient, for a row that is not valid. Such a row is never loaded.
@@ -39,6 +40,61 @@ template <class T>
 KDK_DEVICE T lowest() {
   return narrow<T>(-INFINITY);
 }
+template <class T>
+KDK_DEVICE Bits16 filled(T x) {
+  Pack<T> pack;
+  KDK_UNROLL
+  for (int k = 0; k < kPack<T>; ++k) pack.x[k] = x;
+  return as_bits(pack);
+}
+template <class T>
+KDK_DEVICE void exclude_element(Bits16& bits, int64_t which) {
+  Pack<T> pack = as_pack<T>(bits);
+  KDK_UNROLL
+  for (int k = 0; k < kPack<T>; ++k)
+    if (k == which) pack.x[k] = lowest<T>();
+  bits = as_bits(pack);
+}
+
+// 16 bytes of each side; what the sources with packs do with them.
+template <class T>
+struct PackPair {
+  Bits16 s, t;
+
+  template <class F>
+  KDK_DEVICE void each(const F& f) const {
+    KDK_UNROLL
+    for (int k = 0; k < kPack<T>; ++k) f(element<T>(s, k), element<T>(t, k));
+  }
+  template <class F>
+  KDK_DEVICE Bits16 map(const F& f) const {
+    Pack<T> g;
+    KDK_UNROLL
+    for (int k = 0; k < kPack<T>; ++k) g.x[k] = narrow<T>(f(element<T>(s, k), element<T>(t, k)));
+    return as_bits(g);
+  }
+  KDK_DEVICE void exclude(int64_t which) {
+    exclude_element<T>(s, which);
+    exclude_element<T>(t, which);
+  }
+};
+
+// Maxima of packs, kept packed: two elements an instruction where T has 2 bytes.
+template <class T>
+struct PackMaxima {
+  PackPair<T> most{filled<T>(lowest<T>()), filled<T>(lowest<T>())};
+
+  KDK_DEVICE void add(const PackPair<T>& pack) {
+    most.s = larger<T>(most.s, pack.s);
+    most.t = larger<T>(most.t, pack.t);
+  }
+  KDK_DEVICE void join(float (&origin)[2]) const {
+    most.each([&](float s, float t) {
+      origin[0] = larger(origin[0], s);
+      origin[1] = larger(origin[1], t);
+    });
+  }
+};
 
 // Row `row` of a pair whose classes are adjacent, T on both sides.
 template <class T>
@@ -63,64 +119,71 @@ struct RowPointers {
 template <class T, int kElements>
 class Registers {
  public:
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kPacks = kElements / kPack<T>;
+
   KDK_DEVICE Registers(const RowPointers<T>& at, int classes, bool vector, bool valid, int rank,
                        int size)
       : at_(at), classes_(classes), vector_(vector), rank_(rank), size_(size) {
-    if (!valid) {
-      KDK_UNROLL
-      for (int j = 0; j < kElements; ++j) s_[j] = t_[j] = narrow<T>(0.0f);
-    } else if (vector) {
-      KDK_UNROLL
-      for (int j = 0; j < kElements; j += kPack<T>) {
-        Pack<T> s = fill(), t = fill();
-        if (index(j) < classes) {
-          s = as_pack<T>(load16(at.s + index(j)));
-          t = as_pack<T>(load16(at.t + index(j)));
-        }
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) {
+      packs_[i] = {filled<T>(narrow<T>(0.0f)), filled<T>(narrow<T>(0.0f))};
+      if (!valid) continue;
+      if (vector) {
+        const int c = index(i * kPack<T>);
+        packs_[i] = {filled<T>(lowest<T>()), filled<T>(lowest<T>())};
+        if (c < classes) packs_[i] = {load16(at.s + c), load16(at.t + c)};
+      } else {
+        Pack<T> s, t;
         KDK_UNROLL
         for (int k = 0; k < kPack<T>; ++k) {
-          s_[j + k] = s.x[k];
-          t_[j + k] = t.x[k];
+          const int c = index(i * kPack<T> + k);
+          s.x[k] = c < classes ? at.s[c] : lowest<T>();
+          t.x[k] = c < classes ? at.t[c] : lowest<T>();
         }
-      }
-    } else {
-      KDK_UNROLL
-      for (int j = 0; j < kElements; ++j) {
-        const bool inside = index(j) < classes;
-        s_[j] = inside ? at.s[index(j)] : lowest<T>();
-        t_[j] = inside ? at.t[index(j)] : lowest<T>();
+        packs_[i] = {as_bits(s), as_bits(t)};
       }
     }
   }
 
   KDK_DEVICE void exclude(int64_t target) {
+    // Element `which` of the thread's own, wherever it is; no branch, no indexed register.
+    const int64_t which = !owns(target) ? -1
+                          : vector_     ? target / kPack<T> / size_ * kPack<T> + target % kPack<T>
+                                        : target / size_;
     KDK_UNROLL
-    for (int j = 0; j < kElements; ++j)
-      if (index(j) == target) s_[j] = t_[j] = lowest<T>();
+    for (int i = 0; i < kPacks; ++i) packs_[i].exclude(which - i * kPack<T>);
+  }
+
+  KDK_DEVICE void find_maxima(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) maxima.add(packs_[i]);
+    maxima.join(origin);
   }
 
   template <class F>
   KDK_DEVICE void each(const F& f) const {
     KDK_UNROLL
-    for (int j = 0; j < kElements; ++j) f(widen(s_[j]), widen(t_[j]));
+    for (int i = 0; i < kPacks; ++i) packs_[i].each(f);
   }
 
   template <class F>
   KDK_DEVICE void emit(const F& f) const {
     KDK_UNROLL
-    for (int j = 0; j < kElements; j += kPack<T>) {
-      Pack<T> g;
-      KDK_UNROLL
-      for (int k = 0; k < kPack<T>; ++k) {
-        g.x[k] = narrow<T>(f(widen(s_[j + k]), widen(t_[j + k])));
-      }
+    for (int i = 0; i < kPacks; ++i) {
+      const Bits16 g = packs_[i].map(f);
       if (!at_.g) continue;
       if (vector_) {
-        if (index(j) < classes_) store16(at_.g + index(j), as_bits(g));
+        const int c = index(i * kPack<T>);
+        if (c < classes_) store16(at_.g + c, g);
       } else {
+        const Pack<T> single = as_pack<T>(g);
         KDK_UNROLL
-        for (int k = 0; k < kPack<T>; ++k)
-          if (index(j + k) < classes_) at_.g[index(j + k)] = g.x[k];
+        for (int k = 0; k < kPack<T>; ++k) {
+          const int c = index(i * kPack<T> + k);
+          if (c < classes_) at_.g[c] = single.x[k];
+        }
       }
     }
   }
@@ -130,9 +193,9 @@ class Registers {
   }
 
   KDK_DEVICE void put(int64_t target, float value) const {
-    const int64_t owner = vector_ ? target / kPack<T> % size_ : target % size_;
-    if (at_.g && owner == rank_) at_.g[target] = narrow<T>(value);
+    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
   }
+
   KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
   KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
 
@@ -142,15 +205,12 @@ class Registers {
   }
 
  private:
-  static KDK_DEVICE Pack<T> fill() {
-    Pack<T> pack;
-    KDK_UNROLL
-    for (int k = 0; k < kPack<T>; ++k) pack.x[k] = lowest<T>();
-    return pack;
+  KDK_DEVICE bool owns(int64_t target) const {
+    return (vector_ ? target / kPack<T> : target) % size_ == rank_;
   }
 
   RowPointers<T> at_;
-  T s_[kElements], t_[kElements];
+  PackPair<T> packs_[kPacks];
   int classes_;
   bool vector_;
   int rank_, size_;
@@ -161,6 +221,8 @@ class Registers {
 template <class T>
 class Shared {
  public:
+  static constexpr bool kHalf = sizeof(T) == 2;
+
   KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, int64_t begin, int count, bool valid,
                     int rank, int size)
       : at_(at),
@@ -174,28 +236,26 @@ class Shared {
 
   // By the thread that reads the class: nobody else may still see the old value.
   KDK_DEVICE void exclude(int64_t target) {
-    const int64_t at = target - begin_;
-    if (at >= 0 && at < count_ && at / kPack<T> % size_ == rank_) s_[at] = t_[at] = lowest<T>();
+    if (owns(target)) s_[target - begin_] = t_[target - begin_] = lowest<T>();
+  }
+
+  KDK_DEVICE void find_maxima(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    each_pack([&](int, const PackPair<T>& pack) { maxima.add(pack); });
+    maxima.join(origin);
   }
 
   template <class F>
   KDK_DEVICE void each(const F& f) const {
-    for (int i = rank_ * kPack<T>; valid_ && i < count_; i += size_ * kPack<T>) {
-      const Pack<T> s = as_pack<T>(load16_shared(s_ + i)), t = as_pack<T>(load16_shared(t_ + i));
-      KDK_UNROLL
-      for (int k = 0; k < kPack<T>; ++k) f(widen(s.x[k]), widen(t.x[k]));
-    }
+    each_pack([&](int, const PackPair<T>& pack) { pack.each(f); });
   }
 
   template <class F>
   KDK_DEVICE void emit(const F& f) const {
-    for (int i = rank_ * kPack<T>; i < count_; i += size_ * kPack<T>) {
-      const Pack<T> s = as_pack<T>(load16_shared(s_ + i)), t = as_pack<T>(load16_shared(t_ + i));
-      Pack<T> g;
-      KDK_UNROLL
-      for (int k = 0; k < kPack<T>; ++k) g.x[k] = narrow<T>(f(widen(s.x[k]), widen(t.x[k])));
-      if (at_.g) store16(at_.g + begin_ + i, as_bits(g));
-    }
+    each_pack([&](int i, const PackPair<T>& pack) {
+      const Bits16 g = pack.map(f);
+      if (at_.g) store16(at_.g + begin_ + i, g);
+    });
   }
 
   KDK_DEVICE void clear() const {
@@ -204,14 +264,23 @@ class Shared {
   }
 
   KDK_DEVICE void put(int64_t target, float value) const {
-    const int64_t at = target - begin_;
-    if (at_.g && at >= 0 && at < count_ && at / kPack<T> % size_ == rank_)
-      at_.g[target] = narrow<T>(value);
+    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
   }
+
   KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
   KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
 
  private:
+  template <class F>
+  KDK_DEVICE void each_pack(const F& f) const {
+    for (int i = rank_ * kPack<T>; valid_ && i < count_; i += size_ * kPack<T>)
+      f(i, PackPair<T>{load16_shared(s_ + i), load16_shared(t_ + i)});
+  }
+  KDK_DEVICE bool owns(int64_t target) const {
+    const int64_t at = target - begin_;
+    return at >= 0 && at < count_ && at / kPack<T> % size_ == rank_;
+  }
+
   RowPointers<T> at_;
   T *s_, *t_;
   int64_t begin_;
@@ -225,81 +294,84 @@ class Shared {
 template <class T>
 class Streamed {
  public:
-  static constexpr int kAhead = sizeof(T) == 4 ? 4 : 2;  // packs of each side loaded at once
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kAhead = 2;  // packs of each side loaded at once
 
   KDK_DEVICE Streamed(const RowPointers<T>& at, int64_t classes, bool valid, int rank, int size)
-      : at_(at), packs_(classes / kPack<T>), valid_(valid), rank_(rank), size_(size) {}
+      : at_(at), rank_(rank), size_(size) {
+    const int64_t packs = classes / kPack<T>;
+    mine_ = packs > rank ? (packs - rank + size - 1) / size : 0;
+    read_ = valid ? mine_ : 0;
+  }
 
-  KDK_DEVICE void exclude(int64_t target) { target_ = target; }
+  KDK_DEVICE void exclude(int64_t target) {
+    excluded_ = owns(target) ? target / kPack<T> / size_ : -1;
+    which_ = int(target % kPack<T>);
+  }
+
+  KDK_DEVICE void find_maxima(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    each_pack([&](const PackPair<T>& pack) { maxima.add(pack); });
+    maxima.join(origin);
+  }
 
   template <class F>
   KDK_DEVICE void each(const F& f) const {
-    if (!valid_) return;
-    for (int64_t first = rank_; first < packs_; first += int64_t(size_) * kAhead) {
-      Pack<T> s[kAhead], t[kAhead];
-      load(first, s, t);
-      KDK_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        if (first + int64_t(a) * size_ >= packs_) break;
-        mask(first + int64_t(a) * size_, s[a], t[a]);
-        KDK_UNROLL
-        for (int k = 0; k < kPack<T>; ++k) f(widen(s[a].x[k]), widen(t[a].x[k]));
-      }
-    }
+    each_pack([&](const PackPair<T>& pack) { pack.each(f); });
   }
 
   template <class F>
   KDK_DEVICE void emit(const F& f) const {
-    const int64_t step = int64_t(size_) * kAhead;
-    if (rank_ >= packs_) return;
-    for (int64_t first = rank_ + (packs_ - 1 - rank_) / step * step; first >= 0; first -= step) {
-      Pack<T> s[kAhead], t[kAhead];
-      load(first, s, t);
+    const int64_t whole = read_ / kAhead * kAhead;
+    for (int64_t i = read_ - 1; i >= whole; --i) write(i, load(i).map(f));
+    for (int64_t first = whole - kAhead; first >= 0; first -= kAhead) {
+      PackPair<T> packs[kAhead];
       KDK_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
-        const int64_t pack = first + int64_t(a) * size_;
-        if (pack >= packs_) break;
-        mask(pack, s[a], t[a]);
-        Pack<T> g;
-        KDK_UNROLL
-        for (int k = 0; k < kPack<T>; ++k)
-          g.x[k] = narrow<T>(f(widen(s[a].x[k]), widen(t[a].x[k])));
-        if (at_.g) store16(at_.g + pack * kPack<T>, as_bits(g));
-      }
+      for (int a = 0; a < kAhead; ++a) packs[a] = load(first + a);
+      KDK_UNROLL
+      for (int a = 0; a < kAhead; ++a) write(first + a, packs[a].map(f));
     }
   }
 
   KDK_DEVICE void clear() const {
-    for (int64_t pack = rank_; at_.g && pack < packs_; pack += size_)
-      store16(at_.g + pack * kPack<T>, Bits16{});
+    for (int64_t i = 0; i < mine_; ++i) write(i, Bits16{});
   }
 
   KDK_DEVICE void put(int64_t target, float value) const {
-    if (at_.g && target / kPack<T> % size_ == rank_) at_.g[target] = narrow<T>(value);
+    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
   }
+
   KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
   KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
 
  private:
-  KDK_DEVICE void load(int64_t first, Pack<T> (&s)[kAhead], Pack<T> (&t)[kAhead]) const {
-    KDK_UNROLL
-    for (int a = 0; a < kAhead; ++a) {
-      const int64_t pack = first + int64_t(a) * size_;
-      if (pack >= packs_) break;
-      s[a] = as_pack<T>(load16(at_.s + pack * kPack<T>));
-      t[a] = as_pack<T>(load16(at_.t + pack * kPack<T>));
+  template <class F>
+  KDK_DEVICE void each_pack(const F& f) const {
+    const int64_t whole = read_ / kAhead * kAhead;
+    for (int64_t first = 0; first < whole; first += kAhead) {
+      PackPair<T> packs[kAhead];
+      KDK_UNROLL
+      for (int a = 0; a < kAhead; ++a) packs[a] = load(first + a);
+      KDK_UNROLL
+      for (int a = 0; a < kAhead; ++a) f(packs[a]);
     }
+    for (int64_t i = whole; i < read_; ++i) f(load(i));
   }
-  KDK_DEVICE void mask(int64_t pack, Pack<T>& s, Pack<T>& t) const {
-    if (target_ / kPack<T> != pack || target_ < 0) return;
-    KDK_UNROLL
-    for (int k = 0; k < kPack<T>; ++k)
-      if (k == target_ % kPack<T>) s.x[k] = t.x[k] = lowest<T>();
+  // This thread's i-th pack.
+  KDK_DEVICE int64_t begin(int64_t i) const { return (i * size_ + rank_) * kPack<T>; }
+  KDK_DEVICE PackPair<T> load(int64_t i) const {
+    PackPair<T> pack{load16(at_.s + begin(i)), load16(at_.t + begin(i))};
+    if (i == excluded_) pack.exclude(which_);
+    return pack;
   }
+  KDK_DEVICE void write(int64_t i, const Bits16& g) const {
+    if (at_.g) store16(at_.g + begin(i), g);
+  }
+  KDK_DEVICE bool owns(int64_t target) const { return target / kPack<T> % size_ == rank_; }
 
   RowPointers<T> at_;
-  int64_t packs_, target_ = -1;
-  bool valid_;
+  int64_t mine_, read_, excluded_ = -1;  // packs
+  int which_ = 0;
   int rank_, size_;
 };
 
@@ -327,6 +399,8 @@ KDK_DEVICE void store_element(const Rows& x, int64_t at, R value) {
 template <class R>
 class General {
  public:
+  static constexpr bool kHalf = false;
+
   KDK_DEVICE General(const RowProblem& problem, int64_t row, bool valid, int rank, int size)
       : problem_(problem),
         s_(valid ? problem.student.offset(row) : 0),
@@ -343,6 +417,12 @@ class General {
   template <class F>
   KDK_DEVICE void each_class(const F& f) const {
     for (int64_t c = rank_; c < problem_.classes; c += size_) f(c, student(c), teacher(c));
+  }
+  KDK_DEVICE void find_maxima(R (&origin)[2]) const {
+    each([&](R s, R t) {
+      origin[0] = larger(origin[0], s);
+      origin[1] = larger(origin[1], t);
+    });
   }
   template <class F>
   KDK_DEVICE void each(const F& f) const {

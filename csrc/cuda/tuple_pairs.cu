@@ -1,4 +1,4 @@
-// Tuples of a batch from its two matrices of distances (REFILLED, stage 1), a block for each anchor.
+// Tuples of a batch from its two matrices of distances (REFILLED, stage 1), a block per anchor.
 //
 // An anchor's tuples differ only in the positive. First a warp takes each positive: it mines the
 // semi-hard negatives and sums the two softmaxes. Then a thread takes each negative and walks the
@@ -20,16 +20,15 @@ template <class R>
 struct Anchor {
   R* student;  // of each column: distances, NaN where the class is the anchor's
   R* teacher;
-  R *at, *from;           // of each positive: its student's distance (NaN: no tuple), and the least
-                          // of the teacher's in its tuple
-  R *scale_s, *scale_t;   // 1 / sums of the exponentials
-  R* shift;               // log p - log q = (student - teacher) / temperature - shift
-  int32_t* index;         // column of each positive
+  R* at;                 // of each positive: the student's distance, NaN where there is no tuple
+  R* from;               // the least of the teacher's distances in its tuple
+  R *scale_s, *scale_t;  // 1 / sums of the exponentials
+  R* shift;              // log p - log q = (student - teacher) / temperature - shift
+  int32_t* index;        // column of each positive
 
   KDK_DEVICE Anchor(char* memory, int64_t batch) {
     R* base = reinterpret_cast<R*>(memory);
-    R** const arrays[kTupleColumnArrays] = {&student, &teacher, &at,   &from,
-                                            &scale_s, &scale_t, &shift};
+    R** const arrays[] = {&student, &teacher, &at, &from, &scale_s, &scale_t, &shift};
     KDK_UNROLL
     for (int k = 0; k < kTupleColumnArrays; ++k) *arrays[k] = base + k * batch;
     index = reinterpret_cast<int32_t*>(base + kTupleColumnArrays * batch);
@@ -89,8 +88,8 @@ KDK_DEVICE int list_positives(const TupleProblem& problem, int64_t row, const An
   return count;
 }
 
-// The tuple of a positive, by the 32 lanes of a warp; leaves its sums in the anchor. Returns whether
-// there is one, with the positive's own part of the divergence and its slope.
+// The tuple of a positive, by the 32 lanes of a warp; leaves its sums in the anchor. Returns
+// whether there is one, with the positive's own part of the divergence and its slope.
 template <class R>
 KDK_DEVICE bool sum_tuple(const Anchor<R>& anchor, int batch, int positive, const Scales<R>& k,
                           R& value, R& slope) {

@@ -225,6 +225,12 @@ inline float float_of(uint32_t bits) {
 
 }  // namespace emulator
 
+// Defined below, where the conversions are.
+template <class T>
+KDK_DEVICE float element(const Bits16& bits, int k);
+template <class T>
+KDK_DEVICE Bits16 larger(const Bits16& a, const Bits16& b);
+
 KDK_DEVICE float widen(f16 x) {
   using namespace emulator;
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
@@ -270,6 +276,8 @@ KDK_DEVICE float power_of_two(float x) {
 }
 KDK_DEVICE double power_of_two(double x) { return std::exp2(x); }
 // Through memory, or the compiler might contract the product with a sum.
+KDK_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+KDK_DEVICE double larger(double a, double b) { return std::fmax(a, b); }
 KDK_DEVICE float product(float a, float b) {
   float c = a * b;
   asm("" : "+m"(c));
@@ -279,6 +287,27 @@ KDK_DEVICE double product(double a, double b) {
   double c = a * b;
   asm("" : "+m"(c));
   return c;
+}
+
+template <class T>
+KDK_DEVICE T typed_element(const Bits16& bits, int k) {
+  T x;
+  std::memcpy(&x, reinterpret_cast<const char*>(&bits) + k * sizeof x, sizeof x);
+  return x;
+}
+template <class T>
+KDK_DEVICE float element(const Bits16& bits, int k) {
+  return widen(typed_element<T>(bits, k));
+}
+template <class T>
+KDK_DEVICE Bits16 larger(const Bits16& a, const Bits16& b) {
+  Bits16 most;
+  for (unsigned k = 0; k < 16 / sizeof(T); ++k) {
+    const T x = typed_element<T>(a, k), y = typed_element<T>(b, k);
+    const bool first = std::isnan(widen(y)) || widen(x) >= widen(y);
+    std::memcpy(reinterpret_cast<char*>(&most) + k * sizeof x, first ? &x : &y, sizeof x);
+  }
+  return most;
 }
 
 }  // namespace kdkernels::cuda

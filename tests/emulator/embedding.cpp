@@ -1,4 +1,4 @@
-// The kernels of the embedding losses on the CPU, for tests/cuda_emulator_embedding.py; see kernels.cpp.
+// As kernels.cpp, for the embedding losses and tests/cuda_emulator_embedding.py.
 #include "../../csrc/cuda/embedding.h"
 
 #include <cstring>
