@@ -105,9 +105,9 @@ gpu::RowShape shape(int64_t rows, int64_t classes, int type, bool dense, bool al
 
 std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type, bool dense,
                                         bool aligned, bool adjacent, bool plain, int arch,
-                                        int multiprocessors, int block_shared) {
+                                        int multiprocessors, int block_shared, int most_cluster) {
   const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
-  const gpu::Device device{arch, multiprocessors, block_shared};
+  const gpu::Device device{arch, multiprocessors, block_shared, most_cluster};
   const gpu::RowPlan plan = gpu::plan_rows(asked, device);
   return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
           {"elements", plan.elements},            {"threads", plan.threads},
@@ -118,9 +118,9 @@ std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type,
 
 std::map<std::string, int64_t> correlation_plan(int64_t rows, int64_t classes, int type, bool dense,
                                                 bool aligned, bool adjacent, bool plain, int arch,
-                                                int multiprocessors, int block_shared) {
+                                                int multiprocessors, int block_shared, int most_cluster) {
   const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
-  const gpu::Device device{arch, multiprocessors, block_shared};
+  const gpu::Device device{arch, multiprocessors, block_shared, most_cluster};
   const gpu::CorrelationPlan plan = gpu::plan_correlation(asked, device);
   return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
           {"elements", plan.elements},            {"tile", plan.tile},

@@ -18,6 +18,7 @@ def cuda_row_plan(
     arch: int,
     multiprocessors: int,
     block_shared: int,
+    most_cluster: int,
 ) -> dict[str, int]: ...
 def cuda_correlation_plan(
     rows: int,
@@ -30,6 +31,7 @@ def cuda_correlation_plan(
     arch: int,
     multiprocessors: int,
     block_shared: int,
+    most_cluster: int,
 ) -> dict[str, int]: ...
 
 # By address: what is absent is 0; dtype codes are those of csrc/problem.h.

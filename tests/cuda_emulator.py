@@ -31,7 +31,7 @@ SOURCE = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "emulator"
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
-SMALL = {"arch": 90, "multiprocessors": 4, "block_shared": 232448}
+SMALL = {"arch": 90, "multiprocessors": 4, "block_shared": 232448, "most_cluster": 16}
 """A device with an H200's multiprocessors, but few of them: fewer threads to emulate."""
 _DIMS = 8
 
@@ -135,6 +135,7 @@ class RowCall(ctypes.Structure):
         ("arch", ctypes.c_int64),
         ("multiprocessors", ctypes.c_int64),
         ("block_shared", ctypes.c_int64),
+        ("most_cluster", ctypes.c_int64),
         ("seed", ctypes.c_int64),
         ("plan", ctypes.c_int64 * 9),
     ]
@@ -230,6 +231,7 @@ class CorrelationCall(ctypes.Structure):
         ("arch", ctypes.c_int64),
         ("multiprocessors", ctypes.c_int64),
         ("block_shared", ctypes.c_int64),
+        ("most_cluster", ctypes.c_int64),
         ("seed", ctypes.c_int64),
         ("plan", ctypes.c_int64 * 10),
     ]

@@ -11,14 +11,16 @@ module = native.extension()
 pytestmark = pytest.mark.skipif(module is None, reason=native.reason() or "-")
 
 DEVICES = {
-    "A100": (80, 108, 166912),
-    "RTX3090": (86, 82, 101376),
-    "RTX4090": (89, 128, 101376),
-    "H200": (90, 132, 232448),
-    "B200": (100, 148, 232448),
-    "one": (80, 1, 101376),
+    "A100": (80, 108, 166912, 0),
+    "RTX3090": (86, 82, 101376, 0),
+    "RTX4090": (89, 128, 101376, 0),
+    "H200": (90, 132, 232448, 16),
+    "H200 slice": (90, 16, 232448, 4),
+    "B200": (100, 148, 232448, 16),
+    "RTX5090": (120, 170, 101376, 8),
+    "one": (80, 1, 101376, 0),
 }
-"""Architecture, multiprocessors, bytes of shared memory that a block may have."""
+"""Architecture, multiprocessors, shared memory of a block in bytes, blocks of a cluster."""
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ROWS = (1, 2, 3, 7, 64, 131, 1000, 8192, 10**5, 10**7)
 ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
@@ -87,13 +89,16 @@ def test_the_intended_traversals() -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     assert row_traversal(256, 10, fp32, "H200") == ("lanes", 1)
     assert row_traversal(1024, 1000, fp32, "H200") == ("lanes", 1)
-    assert row_traversal(4096, 8192, bf16, "H200") == ("block", 1)
+    assert row_traversal(4096, 8192, bf16, "H200") == ("cluster", 1)
+    assert row_traversal(4096, 8192, bf16, "A100") == ("block", 1)
+    assert row_traversal(4096, 8191, bf16, "H200") == ("block", 1)
     assert row_traversal(8192, 128256, bf16, "H200") == ("cluster", 8)
     assert row_traversal(8192, 262144, bf16, "H200") == ("cluster", 16)
     assert row_traversal(8192, 128256, bf16, "A100") == ("stream", 1)
     assert row_traversal(4, 1048576, fp32, "H200") == ("split", 33)
     assert row_traversal(8192, 1048576, fp32, "H200") == ("stream", 1)
-    assert row_traversal(8192, 50257, bf16, "H200") == ("general", 1)
+    assert row_traversal(8192, 50257, bf16, "H200") == ("stream", 1)
+    assert row_traversal(8192, 262144, bf16, "H200 slice") == ("stream", 1)
 
 
 def test_a_plan_depends_on_rows_only_where_they_are_few() -> None:

@@ -88,4 +88,42 @@ void scale(void* gradient, Scalar type, int64_t size, const void* upstream, Scal
   }
 }
 
+#if !defined(KDK_EMULATED)
+namespace {
+__global__ void cluster_probe() {}
+}  // namespace
+
+Device describe_device(int index) {
+  check(cudaSetDevice(index), "cudaSetDevice");
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  Device device{attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
+                    attribute(cudaDevAttrComputeCapabilityMinor),
+                attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), 0};
+  if (device.arch < 90 || !attribute(cudaDevAttrClusterLaunch)) return device;
+  // Slices of a GPU and small ones have fewer blocks in a cluster; a block takes half of the memory.
+  const int shared = device.block_shared / 2;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(kBlockThreads);
+  config.dynamicSmemBytes = size_t(shared);
+  int most = 0;
+  const bool known =
+      cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+          cudaSuccess &&
+      cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) ==
+          cudaSuccess &&
+      cudaOccupancyMaxPotentialClusterSize(&most, cluster_probe, &config) == cudaSuccess;
+  if (!known) (void)cudaGetLastError();
+  device.most_cluster = known ? (most < 16 ? most : 16) : 0;
+  return device;
+}
+
+void use_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
+#endif
+
 }  // namespace kdkernels::cuda

@@ -16,4 +16,11 @@ void prepare_rows(const int64_t* target, int64_t rows, int64_t ignored, int64_t*
 void scale(void* gradient, Scalar type, int64_t size, const void* upstream, Scalar upstream_type,
            const Device& device, void* stream);
 
+// What the plans need to know of a device, which becomes the current one.
+Device describe_device(int index);
+
+// Makes a device current for the launches. The runtime linked into this library is not torch's, and
+// follows its choice only through the driver.
+void use_device(int index);
+
 }  // namespace kdkernels::cuda

@@ -9,6 +9,7 @@
 #include "correlation.h"
 #include "groups.cuh"
 #include "sources.cuh"
+#include "totals.cuh"
 
 namespace kdkernels::cuda {
 
@@ -18,6 +19,11 @@ template <class R>
 struct Column {  // means, and coefficients of q and p in the derivative
   R mean_q, mean_p, of_q, of_p;
 };
+// In memory each of the four lies in an array of its own: term k of class c.
+template <class R>
+KDK_DEVICE R* column_term(const CorrelationTask& task, int k, int64_t c) {
+  return static_cast<R*>(task.columns) + k * task.problem.classes + c;
+}
 
 template <class R>
 struct Moments {
@@ -35,20 +41,21 @@ struct Moments {
   }
 };
 
-// Moments of up to kCachedRows rows of one column, `q` and `p` in registers.
-template <class R>
-KDK_DEVICE Moments<R> moments_of(const R (&q)[kCachedRows], const R (&p)[kCachedRows], int count) {
+// Moments of `count` rows, at most kRows, of one column, `q` and `p` in registers.
+template <class R, int kRows>
+KDK_DEVICE Moments<R> moments_of(const R (&q)[kRows], const R (&p)[kRows], int count) {
   Moments<R> m;
   KDK_UNROLL
-  for (int r = 0; r < kCachedRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     if (r >= count) break;
     m.mean_q += q[r];
     m.mean_p += p[r];
   }
-  m.mean_q /= R(count);
-  m.mean_p /= R(count);
+  const R inverse = R(1) / R(count);
+  m.mean_q *= inverse;
+  m.mean_p *= inverse;
   KDK_UNROLL
-  for (int r = 0; r < kCachedRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     if (r >= count) break;
     const R a = q[r] - m.mean_q, b = p[r] - m.mean_p;
     m.qq += a * a;
@@ -123,32 +130,24 @@ KDK_DEVICE double combine_columns(const CorrelationTask& task, int parts, R* scr
     const R value =
         Rule::relation(products[0], products[1], products[2], R(problem.eps), of_p, of_q);
     const R intra = R(problem.intra);
-    static_cast<Column<R>*>(task.columns)[c] = {means[0], means[1], of_q * intra, of_p * intra};
+    *column_term<R>(task, 0, c) = means[0];
+    *column_term<R>(task, 1, c) = means[1];
+    *column_term<R>(task, 2, c) = of_q * intra;
+    *column_term<R>(task, 3, c) = of_p * intra;
     total += double(value * intra);
   }
   return total;
 }
 
-// The blocks' values in order, by the first block. Called by all after a meeting of the grid.
-template <class R>
-KDK_DEVICE void finish_total(const CorrelationTask& task) {
-  if (block_index() != 0) return;
-  double sum[1] = {0};
-  for (int i = thread_index(); i < block_count(); i += thread_count())
-    sum[0] += load_fresh(task.sums + i);
-  sync_block();
-  Block block;
-  block.reduce<Sum>(sum);
-  if (thread_index() == 0) *static_cast<R*>(task.total) = R(sum[0]);
-}
-
 // This block's value, kept for finish_total.
 KDK_DEVICE void keep_total(const CorrelationTask& task, double value) {
-  double sum[1] = {value};
-  sync_block();
-  Block block;
-  block.reduce<Sum>(sum);
-  if (thread_index() == 0) task.sums[block_index()] = sum[0];
+  value = add_up_block(value);
+  if (thread_index() == 0) task.sums[block_index()] = value;
+}
+// The loss, by the first block. Called by all after a meeting of the grid.
+template <class R>
+KDK_DEVICE void finish_total(const CorrelationTask& task) {
+  if (block_index() == 0) add_up_blocks<R>(task.sums, task.total);
 }
 
 // d loss / d q of one class.
@@ -191,7 +190,8 @@ struct RowPair {
     for (int j = 0; j < kElements; ++j) {
       q[j] = product(q[j], inverse_q);
       p[j] = product(p[j], inverse_p);
-      const R a = inside(j) ? q[j] - mean : R(0), b = inside(j) ? p[j] - mean : R(0);
+      const R centre = inside(j) ? mean : R(0);  // past the end q and p are 0
+      const R a = q[j] - centre, b = p[j] - centre;
       sums[0] += product(a, a);
       sums[1] += product(b, b);
       sums[2] += product(a, b);

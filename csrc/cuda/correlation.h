@@ -14,7 +14,7 @@ struct CorrelationTask {
   void* rows;                  // streamed: terms of each row
   void* partials;              // (5, parts, classes): mean of q, of p, inner products qq, pp, qp
   int64_t* counts;             // (parts): rows of each part
-  void* columns;               // (classes): terms of each column
+  void* columns;               // (4, classes): terms of each column
   double* sums;                // a value for each block
 };
 
@@ -53,9 +53,9 @@ int64_t workspace_bytes(const CorrelationRun& run, const CorrelationPlan& plan);
 void run_correlation(const std::string& rule, const CorrelationRun& run,
                      const CorrelationPlan& plan, char* workspace, void* stream);
 
-constexpr int kTileThreads = 256;
+constexpr int kTileThreads = 128;
 // Blocks on a multiprocessor, all there at once to meet: what registers allow.
-constexpr int tile_blocks(int elements) { return elements == 32 ? 1 : 2; }
+constexpr int tile_blocks(int elements) { return elements == 32 ? 2 : 3; }
 constexpr int kTileClasses = 1024;
 constexpr int kCachedRows = 16;  // of a column, in registers while its moments are taken
 constexpr int kMoments = 5;

@@ -14,12 +14,6 @@ struct RowTerms {
   R max_s, inverse_s, max_t, inverse_t, of_q, of_p;
 };
 
-template <class R>
-KDK_DEVICE RowTerms<R> fresh(const RowTerms<R>* from) {
-  return {load_fresh(&from->max_s),     load_fresh(&from->inverse_s), load_fresh(&from->max_t),
-          load_fresh(&from->inverse_t), load_fresh(&from->of_q),      load_fresh(&from->of_p)};
-}
-
 // Dense packs of T, in float.
 template <class T>
 struct Packs {
@@ -130,44 +124,43 @@ KDK_DEVICE void sum_columns(const CorrelationTask& task, int part_rows, int part
     Moments<R> sum[kWidth];
     for (int64_t row = begin; row < end; row += kRows) {
       const int count = int(end - row < kRows ? end - row : kRows);
-      R q[kRows][kWidth], p[kRows][kWidth];
+      R q[kWidth][kRows], p[kWidth][kRows];
       KDK_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (r >= count) break;
-        const RowTerms<R> terms = fresh(static_cast<const RowTerms<R>*>(task.rows) + row + r);
-        Access(problem, row + r).load(c, q[r], p[r]);
+        const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[row + r];
+        R s[kWidth], t[kWidth];
+        Access(problem, row + r).load(c, s, t);
         KDK_UNROLL
         for (int i = 0; i < kWidth; ++i) {
-          q[r][i] = product(power_of_two((q[r][i] - terms.max_s) * k), terms.inverse_s);
-          p[r][i] = product(power_of_two((p[r][i] - terms.max_t) * k), terms.inverse_t);
+          q[i][r] = product(power_of_two((s[i] - terms.max_s) * k), terms.inverse_s);
+          p[i][r] = product(power_of_two((t[i] - terms.max_t) * k), terms.inverse_t);
         }
       }
       KDK_UNROLL
-      for (int i = 0; i < kWidth; ++i) {
-        Moments<R> few;
-        KDK_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          if (r >= count) break;
-          few.mean_q += q[r][i];
-          few.mean_p += p[r][i];
-        }
-        few.mean_q /= R(count);
-        few.mean_p /= R(count);
-        KDK_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          if (r >= count) break;
-          const R a = q[r][i] - few.mean_q, b = p[r][i] - few.mean_p;
-          few.qq += a * a;
-          few.pp += b * b;
-          few.qp += a * b;
-        }
-        sum[i].merge(few, R(row - begin), R(count));
-      }
+      for (int i = 0; i < kWidth; ++i)
+        sum[i].merge(moments_of(q[i], p[i], count), R(row - begin), R(count));
     }
     KDK_UNROLL
     for (int i = 0; i < kWidth; ++i) store_partial<R>(task, parts, part, c + i, sum[i]);
   }
 }
+
+// Neighbouring columns' terms, which another block wrote before the grid met.
+template <int kWidth>
+KDK_DEVICE void load_terms(const float* from, float (&to)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    to[0] = *from;
+  } else {
+    KDK_UNROLL
+    for (int i = 0; i < kWidth; i += 4) {
+      const Bits16 four = load16_written(from + i);
+      KDK_UNROLL
+      for (int k = 0; k < 4; ++k) to[i + k] = element<float>(four, k);
+    }
+  }
+}
+KDK_DEVICE void load_terms(const double* from, double (&to)[1]) { to[0] = *from; }
 
 template <class Access, class R>
 KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R factor,
@@ -175,15 +168,17 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
   constexpr int kWidth = Access::kWidth;
   const CorrelationProblem& problem = task.problem;
   const Access row(problem, index);
-  const RowTerms<R> terms = fresh(static_cast<const RowTerms<R>*>(task.rows) + index);
+  const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[index];
   const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
   const auto slopes = [&](int64_t c, R (&q)[kWidth], R (&g)[kWidth]) {
     row.load(c, q, g);
+    R columns[4][kWidth];
+    KDK_UNROLL
+    for (int term = 0; term < 4; ++term)
+      load_terms(column_term<R>(task, term, c), columns[term]);
     KDK_UNROLL
     for (int i = 0; i < kWidth; ++i) {
-      const Column<R>* const from = static_cast<const Column<R>*>(task.columns) + c + i;
-      const Column<R> column = {load_fresh(&from->mean_q), load_fresh(&from->mean_p),
-                                load_fresh(&from->of_q), load_fresh(&from->of_p)};
+      const Column<R> column{columns[0][i], columns[1][i], columns[2][i], columns[3][i]};
       q[i] = product(power_of_two((q[i] - terms.max_s) * k), terms.inverse_s);
       const R p = product(power_of_two((g[i] - terms.max_t) * k), terms.inverse_t);
       g[i] = derivative(q[i], p, mean, terms.of_q, terms.of_p, column);

@@ -1,7 +1,10 @@
 // Correlation of up to 1024 classes in one cooperative launch. (1) Tiles of rows: softmaxes in the
 // registers of a few lanes a row, from there through shared memory to the columns' moments. (2) The
 // columns combined. (3) The rows again, and their gradient. Inputs that fit the L2 cache are read from
-// memory once (3 N C bytes an element's size), others twice (5 N C).
+// memory once (3 N C bytes an element's size), others twice (5 N C). Short rows take few lanes, since
+// what is computed once a row costs a warp as much as thirty classes.
+#include <type_traits>
+
 #include "correlation.cuh"
 #include "launch.cuh"
 #include "unit.cuh"
@@ -11,15 +14,22 @@ namespace {
 
 using R = float;
 
+struct alignas(8) Both {  // of student and teacher: logits, then softmaxes
+  R q, p;
+};
+
 // Rows of one dtype, next to each other: straight into registers.
 template <class T, int kLanes, int kElements>
 class Direct {
  public:
   static constexpr bool kStaged = false;
-  KDK_DEVICE Direct(const CorrelationProblem& problem, int64_t row, bool vector, R*, R*)
+  KDK_DEVICE Direct(const CorrelationProblem& problem, int64_t row, bool vector, Both*)
       : source_(RowPointers<T>(problem, row), int(problem.classes), vector, row < problem.rows,
                 thread_index() % kLanes, kLanes) {}
   KDK_DEVICE int index(int j) const { return source_.index(j); }
+  KDK_DEVICE int place(int j) const { return source_.place(j); }
+  // How many neighbouring classes a lane has, and so how far its places are apart.
+  static KDK_DEVICE int width(bool vector) { return vector ? kPack<T> : 1; }
   KDK_DEVICE void read(R (&s)[kElements], R (&t)[kElements]) const {
     int j = 0;
     source_.each([&](R a, R b) {
@@ -41,40 +51,54 @@ template <int kLanes, int kElements>
 class Staged {
  public:
   static constexpr bool kStaged = true;
-  KDK_DEVICE Staged(const CorrelationProblem& problem, int64_t row, bool, R* s, R* t)
-      : s_(s), t_(t), classes_(int(problem.classes)), exists_(row < problem.rows) {}
+  KDK_DEVICE Staged(const CorrelationProblem& problem, int64_t row, bool, Both* staged)
+      : staged_(staged), classes_(int(problem.classes)), exists_(row < problem.rows) {}
   KDK_DEVICE int index(int j) const { return j * kLanes + thread_index() % kLanes; }
+  KDK_DEVICE int place(int j) const { return index(j); }
+  static KDK_DEVICE int width(bool) { return 1; }
   KDK_DEVICE void read(R (&s)[kElements], R (&t)[kElements]) const {
     KDK_UNROLL
     for (int j = 0; j < kElements; ++j) {
       const bool inside = index(j) < classes_;
-      s[j] = !inside ? -R(INFINITY) : exists_ ? s_[index(j)] : R(0);
-      t[j] = !inside ? -R(INFINITY) : exists_ ? t_[index(j)] : R(0);
+      const R fill = inside ? R(0) : -R(INFINITY);
+      const Both logits = inside && exists_ ? staged_[index(j)] : Both{fill, fill};
+      s[j] = logits.q;
+      t[j] = logits.p;
     }
   }
   KDK_DEVICE void write(const R (&g)[kElements]) const {
     KDK_UNROLL
     for (int j = 0; j < kElements; ++j)
-      if (exists_ && index(j) < classes_) s_[index(j)] = g[j];
+      if (exists_ && index(j) < classes_) staged_[index(j)].q = g[j];
   }
 
  private:
-  R *s_, *t_;
+  Both* staged_;
   int classes_;
   bool exists_;
 };
 
-// Calls f(row of the tile, class) for each element, neighbours by neighbouring threads.
-template <class F>
-KDK_DEVICE void for_tile(int rows, int classes, bool rows_adjacent, const F& f) {
+// Calls f(row of the tile, class) for each element, neighbours by neighbouring threads; `begin(row)` once
+// for each row of a thread, and what it returns handed to f.
+template <class Begin, class F>
+KDK_DEVICE void for_tile(int rows, int classes, bool rows_adjacent, const Begin& begin,
+                         const F& f) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int warps = thread_count() / kWarp;
-  if (rows_adjacent) {
-    for (int c = warp; c < classes; c += warps)
-      for (int r = lane; r < rows; r += kWarp) f(r, c);
-  } else {
-    for (int r = warp; r < rows; r += warps)
-      for (int c = lane; c < classes; c += kWarp) f(r, c);
+  const int row_step = rows_adjacent ? kWarp : warps, class_step = rows_adjacent ? warps : kWarp;
+  for (int r = rows_adjacent ? lane : warp; r < rows; r += row_step) {
+    const int64_t offset = begin(r);
+    for (int c = rows_adjacent ? warp : lane; c < classes; c += class_step) f(r, c, offset);
+  }
+}
+
+// Calls f with a pointer of the tensor's dtype, so that loops over elements do not ask for it.
+template <class F>
+KDK_DEVICE void with_type(const Rows& x, const F& f) {
+  switch (x.type) {
+    case Scalar::f16: return f(static_cast<f16*>(x.data));
+    case Scalar::bf16: return f(static_cast<bf16*>(x.data));
+    default: return f(static_cast<float*>(x.data));
   }
 }
 
@@ -86,8 +110,7 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
   const int classes = int(problem.classes), pitch = classes | 1;  // odd: rows in different banks
   const int items = classes * plan.groups;
   R* const moments = reinterpret_cast<R*>(shared_memory() + kBlockExchange);
-  R* const tile_q = moments + kMoments * items;
-  R* const tile_p = tile_q + plan.tile * pitch;
+  Both* const softmaxes = reinterpret_cast<Both*>(moments + (kMoments * items + 1) / 2 * 2);
   const int64_t tiles = (problem.rows + plan.tile - 1) / plan.tile;
   const int row_of_pass = thread_index() / kLanes, rows_of_pass = kTileThreads / kLanes;
   const int rows_of_group = (plan.tile + plan.groups - 1) / plan.groups;
@@ -96,14 +119,25 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     return int(left < plan.tile ? left : plan.tile);
   };
   const auto stage = [&](int64_t tile) {
-    for_tile(rows_in(tile), classes, rows_adjacent, [&](int r, int c) {
-      const int64_t row = tile * plan.tile + r;
-      tile_q[r * pitch + c] = load_element<R>(
-          problem.student, problem.student.offset(row) + c * problem.student.class_stride);
-      tile_p[r * pitch + c] = load_element<R>(
-          problem.teacher, problem.teacher.offset(row) + c * problem.teacher.class_stride);
-    });
+    const auto copy = [&](const Rows& x, R Both::* to) {
+      with_type(x, [&](const auto* data) {
+        for_tile(
+            rows_in(tile), classes, rows_adjacent,
+            [&](int r) { return x.offset(tile * plan.tile + r); },
+            [&](int r, int c, int64_t offset) {
+              softmaxes[r * pitch + c].*to = widen(data[offset + c * x.class_stride]);
+            });
+      });
+    };
+    copy(problem.student, &Both::q);
+    copy(problem.teacher, &Both::p);
     sync_block();
+  };
+  // A place of a row in shared memory holds one class: lanes of a warp have places next to each other,
+  // though they load several classes next to each other.
+  const int width = Source::width(plan.vector), strip = classes / width;
+  const auto class_at = [&](int place) {
+    return width == 1 ? place : place % strip * width + place / strip;
   };
 
   // (1) A row past the end of its tile is computed on zeros, with its warp, and goes nowhere.
@@ -115,7 +149,7 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     for (int first = 0; first < count; first += rows_of_pass) {
       const int r = first + row_of_pass;
       const Source source(problem, r < count ? tile * plan.tile + r : problem.rows, plan.vector,
-                          tile_q + r * pitch, tile_p + r * pitch);
+                          softmaxes + r * pitch);
       const auto inside = [&](int j) { return source.index(j) < classes; };
       RowPair<Rule, R, kLanes, kElements> pair;
       source.read(pair.q, pair.p);
@@ -124,14 +158,12 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
       if (thread_index() % kLanes == 0) total += double(value);
       KDK_UNROLL
       for (int j = 0; j < kElements; ++j) {
-        if (!inside(j)) continue;
-        tile_q[r * pitch + source.index(j)] = pair.q[j];
-        tile_p[r * pitch + source.index(j)] = pair.p[j];
+        if (inside(j)) softmaxes[r * pitch + source.place(j)] = {pair.q[j], pair.p[j]};
       }
     }
     sync_block();
     for (int item = thread_index(); item < items; item += kTileThreads) {
-      const int c = item % classes, group = item / classes;
+      const int place = item % classes, group = item / classes;
       const int begin = group * rows_of_group;
       const int full = plan.tile - begin < rows_of_group ? plan.tile - begin : rows_of_group;
       const int end = begin + full < count ? begin + full : count;
@@ -144,10 +176,12 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
       for (int first = begin; first < end; first += kCachedRows) {
         const int cached = end - first < kCachedRows ? end - first : kCachedRows;
         R q[kCachedRows], p[kCachedRows];
+        const Both* at = softmaxes + first * pitch + place;
         KDK_UNROLL
-        for (int r = 0; r < kCachedRows; ++r) {
-          q[r] = r < cached ? tile_q[(first + r) * pitch + c] : R(0);
-          p[r] = r < cached ? tile_p[(first + r) * pitch + c] : R(0);
+        for (int r = 0; r < kCachedRows; ++r, at += pitch) {
+          const Both both = r < cached ? *at : Both{0, 0};
+          q[r] = both.q;
+          p[r] = both.p;
         }
         sum.merge(moments_of(q, p, cached), before, R(cached));
         before += R(cached);
@@ -159,8 +193,8 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
       moments[4 * items + item] = sum.qp;
       if (tile + block_count() >= tiles) {
         const int part = block_index() * plan.groups + group;
-        store_partial<R>(task, plan.parts, part, c, sum);
-        if (c == 0) task.counts[part] = int64_t(before);
+        store_partial<R>(task, plan.parts, part, class_at(place), sum);
+        if (place == 0) task.counts[part] = int64_t(before);
       }
     }
     sync_block();
@@ -177,10 +211,10 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
   // (3)
   Column<R>* const columns = reinterpret_cast<Column<R>*>(shared_memory() + kBlockExchange);
   sync_block();
-  for (int c = thread_index(); c < classes; c += kTileThreads) {
-    const Column<R>* const from = static_cast<const Column<R>*>(task.columns) + c;
-    columns[c] = {load_fresh(&from->mean_q), load_fresh(&from->mean_p), load_fresh(&from->of_q),
-                  load_fresh(&from->of_p)};
+  for (int place = thread_index(); place < classes; place += kTileThreads) {
+    const int c = class_at(place);
+    columns[place] = {*column_term<R>(task, 0, c), *column_term<R>(task, 1, c),
+                      *column_term<R>(task, 2, c), *column_term<R>(task, 3, c)};
   }
   sync_block();
   const R factor = gradient_factor<R>(task);
@@ -190,21 +224,25 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     for (int first = 0; first < count; first += rows_of_pass) {
       const int r = first + row_of_pass;
       const Source source(problem, r < count ? tile * plan.tile + r : problem.rows, plan.vector,
-                          tile_q + r * pitch, tile_p + r * pitch);
+                          softmaxes + r * pitch);
       const auto inside = [&](int j) { return source.index(j) < classes; };
       RowPair<Rule, R, kLanes, kElements> pair;
       source.read(pair.q, pair.p);
       pair.relate(problem, inside);
-      pair.differentiate(problem, factor, inside, [&](int j) { return columns[source.index(j)]; });
+      pair.differentiate(problem, factor, inside, [&](int j) { return columns[source.place(j)]; });
       source.write(pair.q);
     }
     if constexpr (Source::kStaged) {
       sync_block();
-      for_tile(count, classes, rows_adjacent, [&](int r, int c) {
-        store_element<R>(problem.gradient,
-                         problem.gradient.offset(tile * plan.tile + r) +
-                             c * problem.gradient.class_stride,
-                         tile_q[r * pitch + c]);
+      const Rows& x = problem.gradient;
+      with_type(x, [&](auto* data) {
+        using T = std::remove_reference_t<decltype(*data)>;
+        for_tile(
+            count, classes, rows_adjacent,
+            [&](int r) { return x.offset(tile * plan.tile + r); },
+            [&](int r, int c, int64_t offset) {
+              data[offset + c * x.class_stride] = narrow<T>(softmaxes[r * pitch + c].q);
+            });
       });
       sync_block();
     }
@@ -215,15 +253,21 @@ template <template <int, int> class Source>
 void run(const CorrelationTask& task, const CorrelationPlan& plan, bool rows_adjacent,
          void* stream) {
   const LaunchShape shape{plan.blocks, plan.threads, 1, size_t(plan.shared), true};
-  if (plan.lanes == 4)
-    return launch<correlate<Source<4, 8>, 4, 8>>(shape, stream, task, plan, rows_adjacent);
-  if (plan.lanes == 16)
-    return launch<correlate<Source<16, 8>, 16, 8>>(shape, stream, task, plan, rows_adjacent);
-  if (plan.elements == 8)
-    return launch<correlate<Source<32, 8>, 32, 8>>(shape, stream, task, plan, rows_adjacent);
-  if (plan.elements == 16)
-    return launch<correlate<Source<32, 16>, 32, 16>>(shape, stream, task, plan, rows_adjacent);
-  launch<correlate<Source<32, 32>, 32, 32>>(shape, stream, task, plan, rows_adjacent);
+#define KDK_TILE(lanes, elements)                                                                 \
+  case lanes * 64 + elements:                                                                     \
+    return launch<correlate<Source<lanes, elements>, lanes, elements>>(shape, stream, task, plan, \
+                                                                       rows_adjacent);
+  switch (plan.lanes * 64 + plan.elements) {
+    KDK_TILE(1, 24)
+    KDK_TILE(1, 32)
+    KDK_TILE(4, 24)
+    KDK_TILE(4, 32)
+    KDK_TILE(8, 24)
+    KDK_TILE(8, 32)
+    KDK_TILE(32, 24)
+    KDK_TILE(32, 32)
+  }
+#undef KDK_TILE
 }
 
 template <int kLanes, int kElements>

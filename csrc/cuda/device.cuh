@@ -164,6 +164,8 @@ KDK_DEVICE Bits16 load16(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
+// Of what this launch wrote, after sync_grid, which empties the L1 cache.
+KDK_DEVICE Bits16 load16_written(const void* p) { return *static_cast<const Bits16*>(p); }
 KDK_DEVICE Bits16 load16_shared(const void* p) { return *static_cast<const Bits16*>(p); }
 KDK_DEVICE void store16(void* p, const Bits16& v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
@@ -241,6 +243,8 @@ KDK_DEVICE float power_of_two(float x) {
   return y;
 }
 KDK_DEVICE double power_of_two(double x) { return exp2(x); }
+KDK_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KDK_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 KDK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of numbers: NaN loses
 KDK_DEVICE double larger(double a, double b) { return fmax(a, b); }
 KDK_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }

@@ -2,33 +2,11 @@
 // sweeps, so the teacher is read once, and everything is read once where it fits registers.
 #include "factor.cuh"
 #include "launch.cuh"
+#include "totals.cuh"
 #include "unit.cuh"
 
 namespace kdkernels::cuda {
 namespace {
-
-// The loss: each block's values in order of its threads, then, by the block that comes last, the
-// blocks' in order.
-template <class R>
-KDK_DEVICE void finish(const FactorTask& task, double value) {
-  if (!task.partials) return;
-  Block block;
-  double sum[1] = {value};
-  sync_block();  // the exchange may still be read
-  block.reduce<Sum>(sum);
-  bool* const last = reinterpret_cast<bool*>(shared_memory() + Block::kExchangeBytes);
-  if (thread_index() == 0) {
-    task.partials[block_index()] = sum[0];
-    *last = arrive(task.ticket) == unsigned(block_count()) - 1;
-  }
-  sync_block();
-  if (!*last) return;
-  sum[0] = 0;
-  for (int i = thread_index(); i < block_count(); i += thread_count())
-    sum[0] += load_fresh(task.partials + i);
-  block.reduce<Sum>(sum);
-  if (thread_index() == 0) *static_cast<R*>(task.total) = R(sum[0]);
-}
 
 // All samples of a block's groups, one a group at a time.
 template <bool kCosine, class R, class Group, class MakeSource>
@@ -43,7 +21,7 @@ KDK_DEVICE void walk_samples(const FactorTask& task, Group& group, const MakeSou
     const double value = process_sample<Rule, kCosine>(task.problem, upstream, source, group);
     if (group.rank() == 0) total += value;
   }
-  finish<R>(task, total);
+  if (task.partials) add_up<R>(total, task.partials, task.ticket, task.total);
 }
 
 template <bool kCosine, class T, int kElements>

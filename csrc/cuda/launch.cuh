@@ -39,7 +39,7 @@ inline void check(cudaError_t status, const char* what) {
 
 // Raises the kernel's limits, once for each device.
 template <auto kKernel>
-void prepare(size_t shared_bytes, bool large_cluster) {
+void raise_limits() {
   static std::atomic<uint64_t> done{0};
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -56,17 +56,15 @@ void prepare(size_t shared_bytes, bool large_cluster) {
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         "cudaDeviceGetAttribute");
-  if (major >= 9 && large_cluster)
+  if (major >= 9)
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "cudaFuncSetAttribute");
-  (void)shared_bytes;
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, void* stream, const Args&... args) {
-  if (shape.shared_bytes > 48 * 1024 || shape.cluster > 1)
-    prepare<kKernel>(shape.shared_bytes, shape.cluster > 1);
+  if (shape.shared_bytes > 48 * 1024 || shape.cluster > 1) raise_limits<kKernel>();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(shape.blocks));
   config.blockDim = dim3(unsigned(shape.threads));

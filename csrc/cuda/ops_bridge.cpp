@@ -2,7 +2,6 @@
 // the operators for CUDA tensors (ops_*.cpp are part of the same library).
 #include "ops_bridge.h"
 
-#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,28 +15,13 @@
 #include "rows.h"
 
 namespace kdkernels::cuda {
-namespace {
-
-int attribute(cudaDeviceAttr name, int index) {
-  int value = 0;
-  STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, name, index) == cudaSuccess,
-                  "cudaDeviceGetAttribute failed");
-  return value;
-}
-
-}  // namespace
-
 const Device& device_of(int index) {
   static std::mutex mutex;
   static std::map<int, Device> known;  // references stay valid
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
-  const Device device{attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
-                          attribute(cudaDevAttrComputeCapabilityMinor, index),
-                      attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
-  return known.emplace(index, device).first->second;
+  return known.emplace(index, describe_device(index)).first->second;
 }
 
 void* current_stream(int index) {
@@ -54,6 +38,7 @@ namespace {
 void scale_by_address(std::uintptr_t gradient, int type, int64_t size, std::uintptr_t upstream,
                       int upstream_type, int device, std::uintptr_t stream) {
   const torch::stable::accelerator::DeviceGuard guard(device);
+  use_device(device);
   scale(reinterpret_cast<void*>(gradient), Scalar(type), size,
         reinterpret_cast<const void*>(upstream), Scalar(upstream_type), device_of(device),
         reinterpret_cast<void*>(stream));
@@ -81,7 +66,8 @@ std::map<std::string, int> device_info(int index) {
   const Device& device = device_of(index);
   return {{"arch", device.arch},
           {"multiprocessors", device.multiprocessors},
-          {"block_shared", device.block_shared}};
+          {"block_shared", device.block_shared},
+          {"most_cluster", device.most_cluster}};
 }
 
 }  // namespace

@@ -3,7 +3,10 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+
 #include "../bridge.h"
+#include "common.h"
 #include "task.h"
 
 namespace kdkernels::cuda {
@@ -14,12 +17,18 @@ const Device& device_of(int index);
 // The current stream of a device.
 void* current_stream(int index);
 
-// While it lives the tensor's device is the current one.
+// While it lives the tensor's device is the current one. The others must be there too: a kernel would
+// take an address of another device, or of the host, for its own.
 struct Context {
-  explicit Context(const Tensor& x)
+  explicit Context(const Tensor& x, std::initializer_list<const Tensor*> others = {})
       : guard(x.get_device_index()),
         device(device_of(x.get_device_index())),
-        stream(current_stream(x.get_device_index())) {}
+        stream(current_stream(x.get_device_index())) {
+    for (const Tensor* other : others)
+      STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
+                      "all tensors must be on one CUDA device");
+    use_device(x.get_device_index());
+  }
 
   torch::stable::accelerator::DeviceGuard guard;
   const Device& device;

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teac
                                        double eps, int64_t class_dim, int64_t reduction,
                                        bool need_gradient) {
   const Logits logits = check(student, teacher, class_dim);
-  const Context context(student);
+  const Context context(student, {&teacher});
   Tensor gradient = empty_gradient(student, need_gradient);
   if (logits.rows == 0)
     return {torch::stable::new_zeros(student, {}, logits.loss_type()), gradient};
@@ -60,7 +60,7 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
                             std::string rule, double inter, double intra, double tau, double eps,
                             int64_t class_dim, int64_t reduction) {
   const Logits logits = check(student, teacher, class_dim);
-  const Context context(student);
+  const Context context(student, {&teacher, &upstream});
   Tensor gradient = torch::stable::empty_like(student);
   if (logits.rows == 0) return gradient;
   STD_TORCH_CHECK(upstream.numel() == 1, "upstream must be one number");

@@ -37,6 +37,9 @@ RowProblem row_problem(const RowArguments& a, const Logits& logits) {
   STD_TORCH_CHECK(a.options.size() <= 4, "options must be at most 4 numbers");
   for (size_t i = 0; i < a.options.size(); ++i) problem.options.value[i] = a.options[i];
   if (a.target) {
+    STD_TORCH_CHECK(a.target->is_cuda() &&
+                        a.target->get_device_index() == a.student.get_device_index(),
+                    "target must be on the student's device");
     STD_TORCH_CHECK(a.target->scalar_type() == ScalarType::Long && a.target->is_contiguous() &&
                         a.target->numel() == logits.rows,
                     "target must be contiguous int64, one for each row");
@@ -61,7 +64,7 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
   const RowArguments a{student, teacher, target, rule, options, temperature, scale,
                        standardize, ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
-  const Context context(student);
+  const Context context(student, {&teacher});
   Tensor gradient = empty_gradient(student, need_gradient);
   if (logits.rows == 0)
     return {torch::stable::new_zeros(
@@ -87,7 +90,7 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   const RowArguments a{student, teacher, target, rule, options, temperature, scale,
                        standardize, ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
-  const Context context(student);
+  const Context context(student, {&teacher, &upstream});
   Tensor gradient = torch::stable::empty_like(student);
   if (logits.rows == 0) return gradient;
   const Tensor by_row = factors(upstream, logits.loss_type());

@@ -20,7 +20,7 @@ int32_t blocks_for(int64_t units, const Device& device, int64_t each = 32) {
   return int32_t(std::min<int64_t>(units, each * device.multiprocessors));
 }
 
-constexpr int kBlockShared = kBlockExchange + 16;
+constexpr int kBlockShared = kBlockExchange + 16;  // kTotalShared of totals.cuh
 
 RowPlan by_lanes(const RowShape& shape, const Device& device) {
   const int32_t lanes = shape.classes <= 64 ? 8 : 32;
@@ -38,9 +38,8 @@ RowPlan by_block(const RowShape& shape, const Device& device) {
 }
 
 // The smallest cluster that leaves room for three clusters on the same multiprocessors, or two, or
-// one. Sixteen blocks is more than CUDA guarantees but every sm_90 and sm_100 device has it.
+// one.
 bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
-  if (device.arch < 90) return false;
   const int64_t bytes = element_bytes(shape.student), pack = 16 / bytes;
   const int64_t fixed = kClusterExchange + kBarrierBytes;
   const auto shared = [&](int64_t slice) { return fixed + 2 * bytes * slice; };
@@ -49,6 +48,7 @@ bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
     const int64_t room = (int64_t(device.block_shared) + 1024) / together - 1024;
     for (const int32_t cluster : {1, 2, 4, 8, 16}) {
       const int64_t slice = round_up(ceil_divide(shape.classes, cluster), pack);
+      if (cluster > device.most_cluster) break;
       if (shared(slice) > room || (cluster == 16 && together == 2)) continue;
       const int32_t threads = together == 3 ? 256 : kBlockThreads;
       plan = {Traversal::cluster, 0, 0, threads,
@@ -62,7 +62,7 @@ bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
 
 RowPlan by_stream(const RowShape& shape, const Device& device) {
   return {Traversal::stream, 0, 0, kBlockThreads, blocks_for(shape.rows, device), 1, 0,
-          kBlockShared, true};
+          kBlockShared, shape.aligned};
 }
 
 // One block on each multiprocessor, so that all are there to meet.
@@ -70,12 +70,14 @@ bool by_split(const RowShape& shape, const Device& device, RowPlan& plan) {
   const int64_t team = device.multiprocessors / std::max<int64_t>(shape.rows, 1);
   if (team < 2 || shape.rows == 0) return false;
   plan = {Traversal::split, 0, 0, kBlockThreads, int32_t(team * shape.rows), int32_t(team), 0,
-          kBlockShared, true};
+          kBlockShared, shape.aligned};
   return true;
 }
 
 RowPlan by_general(const RowShape& shape, const Device& device) {
-  const int32_t lanes = shape.adjacent ? 1 : shape.classes <= 2048 ? 32 : 0;
+  // A thread a row reads neighbours' logits together, if there are rows enough for all threads.
+  const bool alone = shape.adjacent && shape.rows >= 64 * int64_t(device.multiprocessors);
+  const int32_t lanes = alone ? 1 : shape.classes <= 2048 ? 32 : 0;
   const int32_t threads = lanes ? kLaneThreads : kBlockThreads;
   const int64_t rows = lanes ? threads / lanes : 1;
   return {Traversal::general, lanes, 0, threads,
@@ -88,17 +90,16 @@ RowPlan plan_rows(const RowShape& shape, const Device& device) {
   if (!shape.dense || !shape.plain) return by_general(shape, device);
   if (shape.classes <= 1024) return by_lanes(shape, device);
   RowPlan plan{};
-  const bool few = shape.aligned && by_split(shape, device, plan);
+  const bool few = by_split(shape, device, plan);
   // A team costs three meetings of the whole grid, some five microseconds.
   if (few && plan.cluster >= 8 && shape.classes >= 131072) {
     RowPlan cluster{};
-    const bool clustered = by_cluster(shape, device, cluster);
+    const bool clustered = shape.aligned && by_cluster(shape, device, cluster);
     if (!clustered || cluster.blocks * 4 < device.multiprocessors) return plan;
     return cluster;
   }
+  if (shape.aligned && by_cluster(shape, device, plan)) return plan;
   if (shape.classes <= kSingleRow) return by_block(shape, device);
-  if (!shape.aligned) return by_general(shape, device);
-  if (by_cluster(shape, device, plan)) return plan;
   return by_stream(shape, device);
 }
 
@@ -116,10 +117,10 @@ RowPlan plan_as(Traversal traversal, const RowShape& shape, const Device& device
       if (able && shape.aligned && by_cluster(shape, device, plan)) return plan;
       break;
     case Traversal::stream:
-      if (able && shape.aligned) return by_stream(shape, device);
+      if (able) return by_stream(shape, device);
       break;
     case Traversal::split:
-      if (able && shape.aligned && by_split(shape, device, plan)) return plan;
+      if (able && by_split(shape, device, plan)) return plan;
       break;
     case Traversal::general: return by_general(shape, device);
   }
@@ -138,13 +139,13 @@ bool fits(const RowPlan& plan, const RowShape& shape, const Device& device) {
     case Traversal::block:
       return good && int64_t(plan.threads) * plan.elements >= shape.classes;
     case Traversal::cluster:
-      return good && device.arch >= 90 && plan.cluster <= 16 && shape.aligned &&
+      return good && plan.cluster <= device.most_cluster && shape.aligned &&
              plan.cluster * plan.threads / 32 <= 256 &&
              int64_t(plan.cluster) * plan.slice >= shape.classes &&
              plan.slice * element_bytes(shape.student) % 16 == 0;
-    case Traversal::stream: return good && shape.aligned;
+    case Traversal::stream: return good && plan.vector <= shape.aligned;
     case Traversal::split:
-      return good && shape.aligned && plan.blocks <= device.multiprocessors &&
+      return good && plan.vector <= shape.aligned && plan.blocks <= device.multiprocessors &&
              plan.blocks == plan.cluster * shape.rows;
     case Traversal::general: return good;
   }
@@ -158,8 +159,8 @@ CorrelationPlan by_tile(CorrelationTraversal traversal, const RowShape& shape,
   const int64_t classes = shape.classes;
   CorrelationPlan plan{};
   plan.traversal = traversal;
-  plan.lanes = classes <= 32 ? 4 : classes <= 128 ? 16 : 32;
-  plan.elements = classes <= 256 ? 8 : classes <= 512 ? 16 : 32;
+  plan.lanes = classes <= 32 ? 1 : classes <= 128 ? 4 : classes <= 256 ? 8 : 32;
+  plan.elements = classes <= 24 * plan.lanes ? 24 : 32;
   plan.threads = kTileThreads;
   plan.vector = traversal == CorrelationTraversal::tile && shape.aligned;
   const int64_t most_blocks = int64_t(tile_blocks(plan.elements)) * device.multiprocessors;
@@ -167,15 +168,18 @@ CorrelationPlan by_tile(CorrelationTraversal traversal, const RowShape& shape,
   const int64_t row = 2 * 4 * (classes | 1), pass = kTileThreads / plan.lanes;
   // Threads without a column take a part of the rows.
   plan.groups = int32_t(std::max<int64_t>(kTileThreads / classes, 1));
-  const int64_t fixed = kBlockExchange + 4 * kMoments * classes * plan.groups;
-  // As many rows as fit, at least a pass of the block where they do, spread over all blocks.
-  int64_t tile = std::min<int64_t>((room - fixed) / row, 256);
-  tile = std::min(tile, round_up(ceil_divide(shape.rows, most_blocks), std::min(pass, tile)));
+  const int64_t fixed = kBlockExchange + 4 * (kMoments * classes * plan.groups + 1);
+  // As many rows as fit, in whole passes of the block, and as many in each block.
+  const int64_t most = std::min<int64_t>((room - fixed) / row, 256);
+  const int64_t whole = most >= pass ? most / pass * pass : most;
+  const int64_t rounds = ceil_divide(shape.rows, most_blocks * whole);
+  const int64_t tile = std::min(
+      most, round_up(ceil_divide(shape.rows, most_blocks * rounds), std::min(pass, most)));
   plan.tile = int32_t(tile);
   plan.blocks = int32_t(std::min(ceil_divide(shape.rows, tile), most_blocks));
   plan.parts = plan.blocks * plan.groups;
   // The columns' sums are exchanged, and their terms kept, where the tile was.
-  const int64_t exchange = 3 * 4 * kTileThreads, columns = 16 * classes;
+  const int64_t exchange = 3 * 4 * kTileThreads, columns = 16 * classes;  // bytes
   plan.shared = int32_t(std::max(fixed + tile * row, kBlockExchange + std::max(exchange, columns)));
   // Staged rows stay beside the columns' terms, which take the place of the moments.
   if (traversal == CorrelationTraversal::staged)

@@ -6,14 +6,14 @@
 // value and slope follow (csrc/rules); the gradient by the logits is k (slope - q sum(slope)). Rules
 // whose slopes sum to 0, and rows without standardisation, need no sweep for that sum.
 //
-// Half logits leave half the time for each class: there q = 2^(two s - A), with A the maximum and the
-// logarithm of Z in one number (an error of some 2e-6 in q, far below the gradient's rounding), and
-// t - s, which is exact, takes the place of b - a.
+// Half logits leave half the time for a class: there 1 / Z goes into the exponent, which rounds q by
+// some 1e-6, far below the gradient's rounding.
 #pragma once
 
 #include "groups.cuh"
 #include "sources.cuh"
 #include "task.h"
+#include "totals.cuh"
 
 namespace kdkernels::cuda {
 
@@ -23,6 +23,12 @@ template <class R>
 KDK_DEVICE R logarithm(R x) {
   return std::log(x);
 }
+
+template <class R>
+struct RowValue {
+  R once;       // the same in all threads
+  R of_classes;  // summed over the classes
+};
 
 // Which rows a thread's group takes, what they weigh, and where their values go.
 template <class Rule, class R>
@@ -64,38 +70,27 @@ class RowLoop {
     return row;
   }
 
-  // Called by one thread of the row's group.
-  KDK_DEVICE void keep(int64_t index, const Row& row, R value) {
-    if (index >= task_.problem.rows) return;
-    value = row.valid ? value * row.weight : R(0);
-    if (task_.problem.loss) static_cast<R*>(task_.problem.loss)[index] = value;
-    total_ += double(value);
+  // Called by all threads of the row's group, of which one is the first.
+  KDK_DEVICE void keep(int64_t index, const Row& row, const RowValue<R>& value, bool first) {
+    if (!row.valid) {
+      if (first && task_.problem.loss && index < task_.problem.rows) losses()[index] = R(0);
+      return;
+    }
+    if (!task_.problem.loss) {
+      total_ += double((first ? value.once + value.of_classes : value.of_classes) * row.weight);
+    } else if (first) {
+      losses()[index] = (value.once + value.of_classes) * row.weight;
+    }
   }
 
-  // The sum of all values: each block's in order of its threads, then, by the block that comes last,
-  // the blocks' in order. All threads of the block call it; shared memory holds `Block`'s exchange.
+  // The sum of all values; all threads of the grid call it.
   KDK_DEVICE void finish() {
-    if (!task_.partials) return;
-    Block block;
-    double sum[1] = {total_};
-    sync_block();  // the exchange may still be read
-    block.reduce<Sum>(sum);
-    bool* const last = reinterpret_cast<bool*>(shared_memory() + Block::kExchangeBytes);
-    if (thread_index() == 0) {
-      task_.partials[block_index()] = sum[0];
-      *last = arrive(task_.ticket) == unsigned(block_count()) - 1;
-    }
-    sync_block();
-    if (!*last) return;
-    sum[0] = 0;
-    for (int i = thread_index(); i < block_count(); i += thread_count())
-      sum[0] += load_fresh(task_.partials + i);
-    block.reduce<Sum>(sum);
-    if (thread_index() == 0) *static_cast<R*>(task_.total) = R(sum[0]);
+    if (task_.partials) add_up<R>(total_, task_.partials, task_.ticket, task_.total);
   }
-  static constexpr int kSharedBytes = Block::kExchangeBytes + 16;
 
  private:
+  KDK_DEVICE R* losses() const { return static_cast<R*>(task_.problem.loss); }
+
   const RowTask& task_;
   R weight_;
   double total_ = 0;
@@ -125,10 +120,11 @@ KDK_DEVICE void moments(const Source& source, Group& group, R classes, R& mean_s
   deviation_t = std::sqrt(squares[1] / (classes - 1));
 }
 
-// The value of one row, and its gradient into the source. kGeneral sources know the class of each
+// The value of one row, and its gradient into the source. The sum over classes is that of all where the
+// rows' values are wanted, else of this thread's, which saves a reduction a row. kGeneral sources know the class of each
 // element and serve standardisation and rules that are not centred.
 template <class Rule, class R, bool kGeneral, class Source, class Group>
-KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule, R>::Row& row,
+KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename RowLoop<Rule, R>::Row& row,
                          R target_s, R target_t, Source& source, Group& group) {
   using Pointwise = typename rules::PointwiseOf<Rule>::type;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
@@ -157,17 +153,10 @@ KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule,
 
   constexpr bool kHalf = Source::kHalf;
   const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E);
-  R shift_s = origin[0] * two_s, shift_t = origin[1] * two_t;  // half logits only
-  const auto exponential_s = [&](R s) {
-    return power_of_two(kHalf ? s * two_s - shift_s : (s - origin[0]) * two_s);
-  };
-  const auto exponential_t = [&](R t) {
-    return power_of_two(kHalf ? t * two_t - shift_t : (t - origin[1]) * two_t);
-  };
   R z[2] = {0, 0};
   source.each([&](R s, R t) {
-    z[0] += exponential_s(s);
-    z[1] += exponential_t(t);
+    z[0] += power_of_two((s - origin[0]) * two_s);
+    z[1] += power_of_two((t - origin[1]) * two_t);
   });
   group.template reduce<Sum>(z);
   R inverse_s = R(1) / z[0], inverse_t = R(1) / z[1];
@@ -185,26 +174,23 @@ KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule,
     implicit_weight = z[1] == R(0) ? R(0) : implicit_weight;
   }
 
-  R log_z_ratio = logarithm(z[1] * inverse_s);
-  if constexpr (kHalf) {
-    log_z_ratio += (origin[1] - origin[0]) * k_s;
-    if (!kDecoupled || z[0] != R(0)) shift_s += logarithm(z[0]) * R(kLog2E);
-    if (!kDecoupled || z[1] != R(0)) shift_t += logarithm(z[1]) * R(kLog2E);
-  }
+  const R log_z_ratio = logarithm(z[0] == R(0) ? R(0) : z[1] / z[0]);
+  const R shift_s = kHalf && z[0] != R(0) ? logarithm(z[0]) * R(kLog2E) : R(0);
+  const R shift_t = kHalf && z[1] != R(0) ? logarithm(z[1]) * R(kLog2E) : R(0);
   const R g = row.weight * row.upstream * k_s;
   const R g_implicit = g * implicit_weight, g_explicit = g * explicit_slope;
   const auto terms = [&](R s, R t, R& q, R& v, R& slope) {
-    R p, gap;
+    const R a = s - origin[0], b = t - origin[1];
+    R p;
     if constexpr (kHalf) {
-      q = exponential_s(s);
-      p = exponential_t(t);
-      gap = (t - s) * k_s;
+      q = power_of_two(multiply_add(a, two_s, -shift_s));
+      p = power_of_two(multiply_add(b, two_t, -shift_t));
     } else {
-      const R a = s - origin[0], b = t - origin[1];
-      q = exponential_s(s) * inverse_s;
-      p = exponential_t(t) * inverse_t;
-      gap = kGeneral && problem.standardize ? b * k_t - a * k_s : (b - a) * k_s;
+      q = power_of_two(a * two_s) * inverse_s;
+      p = power_of_two(b * two_t) * inverse_t;
     }
+    const R gap = kGeneral && problem.standardize ? product(b, k_t) - product(a, k_s)
+                                                  : (b - a) * k_s;
     Pointwise::pointwise(problem.options, p, q, rules::log_ratio(p, R(gap - log_z_ratio)), v, slope);
   };
 
@@ -249,10 +235,10 @@ KDK_DEVICE R process_row(const RowProblem& problem, const typename RowLoop<Rule,
   } else {
     source.clear();
   }
-  group.template reduce<Sum>(divergence);
-  if constexpr (!kDecoupled) return divergence[0];
+  if (problem.loss) group.template reduce<Sum>(divergence);
+  if constexpr (!kDecoupled) return {R(0), divergence[0]};
   // 0 * inf would be NaN where the term is absent.
-  return value + (z[1] == R(0) ? R(0) : implicit_weight * divergence[0]);
+  return {value, z[1] == R(0) ? R(0) : implicit_weight * divergence[0]};
 }
 
 // All rows of a block's groups, one row a group at a time: rows start + offset, start + step + offset...
@@ -270,9 +256,9 @@ KDK_DEVICE void walk_rows(const RowTask& task, Group& group, int64_t start, int6
       target_s = source.student(row.target);
       target_t = source.teacher(row.target);
     }
-    const R value =
+    const RowValue<R> value =
         process_row<Rule, R, kGeneral>(task.problem, row, target_s, target_t, source, group);
-    if (group.rank() == 0) loop.keep(index, row, value);
+    loop.keep(index, row, value, group.rank() == 0);
   }
   loop.finish();
 }

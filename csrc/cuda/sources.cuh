@@ -199,9 +199,13 @@ class Registers {
   KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
   KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
 
-  // The class of element j.
+  // The class of element j; and its place where lanes are to lie next to each other.
   KDK_DEVICE int index(int j) const {
     return vector_ ? (j / kPack<T> * size_ + rank_) * kPack<T> + j % kPack<T> : j * size_ + rank_;
+  }
+  KDK_DEVICE int place(int j) const {
+    const int unit = j / kPack<T> * size_ + rank_;
+    return vector_ ? j % kPack<T> * (classes_ / kPack<T>) + unit : j * size_ + rank_;
   }
 
  private:
@@ -289,24 +293,28 @@ class Shared {
   int rank_, size_;
 };
 
-// Whole packs of the row in global memory, read again by every sweep; several loads in flight. The
-// last sweep runs backwards, to find the end of the row in cache.
+// The row in global memory, read again by every sweep, several loads in flight; packs, or where rows
+// are not aligned single classes in the order of Registers. The last sweep runs backwards, to find the
+// end of the row in cache.
 template <class T>
 class Streamed {
  public:
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kAhead = 2;  // packs of each side loaded at once
 
-  KDK_DEVICE Streamed(const RowPointers<T>& at, int64_t classes, bool valid, int rank, int size)
-      : at_(at), rank_(rank), size_(size) {
-    const int64_t packs = classes / kPack<T>;
-    mine_ = packs > rank ? (packs - rank + size - 1) / size : 0;
+  KDK_DEVICE Streamed(const RowPointers<T>& at, int64_t classes, bool vector, bool valid, int rank,
+                      int size)
+      : at_(at), classes_(classes), vector_(vector), rank_(rank), size_(size) {
+    const int64_t units = vector ? classes / kPack<T> : classes;
+    const int64_t mine = units > rank ? (units - rank + size - 1) / size : 0;
+    mine_ = vector ? mine : (mine + kPack<T> - 1) / kPack<T>;
     read_ = valid ? mine_ : 0;
   }
 
   KDK_DEVICE void exclude(int64_t target) {
-    excluded_ = owns(target) ? target / kPack<T> / size_ : -1;
-    which_ = int(target % kPack<T>);
+    const int64_t unit = (vector_ ? target / kPack<T> : target) / size_;  // of the owner's
+    excluded_ = !owns(target) ? -1 : vector_ ? unit : unit / kPack<T>;
+    which_ = int((vector_ ? target : unit) % kPack<T>);
   }
 
   KDK_DEVICE void find_maxima(float (&origin)[2]) const {
@@ -359,19 +367,42 @@ class Streamed {
   }
   // This thread's i-th pack.
   KDK_DEVICE int64_t begin(int64_t i) const { return (i * size_ + rank_) * kPack<T>; }
+  KDK_DEVICE int64_t single(int64_t i, int k) const {
+    return (i * kPack<T> + k) * size_ + rank_;
+  }
   KDK_DEVICE PackPair<T> load(int64_t i) const {
-    PackPair<T> pack{load16(at_.s + begin(i)), load16(at_.t + begin(i))};
+    PackPair<T> pack;
+    if (vector_) {
+      pack = {load16(at_.s + begin(i)), load16(at_.t + begin(i))};
+    } else {
+      Pack<T> s, t;
+      KDK_UNROLL
+      for (int k = 0; k < kPack<T>; ++k) {
+        const int64_t c = single(i, k);
+        s.x[k] = c < classes_ ? at_.s[c] : lowest<T>();
+        t.x[k] = c < classes_ ? at_.t[c] : lowest<T>();
+      }
+      pack = {as_bits(s), as_bits(t)};
+    }
     if (i == excluded_) pack.exclude(which_);
     return pack;
   }
   KDK_DEVICE void write(int64_t i, const Bits16& g) const {
-    if (at_.g) store16(at_.g + begin(i), g);
+    if (!at_.g) return;
+    if (vector_) return store16(at_.g + begin(i), g);
+    const Pack<T> pack = as_pack<T>(g);
+    KDK_UNROLL
+    for (int k = 0; k < kPack<T>; ++k)
+      if (single(i, k) < classes_) at_.g[single(i, k)] = pack.x[k];
   }
-  KDK_DEVICE bool owns(int64_t target) const { return target / kPack<T> % size_ == rank_; }
+  KDK_DEVICE bool owns(int64_t target) const {
+    return (vector_ ? target / kPack<T> : target) % size_ == rank_;
+  }
 
   RowPointers<T> at_;
-  int64_t mine_, read_, excluded_ = -1;  // packs
+  int64_t classes_, mine_, read_, excluded_ = -1;
   int which_ = 0;
+  bool vector_;
   int rank_, size_;
 };
 

@@ -22,6 +22,7 @@ struct Device {
   int arch;             // 80, 90, 100: compute capability
   int multiprocessors;
   int block_shared;     // bytes of shared memory that a block may have
+  int most_cluster;     // blocks of a cluster, 0 where there are none
 };
 
 // How rows are walked; the kernels are in the file of the same name, row_<traversal>.cu.

@@ -121,8 +121,12 @@ struct TwoPoint {
 template <class R>
 KDK_FN TwoPoint<R> two_point(R x) {
   const R e = std::exp(x < R(0) ? x : -x), sum = R(1) + e;
+#if defined(__CUDA_ARCH__)
+  const R tail = std::log1p(e);
+#else
   // log(1 + e) in double, which keeps what 1 + e loses in float.
   const R tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
+#endif
   const R likely = R(1) / sum, rare = e / sum;
   const R log_likely = -tail, log_rare = -(x < R(0) ? -x : x) - tail;
   return x > R(0) ? TwoPoint<R>{rare, likely, log_rare, log_likely}

@@ -196,6 +196,7 @@ KDK_DEVICE Bits16 load16(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+KDK_DEVICE Bits16 load16_written(const void* p) { return load16(p); }
 KDK_DEVICE Bits16 load16_shared(const void* p) {
   emulator::check_aligned("load16_shared", p);
   if (emulator::launch && !emulator::launch->owner(p, 16))
@@ -276,6 +277,8 @@ KDK_DEVICE float power_of_two(float x) {
 }
 KDK_DEVICE double power_of_two(double x) { return std::exp2(x); }
 // Through memory, or the compiler might contract the product with a sum.
+KDK_DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+KDK_DEVICE double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 KDK_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 KDK_DEVICE double larger(double a, double b) { return std::fmax(a, b); }
 KDK_DEVICE float product(float a, float b) {

@@ -87,7 +87,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_factors(co
     problem.inheritance_weight = call->inheritance_weight;
     problem.exploration_weight = call->exploration_weight;
     problem.cosine = call->cosine != 0;
-    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared), 16};
     const FactorShape shape = shape_of(problem);
     const FactorPlan plan = call->plan[0] < 0
                                 ? plan_factors(shape, device)
@@ -111,7 +111,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_tuples(con
                                nullptr,       nullptr,       call->batch,    call->margin,
                                call->temperature};
     const TupleRun run{problem, call->wide != 0, call->scale, call->reduction, call->total};
-    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared), 16};
     const TuplePlan plan = plan_tuples(call->batch, run.wide, call->gradient != nullptr, device);
     const int64_t out[] = {plan.threads, plan.blocks, plan.shared, plan.scratch};
     std::memcpy(call->plan, out, sizeof out);

@@ -38,7 +38,7 @@ struct RowCall {
   int64_t rows, classes, ignore_index, reduction, standardize;
   double temperature, scale;
   double options[4];
-  int64_t arch, multiprocessors, block_shared;
+  int64_t arch, multiprocessors, block_shared, most_cluster;
   int64_t seed;
   int64_t plan[9];  // in: traversal or -1; out: the plan
 };
@@ -83,7 +83,8 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_row(const 
     problem.scale = call->scale;
     problem.standardize = call->standardize != 0;
     std::memcpy(problem.options.value, call->options, sizeof call->options);
-    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared),
+                        int(call->most_cluster)};
     const RowRun run{problem, call->upstream_stride, call->reduction, call->total};
     const RowShape shape = shape_of(problem);
     const RowPlan plan = forced(*call, shape, device);
@@ -100,7 +101,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_row(const 
 extern "C" __attribute__((visibility("default"))) const char* emulate_scale(
     void* gradient, int64_t type, int64_t size, const void* upstream, int64_t upstream_type) {
   return guarded([&] {
-    scale(gradient, Scalar(type), size, upstream, Scalar(upstream_type), {90, 4, 232448}, nullptr);
+    scale(gradient, Scalar(type), size, upstream, Scalar(upstream_type), {90, 4, 232448, 16}, nullptr);
   });
 }
 
@@ -112,7 +113,7 @@ struct CorrelationCall {
   void* total;
   int64_t rows, classes, reduction;
   double inter, intra, tau, eps;
-  int64_t arch, multiprocessors, block_shared;
+  int64_t arch, multiprocessors, block_shared, most_cluster;
   int64_t seed;
   int64_t plan[10];  // as in RowCall
 };
@@ -133,7 +134,8 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_correlatio
     problem.intra = call->intra;
     problem.tau = call->tau;
     problem.eps = call->eps;
-    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared)};
+    const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared),
+                        int(call->most_cluster)};
     const CorrelationRun run{problem, call->upstream, call->reduction, call->total};
     const RowShape shape = shape_of(problem);
     const CorrelationPlan plan =
