@@ -20,7 +20,7 @@ struct CorrelationTask {
 
 // Kernels, in correlation_<traversal>.cu.
 enum class CorrelationTraversal : int32_t {
-  tile,    // up to 1024 classes of one dtype, next to each other: rows in registers, read twice
+  tile,    // up to 1024 classes, rows of one dtype and whole packs: in registers, read twice
   staged,  // up to 1024 classes in float, of any dtypes and strides: through shared memory
   stream,  // any number of classes, dtypes and strides, float and double
 };

@@ -18,18 +18,18 @@ struct alignas(8) Both {  // of student and teacher: logits, then softmaxes
   R q, p;
 };
 
-// Rows of one dtype, next to each other: straight into registers.
+// Rows of one dtype and whole packs: straight into registers.
 template <class T, int kLanes, int kElements>
 class Direct {
  public:
   static constexpr bool kStaged = false;
-  KDK_DEVICE Direct(const CorrelationProblem& problem, int64_t row, bool vector, Both*)
-      : source_(RowPointers<T>(problem, row), int(problem.classes), vector, row < problem.rows,
-                thread_index() % kLanes, kLanes) {}
-  KDK_DEVICE int index(int j) const { return source_.index(j); }
+  static constexpr int kWidth = kPack<T>;  // neighbouring classes of a lane
+  KDK_DEVICE Direct(const CorrelationProblem& problem, int64_t row, Both*)
+      : source_(RowPointers<T>(problem, row), int(problem.classes), true, row < problem.rows,
+                thread_index() % kLanes, kLanes),
+        left_(int(problem.classes) - thread_index() % kLanes * kWidth) {}
+  KDK_DEVICE bool inside(int j) const { return j / kWidth * kWidth * kLanes < left_; }
   KDK_DEVICE int place(int j) const { return source_.place(j); }
-  // How many neighbouring classes a lane has, and so how far its places are apart.
-  static KDK_DEVICE int width(bool vector) { return vector ? kPack<T> : 1; }
   KDK_DEVICE void read(R (&s)[kElements], R (&t)[kElements]) const {
     int j = 0;
     source_.each([&](R a, R b) {
@@ -44,6 +44,7 @@ class Direct {
 
  private:
   Registers<T, kElements> source_;
+  int left_;  // classes from this lane's first on
 };
 
 // Rows of any dtypes and strides, staged in shared memory.
@@ -51,17 +52,18 @@ template <int kLanes, int kElements>
 class Staged {
  public:
   static constexpr bool kStaged = true;
-  KDK_DEVICE Staged(const CorrelationProblem& problem, int64_t row, bool, Both* staged)
-      : staged_(staged), classes_(int(problem.classes)), exists_(row < problem.rows) {}
-  KDK_DEVICE int index(int j) const { return j * kLanes + thread_index() % kLanes; }
-  KDK_DEVICE int place(int j) const { return index(j); }
-  static KDK_DEVICE int width(bool) { return 1; }
+  static constexpr int kWidth = 1;
+  KDK_DEVICE Staged(const CorrelationProblem& problem, int64_t row, Both* staged)
+      : mine_(staged + thread_index() % kLanes),
+        left_(int(problem.classes) - thread_index() % kLanes),
+        exists_(row < problem.rows) {}
+  KDK_DEVICE bool inside(int j) const { return j * kLanes < left_; }
+  KDK_DEVICE int place(int j) const { return j * kLanes + thread_index() % kLanes; }
   KDK_DEVICE void read(R (&s)[kElements], R (&t)[kElements]) const {
     KDK_UNROLL
     for (int j = 0; j < kElements; ++j) {
-      const bool inside = index(j) < classes_;
-      const R fill = inside ? R(0) : -R(INFINITY);
-      const Both logits = inside && exists_ ? staged_[index(j)] : Both{fill, fill};
+      const R fill = inside(j) ? R(0) : -R(INFINITY);
+      const Both logits = inside(j) && exists_ ? mine_[j * kLanes] : Both{fill, fill};
       s[j] = logits.q;
       t[j] = logits.p;
     }
@@ -69,26 +71,31 @@ class Staged {
   KDK_DEVICE void write(const R (&g)[kElements]) const {
     KDK_UNROLL
     for (int j = 0; j < kElements; ++j)
-      if (exists_ && index(j) < classes_) staged_[index(j)].q = g[j];
+      if (exists_ && inside(j)) mine_[j * kLanes].q = g[j];
   }
 
  private:
-  Both* staged_;
-  int classes_;
+  Both* mine_;
+  int left_;  // classes from this lane's first on
   bool exists_;
 };
 
-// Calls f(row of the tile, class) for each element, neighbours by neighbouring threads; `begin(row)` once
-// for each row of a thread, and what it returns handed to f.
-template <class Begin, class F>
-KDK_DEVICE void for_tile(int rows, int classes, bool rows_adjacent, const Begin& begin,
-                         const F& f) {
+// Calls f(element of the tensor, its place in the tile) for `rows` rows from `row` on, neighbours by
+// neighbouring threads. Pointers step from class to class: an address from indices costs more than the
+// copy.
+template <class T, class F>
+KDK_DEVICE void for_tile(const Rows& x, T* data, int64_t row, int rows, int classes, int pitch,
+                         bool rows_adjacent, Both* tile, const F& f) {
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int warps = thread_count() / kWarp;
   const int row_step = rows_adjacent ? kWarp : warps, class_step = rows_adjacent ? warps : kWarp;
+  const int first = rows_adjacent ? warp : lane;
+  const int64_t step = class_step * x.class_stride;
   for (int r = rows_adjacent ? lane : warp; r < rows; r += row_step) {
-    const int64_t offset = begin(r);
-    for (int c = rows_adjacent ? warp : lane; c < classes; c += class_step) f(r, c, offset);
+    T* at = data + x.offset(row + r) + first * x.class_stride;
+    Both* const end = tile + r * pitch + classes;
+    for (Both* place = tile + r * pitch + first; place < end; place += class_step, at += step)
+      f(*at, *place);
   }
 }
 
@@ -121,12 +128,8 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
   const auto stage = [&](int64_t tile) {
     const auto copy = [&](const Rows& x, R Both::* to) {
       with_type(x, [&](const auto* data) {
-        for_tile(
-            rows_in(tile), classes, rows_adjacent,
-            [&](int r) { return x.offset(tile * plan.tile + r); },
-            [&](int r, int c, int64_t offset) {
-              softmaxes[r * pitch + c].*to = widen(data[offset + c * x.class_stride]);
-            });
+        for_tile(x, data, tile * plan.tile, rows_in(tile), classes, pitch, rows_adjacent, softmaxes,
+                 [&](const auto& from, Both& place) { place.*to = widen(from); });
       });
     };
     copy(problem.student, &Both::q);
@@ -135,10 +138,8 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
   };
   // A place of a row in shared memory holds one class: lanes of a warp have places next to each other,
   // though they load several classes next to each other.
-  const int width = Source::width(plan.vector), strip = classes / width;
-  const auto class_at = [&](int place) {
-    return width == 1 ? place : place % strip * width + place / strip;
-  };
+  const int strip = classes / Source::kWidth;
+  const auto class_at = [&](int place) { return place % strip * Source::kWidth + place / strip; };
 
   // (1) A row past the end of its tile is computed on zeros, with its warp, and goes nowhere.
   double total = 0;
@@ -148,9 +149,9 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     if constexpr (Source::kStaged) stage(tile);
     for (int first = 0; first < count; first += rows_of_pass) {
       const int r = first + row_of_pass;
-      const Source source(problem, r < count ? tile * plan.tile + r : problem.rows, plan.vector,
+      const Source source(problem, r < count ? tile * plan.tile + r : problem.rows,
                           softmaxes + r * pitch);
-      const auto inside = [&](int j) { return source.index(j) < classes; };
+      const auto inside = [&](int j) { return source.inside(j); };
       RowPair<Rule, R, kLanes, kElements> pair;
       source.read(pair.q, pair.p);
       const R value = pair.relate(problem, inside);
@@ -177,13 +178,23 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
         const int cached = end - first < kCachedRows ? end - first : kCachedRows;
         R q[kCachedRows], p[kCachedRows];
         const Both* at = softmaxes + first * pitch + place;
-        KDK_UNROLL
-        for (int r = 0; r < kCachedRows; ++r, at += pitch) {
-          const Both both = r < cached ? *at : Both{0, 0};
-          q[r] = both.q;
-          p[r] = both.p;
+        // Whole groups of rows, the usual ones, need no test for each row.
+        if (cached == kCachedRows) {
+          KDK_UNROLL
+          for (int r = 0; r < kCachedRows; ++r, at += pitch) {
+            q[r] = at->q;
+            p[r] = at->p;
+          }
+          sum.merge(moments_of(q, p, kCachedRows), before, R(kCachedRows));
+        } else {
+          KDK_UNROLL
+          for (int r = 0; r < kCachedRows; ++r, at += pitch) {
+            const Both both = r < cached ? *at : Both{0, 0};
+            q[r] = both.q;
+            p[r] = both.p;
+          }
+          sum.merge(moments_of(q, p, cached), before, R(cached));
         }
-        sum.merge(moments_of(q, p, cached), before, R(cached));
         before += R(cached);
       }
       moments[item] = sum.mean_q;
@@ -223,9 +234,9 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     if constexpr (Source::kStaged) stage(tile);
     for (int first = 0; first < count; first += rows_of_pass) {
       const int r = first + row_of_pass;
-      const Source source(problem, r < count ? tile * plan.tile + r : problem.rows, plan.vector,
+      const Source source(problem, r < count ? tile * plan.tile + r : problem.rows,
                           softmaxes + r * pitch);
-      const auto inside = [&](int j) { return source.index(j) < classes; };
+      const auto inside = [&](int j) { return source.inside(j); };
       RowPair<Rule, R, kLanes, kElements> pair;
       source.read(pair.q, pair.p);
       pair.relate(problem, inside);
@@ -234,15 +245,10 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
     }
     if constexpr (Source::kStaged) {
       sync_block();
-      const Rows& x = problem.gradient;
-      with_type(x, [&](auto* data) {
+      with_type(problem.gradient, [&](auto* data) {
         using T = std::remove_reference_t<decltype(*data)>;
-        for_tile(
-            count, classes, rows_adjacent,
-            [&](int r) { return x.offset(tile * plan.tile + r); },
-            [&](int r, int c, int64_t offset) {
-              data[offset + c * x.class_stride] = narrow<T>(softmaxes[r * pitch + c].q);
-            });
+        for_tile(problem.gradient, data, tile * plan.tile, count, classes, pitch, rows_adjacent,
+                 softmaxes, [&](T& to, const Both& place) { to = narrow<T>(place.q); });
       });
       sync_block();
     }

@@ -162,7 +162,7 @@ CorrelationPlan by_tile(CorrelationTraversal traversal, const RowShape& shape,
   plan.lanes = classes <= 32 ? 1 : classes <= 128 ? 4 : classes <= 256 ? 8 : 32;
   plan.elements = classes <= 24 * plan.lanes ? 24 : 32;
   plan.threads = kTileThreads;
-  plan.vector = traversal == CorrelationTraversal::tile && shape.aligned;
+  plan.vector = traversal == CorrelationTraversal::tile;
   const int64_t most_blocks = int64_t(tile_blocks(plan.elements)) * device.multiprocessors;
   const int64_t room = (int64_t(device.block_shared) + 1024) / tile_blocks(plan.elements) - 1024;
   const int64_t row = 2 * 4 * (classes | 1), pass = kTileThreads / plan.lanes;
@@ -208,7 +208,7 @@ CorrelationPlan by_correlation_stream(const RowShape& shape, const Device& devic
 
 CorrelationPlan plan_correlation(const RowShape& shape, const Device& device) {
   if (!shape.plain || shape.classes > kTileClasses) return by_correlation_stream(shape, device);
-  return by_tile(shape.dense ? CorrelationTraversal::tile : CorrelationTraversal::staged, shape,
+  return by_tile(shape.aligned ? CorrelationTraversal::tile : CorrelationTraversal::staged, shape,
                  device);
 }
 
@@ -216,7 +216,7 @@ CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowSha
                                     const Device& device) {
   const bool small = shape.plain && shape.classes <= kTileClasses;
   if (traversal == CorrelationTraversal::stream) return by_correlation_stream(shape, device);
-  if (small && (shape.dense || traversal == CorrelationTraversal::staged))
+  if (small && (shape.aligned || traversal == CorrelationTraversal::staged))
     return by_tile(traversal, shape, device);
   throw std::invalid_argument("traversal must be able to walk these rows");
 }

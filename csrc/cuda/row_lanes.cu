@@ -6,8 +6,15 @@
 namespace kdkernels::cuda {
 namespace {
 
+// Blocks on a multiprocessor, as far as the registers of a row allow.
+template <class T>
+constexpr int lane_blocks(int elements) {
+  if (elements < 32) return 4;
+  return sizeof(T) == 2 || Rule::family == Family::decoupled ? 2 : 3;
+}
+
 template <class T, int kLanes, int kElements>
-KDK_KERNEL void KDK_BOUNDS(kLaneThreads, (kElements < 32 ? 4 : sizeof(T) == 2 ? 2 : 3))
+KDK_KERNEL void KDK_BOUNDS(kLaneThreads, lane_blocks<T>(kElements))
     row_lanes(KDK_PARAMETER RowTask task, KDK_PARAMETER bool vector) {
   Lanes<kLanes> group;
   const int rows = kLaneThreads / kLanes;
