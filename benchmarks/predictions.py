@@ -1,9 +1,10 @@
 """What the CUDA kernels should take on an H200, written down before any of them ran on one.
 
 ``python -m benchmarks.predictions`` writes ``results/h200-predictions.{json,md}``, and
-``benchmarks.gpu`` puts its measurements next to them. A prediction is the largest of three times - the bytes that must
-move, the instructions that must be issued, the special functions - plus what starting, meeting and
-finishing cost. The instructions of a class are read off the machine code (sm_90, nvcc 13.0).
+``benchmarks.gpu`` puts its measurements next to them. A prediction is the largest of three times -
+the bytes that must move, the instructions that must be issued, the special functions - plus what
+starting, meeting and finishing cost. The instructions of a class are read off the machine code
+(sm_90, nvcc 13.0).
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
 
 
 def table(predictions: list[dict[str, Any]]) -> str:
-    columns = "loss shape dtype kernel registers occupancy bytes bound time copy".split()
+    columns = ["loss", "shape", "dtype", "kernel", "registers", "occupancy"]
+    columns += ["bytes", "bound", "time", "copy"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for p in predictions:
         time = p["microseconds"]
@@ -151,9 +153,9 @@ def main() -> None:
     note = (
         "Predicted before any of these kernels ran on a GPU (`python -m benchmarks.predictions`): "
         f"forward and backward on an H200, {COPY / 1e12} TB/s copied, {CLOCK / 1e9} GHz, "
-        f"{ISSUE:.0%} of the issue slots filled. *kernel*: traversal, blocks x threads. *bytes*: the "
-        "least that must move; *bound*: what takes longest; *copy*: those bytes in the predicted "
-        "time, over the copy's bandwidth.\n\n"
+        f"{ISSUE:.0%} of the issue slots filled. *kernel*: traversal, blocks x threads. *bytes*: "
+        "the least that must move; *bound*: what takes longest; *copy*: those bytes in the "
+        "predicted time, over the copy's bandwidth.\n\n"
     )
     facts = {"what": "predictions, not measurements", "predictions": predictions}
     (RESULTS / "h200-predictions.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -52,6 +52,8 @@ def test_one_gradient(case: Case, dtype: torch.dtype) -> None:
     student, teacher, target = make("gaussian", rows, classes, dtype=dtype, device=case.device)
     size = student.numel() * student.element_size()
     small = 64 * (rows + classes) + 4096
+    if case.device != "cpu" and not case.spec.by_row:
+        small = size // 2  # the columns' moments over parts of so few rows
     student.requires_grad_()
 
     def forward() -> Tensor:

@@ -1,6 +1,6 @@
 #include "correlation.h"
 
-#include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 
 #include "layout.h"
@@ -35,13 +35,21 @@ const CorrelationRule& find(const std::string& name) {
 
 struct Layout {  // of the workspace
   int64_t counts, sums, columns, rows, partials, bytes;
+  bool in_gradient;  // the partial moments are kept where the gradient will be
 };
 
 Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
   const CorrelationProblem& problem = run.problem;
   const bool wide = is_wide(problem.student, problem.teacher);
   const int64_t real = wide ? 8 : 4;
+  const int64_t partials = kMoments * real * plan.parts * problem.classes;
   Layout at{};
+  // The gradient is dense and private, and written only when all have read the moments: it lends its
+  // memory, which keeps the peak at one gradient.
+  at.in_gradient =
+      problem.gradient.data &&
+      partials <= problem.rows * problem.classes * element_bytes(problem.gradient.type) &&
+      reinterpret_cast<std::uintptr_t>(problem.gradient.data) % 16 == 0;
   int64_t end = 0;
   const auto take = [&](int64_t bytes) {
     const int64_t begin = end;
@@ -52,7 +60,7 @@ Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
   at.sums = take(8 * int64_t(plan.blocks));
   at.columns = take(4 * real * problem.classes);
   at.rows = take(plan.traversal == CorrelationTraversal::stream ? 6 * real * problem.rows : 0);
-  at.partials = take(kMoments * real * plan.parts * problem.classes);
+  at.partials = take(at.in_gradient ? 0 : partials);
   at.bytes = end;
   return at;
 }
@@ -81,7 +89,7 @@ void run_correlation(const std::string& name, const CorrelationRun& run,
   task.upstream = run.upstream;
   task.total = run.total;
   task.rows = workspace + at.rows;
-  task.partials = workspace + at.partials;
+  task.partials = at.in_gradient ? run.problem.gradient.data : workspace + at.partials;
   task.counts = reinterpret_cast<int64_t*>(workspace + at.counts);
   task.columns = workspace + at.columns;
   task.sums = reinterpret_cast<double*>(workspace + at.sums);

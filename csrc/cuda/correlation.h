@@ -42,7 +42,9 @@ CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowSha
 bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& device);
 
 struct CorrelationRun {
-  CorrelationProblem problem;  // inter and intra not yet divided; gradient.data null if not wanted
+  // inter and intra not yet divided; gradient.data null if not wanted, else dense memory of its own,
+  // of which any content may be written before the gradient.
+  CorrelationProblem problem;
   const void* upstream;
   int64_t reduction;
   void* total;

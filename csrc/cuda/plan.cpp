@@ -173,8 +173,10 @@ CorrelationPlan by_tile(CorrelationTraversal traversal, const RowShape& shape,
   const int64_t most = std::min<int64_t>((room - fixed) / row, 256);
   const int64_t whole = most >= pass ? most / pass * pass : most;
   const int64_t rounds = ceil_divide(shape.rows, most_blocks * whole);
-  const int64_t tile = std::min(
-      most, round_up(ceil_divide(shape.rows, most_blocks * rounds), std::min(pass, most)));
+  // So many at least that the moments of all parts fit where the gradient will be.
+  const int64_t least = ceil_divide(4 * kMoments * plan.groups, element_bytes(shape.student));
+  const int64_t wanted = std::max(least, ceil_divide(shape.rows, most_blocks * rounds));
+  const int64_t tile = std::min(most, round_up(wanted, std::min(pass, most)));
   plan.tile = int32_t(tile);
   plan.blocks = int32_t(std::min(ceil_divide(shape.rows, tile), most_blocks));
   plan.parts = plan.blocks * plan.groups;
@@ -230,7 +232,6 @@ bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& devi
                  : plan.threads == kTileThreads && shape.plain &&
                        int64_t(plan.lanes) * plan.elements >= shape.classes &&
                        plan.parts == plan.blocks * plan.groups &&
-                       int64_t(plan.blocks) * plan.tile <= shape.rows + plan.tile * plan.blocks &&
                        (ceil_divide(shape.rows, plan.tile) >= plan.blocks));
 }
 
