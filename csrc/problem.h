@@ -42,6 +42,11 @@ struct Rows {
   }
 };
 
+// Rows of a contiguous tensor whose classes are last.
+inline Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t classes) {
+  return {data, type, 1, 1, {rows}, {classes}};
+}
+
 struct RowProblem {
   Rows student, teacher, gradient;  // gradient.data is null where none is wanted
   const int64_t* target;            // class of each row, or null

@@ -3,6 +3,49 @@
 def build_info() -> dict[str, str]: ...
 def device_info(index: int) -> dict[str, int]: ...
 def rules(family: str) -> list[str]: ...
+
+# By address, as their namesakes in _C.pyi, and where: device index and stream.
+
+def row(
+    student: int,
+    teacher: int,
+    gradient: int,
+    target: int,
+    loss: int,
+    student_type: int,
+    teacher_type: int,
+    rows: int,
+    classes: int,
+    rule: str,
+    options: list[float],
+    temperature: float,
+    scale: float,
+    standardize: bool,
+    ignore_index: int,
+    reduction: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def correlation(
+    student: int,
+    teacher: int,
+    gradient: int,
+    loss: int,
+    student_type: int,
+    teacher_type: int,
+    rows: int,
+    classes: int,
+    rule: str,
+    inter: float,
+    intra: float,
+    tau: float,
+    eps: float,
+    reduction: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def scale(
     gradient: int,
     type: int,

@@ -43,6 +43,7 @@ def info() -> dict[str, Any]:
         "requested_backend": os.environ.get("KDKERNELS_BACKEND") or None,
         "compiler": cpp_compiler(),
         "extension": _extension(),
+        "cuda_extension": _cuda_extension() if "cuda" in devices else None,
         "losses": {device: _dispatch.available(device) for device in devices},
     }
 
@@ -77,6 +78,18 @@ def _extension() -> dict[str, Any]:
     }
 
 
+def _cuda_extension() -> dict[str, Any]:
+    module = native.extension("cuda")
+    if module is None:
+        return {"loaded": False, "reason": native.reason("cuda")}
+    count = torch.cuda.device_count()
+    return {
+        "loaded": True,
+        "build": dict(module.build_info()),
+        "devices": [dict(module.device_info(index)) for index in range(count)],
+    }
+
+
 def _remedy() -> list[str]:
     """The steps that bring the extension, each a command."""
     if os.environ.get("KDKERNELS_DISABLE_NATIVE"):
@@ -106,6 +119,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if facts["requested_backend"]:
         text.append(f"KDKERNELS_BACKEND requests {facts['requested_backend']} for every call")
     text += _extension_lines(facts)
+    cuda = facts.get("cuda_extension")
+    if cuda is not None:
+        built = ", ".join(f"{key} {value}" for key, value in cuda.get("build", {}).items())
+        state = f"loaded ({built})" if cuda["loaded"] else f"not loaded: {cuda['reason']}"
+        text.append(f"CUDA extension: {state}")
     for device, losses in facts["losses"].items():
         text += ["", *_table(device, losses)]
     return text

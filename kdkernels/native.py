@@ -146,8 +146,7 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOAT
 def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
     """Whether the addresses may be handed to the extension directly."""
     return (
-        student.is_cpu
-        and type(student) in _PLAIN_TYPES
+        type(student) in _PLAIN_TYPES
         and type(teacher) in _PLAIN_TYPES
         and class_dim == student.dim() - 1
         and student.is_contiguous()
@@ -155,7 +154,22 @@ def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
         and not student.is_neg()  # a lazily negated view, which the dispatcher would resolve
         and not teacher.is_neg()
         and not torch._C._are_functorch_transforms_active()
+        and (student.is_cpu or (student.is_cuda and student.numel() > 0))
     )
+
+
+def _where(student: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The extension for a tensor, and what it needs to know of the device."""
+    if student.is_cpu:
+        return _extension, ()
+    index = student.device.index
+    return _cuda, (index, torch._C._cuda_getCurrentRawStream(index))
+
+
+def _empty_loss(student: Tensor, dtype: torch.dtype) -> Tensor:
+    if student.is_cpu:
+        return torch.empty_like(_SCALARS[dtype])
+    return student.new_empty((), dtype=dtype)
 
 
 def row(
@@ -191,12 +205,11 @@ def row(
     shape = student.shape
     classes = shape[-1]
     dtype = loss_dtype(student, teacher)
-    if reduction:
-        loss = torch.empty_like(_SCALARS[dtype])
-    else:
-        loss = student.new_empty(shape[:-1], dtype=dtype)
+    one = reduction != 0
+    loss = _empty_loss(student, dtype) if one else student.new_empty(shape[:-1], dtype=dtype)
     gradient = torch.empty_like(student) if need_gradient else None
-    _extension.row(
+    module, where = _where(student)
+    module.row(
         student.data_ptr(),
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
@@ -213,6 +226,7 @@ def row(
         standardize,
         ignore_index,
         reduction,
+        *where,
     )
     return loss, gradient
 
@@ -234,10 +248,11 @@ def correlation(
         return torch.ops.kdkernels.correlation.default(
             student, teacher, rule, inter, intra, tau, eps, class_dim, reduction, need_gradient
         )
-    loss = torch.empty_like(_SCALARS[loss_dtype(student, teacher)])
+    loss = _empty_loss(student, loss_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
     classes = student.shape[-1]
-    _extension.correlation(
+    module, where = _where(student)
+    module.correlation(
         student.data_ptr(),
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
@@ -252,5 +267,6 @@ def correlation(
         tau,
         eps,
         reduction,
+        *where,
     )
     return loss, gradient

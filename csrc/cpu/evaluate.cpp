@@ -58,10 +58,6 @@ void expect_writes(const Problem& problem) {
 
 }  // namespace
 
-Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t classes) {
-  return {data, type, 1, 1, {rows}, {classes}};
-}
-
 void finish(RowProblem& problem, const Kernels& kernels, double scale, int64_t reduction) {
   const bool reads_target = kernels.family == Family::decoupled;
   if (reads_target && !problem.target && problem.rows)

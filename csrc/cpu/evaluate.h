@@ -8,9 +8,6 @@
 
 namespace kdkernels::cpu {
 
-// Rows of a contiguous tensor whose classes are last.
-Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t classes);
-
 // Fills what depends on the targets: `scale` over the valid rows for kMean. Throws
 // std::invalid_argument where a rule that reads the targets finds one out of range.
 void finish(RowProblem& problem, const Kernels& kernels, double scale, int64_t reduction);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common.h"
+#include "ops_eager.h"
 #include "rows.h"
 
 namespace kdkernels::cuda {
@@ -32,17 +33,6 @@ void* current_stream(int index) {
 }
 
 namespace {
-
-// gradient *= upstream for a dense gradient, by address: half of a small loss's time is the operator
-// machinery.
-void scale_by_address(std::uintptr_t gradient, int type, int64_t size, std::uintptr_t upstream,
-                      int upstream_type, int device, std::uintptr_t stream) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  use_device(device);
-  scale(reinterpret_cast<void*>(gradient), Scalar(type), size,
-        reinterpret_cast<const void*>(upstream), Scalar(upstream_type), device_of(device),
-        reinterpret_cast<void*>(stream));
-}
 
 std::map<std::string, std::string> build_info() {
   return {{"CUDA", KDK_CUDA_TOOLKIT}, {"architectures", KDK_CUDA_ARCHS}};
@@ -78,5 +68,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &kdkernels::cuda::build_info, "How the extension was built.");
   m.def("device_info", &kdkernels::cuda::device_info, "What the plans know of a device.");
   m.def("rules", &kdkernels::cuda::rules, "The rules of a family.");
-  m.def("scale", &kdkernels::cuda::scale_by_address, "Scale a dense gradient in place.");
+  kdkernels::cuda::bind_eager(m);
 }

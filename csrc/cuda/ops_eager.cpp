@@ -1,0 +1,120 @@
+// The eager entry points of kdkernels._cuda: addresses of contiguous tensors instead of the operator
+// machinery, which would be half of a small loss's time. kdkernels/native.py checks and allocates.
+#include "ops_eager.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "correlation.h"
+#include "ops_bridge.h"
+#include "rows.h"
+
+namespace kdkernels::cuda {
+namespace {
+
+namespace py = pybind11;
+
+// Device, stream and the memory that the launches share; the caching allocator knows the stream, so the
+// memory may be given back before the kernels have run.
+struct Launches {
+  torch::stable::accelerator::DeviceGuard guard;
+  const Device& device;
+  void* stream;
+  Tensor memory;
+
+  Launches(int index, std::uintptr_t stream)
+      : guard(index),
+        device(device_of(index)),
+        stream(reinterpret_cast<void*>(stream)),
+        index_(index) {
+    use_device(index);
+  }
+  char* workspace(int64_t bytes) {
+    memory = torch::stable::empty(
+        {bytes}, ScalarType::Byte, std::nullopt,
+        torch::stable::Device(torch::headeronly::DeviceType::CUDA, index_));
+    return static_cast<char*>(memory.mutable_data_ptr());
+  }
+
+ private:
+  int index_;
+};
+
+template <class Problem>
+void fill(Problem& problem, std::uintptr_t student, std::uintptr_t teacher,
+          std::uintptr_t gradient, int student_type, int teacher_type, int64_t rows,
+          int64_t classes) {
+  const auto view = [&](std::uintptr_t data, int type) {
+    return contiguous_rows(reinterpret_cast<void*>(data), Scalar(type), rows, classes);
+  };
+  problem.student = view(student, student_type);
+  problem.teacher = view(teacher, teacher_type);
+  problem.gradient = view(gradient, student_type);
+  problem.rows = rows;
+  problem.classes = classes;
+}
+
+void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
+         std::uintptr_t target, std::uintptr_t loss, int student_type, int teacher_type,
+         int64_t rows, int64_t classes, const std::string& rule, const py::list& options,
+         double temperature, double scale, bool standardize, int64_t ignore_index,
+         int64_t reduction, int device, std::uintptr_t stream) {
+  RowRun run{};
+  RowProblem& problem = run.problem;
+  fill(problem, student, teacher, gradient, student_type, teacher_type, rows, classes);
+  problem.target = reinterpret_cast<const int64_t*>(target);
+  problem.temperature = temperature;
+  problem.scale = scale;
+  problem.standardize = standardize;
+  problem.ignore_index = ignore_index;
+  for (size_t i = 0; i < options.size() && i < 4; ++i)
+    problem.options.value[i] = options[i].cast<double>();
+  if (reads_target(rule) && !problem.target)
+    throw std::invalid_argument("target must be a Tensor of class indices, got None");
+  run.reduction = reduction;
+  (reduction == kNone ? problem.loss : run.total) = reinterpret_cast<void*>(loss);
+  const py::gil_scoped_release release;
+  Launches launches(device, stream);
+  const RowPlan plan = plan_rows(shape_of(problem), launches.device);
+  run_rows(rule, run, plan, launches.workspace(workspace_bytes(run, plan)), launches.stream);
+}
+
+void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
+                 std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
+                 int64_t classes, const std::string& rule, double inter, double intra, double tau,
+                 double eps, int64_t reduction, int device, std::uintptr_t stream) {
+  CorrelationRun run{};
+  CorrelationProblem& problem = run.problem;
+  fill(problem, student, teacher, gradient, student_type, teacher_type, rows, classes);
+  problem.inter = inter;
+  problem.intra = intra;
+  problem.tau = tau;
+  problem.eps = eps;
+  run.reduction = reduction;
+  run.total = reinterpret_cast<void*>(loss);
+  const py::gil_scoped_release release;
+  Launches launches(device, stream);
+  const CorrelationPlan plan = plan_correlation(shape_of(problem), launches.device);
+  run_correlation(rule, run, plan, launches.workspace(workspace_bytes(run, plan)),
+                  launches.stream);
+}
+
+// gradient *= upstream for a dense gradient.
+void scale_by_address(std::uintptr_t gradient, int type, int64_t size, std::uintptr_t upstream,
+                      int upstream_type, int device, std::uintptr_t stream) {
+  const Launches launches(device, stream);
+  scale(reinterpret_cast<void*>(gradient), Scalar(type), size,
+        reinterpret_cast<const void*>(upstream), Scalar(upstream_type), launches.device,
+        launches.stream);
+}
+
+}  // namespace
+
+void bind_eager(py::module_& m) {
+  m.def("row", &row, "kdkernels::row on contiguous CUDA tensors, by address.");
+  m.def("correlation", &correlation, "kdkernels::correlation likewise.");
+  m.def("scale", &scale_by_address, "Scale a dense gradient in place.");
+}
+
+}  // namespace kdkernels::cuda
