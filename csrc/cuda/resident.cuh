@@ -1,0 +1,187 @@
+// Sources whose row stays on chip (see sources.cuh).
+#pragma once
+
+#include "packs.cuh"
+
+namespace kdkernels::cuda {
+
+// kElements a thread in registers: the row is read once. `vector`: every row begins at a multiple of
+// 16 bytes and holds whole packs; then a thread takes packs, else single classes, in turn.
+template <class T, int kElements>
+class Registers {
+ public:
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kPacks = kElements / kPack<T>;
+
+  KDK_DEVICE Registers(const RowPointers<T>& at, int classes, bool vector, bool valid, int rank,
+                       int size)
+      : at_(at), classes_(classes), vector_(vector), rank_(rank), size_(size) {
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) {
+      packs_[i] = {filled<T>(narrow<T>(0.0f)), filled<T>(narrow<T>(0.0f))};
+      if (!valid) continue;
+      if (vector) {
+        const int c = index(i * kPack<T>);
+        packs_[i] = {filled<T>(lowest<T>()), filled<T>(lowest<T>())};
+        if (c < classes) packs_[i] = {load16(at.s + c), load16(at.t + c)};
+      } else {
+        Pack<T> s, t;
+        KDK_UNROLL
+        for (int k = 0; k < kPack<T>; ++k) {
+          const int c = index(i * kPack<T> + k);
+          s.x[k] = c < classes ? at.s[c] : lowest<T>();
+          t.x[k] = c < classes ? at.t[c] : lowest<T>();
+        }
+        packs_[i] = {as_bits(s), as_bits(t)};
+      }
+    }
+  }
+
+  KDK_DEVICE void exclude(int64_t target) {
+    // Element `which` of the thread's own, wherever it is; no branch, no indexed register.
+    const int64_t which = !owns(target) ? -1
+                          : vector_     ? target / kPack<T> / size_ * kPack<T> + target % kPack<T>
+                                        : target / size_;
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) packs_[i].exclude(which - i * kPack<T>);
+  }
+
+  KDK_DEVICE void find_maxima(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) maxima.add(packs_[i]);
+    maxima.join(origin);
+  }
+
+  template <class F>
+  KDK_DEVICE void each(const F& f) const {
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) packs_[i].each(f);
+  }
+
+  template <class F>
+  KDK_DEVICE void emit(const F& f) const {
+    KDK_UNROLL
+    for (int i = 0; i < kPacks; ++i) {
+      const Bits16 g = packs_[i].map(f);
+      if (!at_.g) continue;
+      if (vector_) {
+        const int c = index(i * kPack<T>);
+        if (c < classes_) store16(at_.g + c, g);
+      } else {
+        const Pack<T> single = as_pack<T>(g);
+        KDK_UNROLL
+        for (int k = 0; k < kPack<T>; ++k) {
+          const int c = index(i * kPack<T> + k);
+          if (c < classes_) at_.g[c] = single.x[k];
+        }
+      }
+    }
+  }
+
+  KDK_DEVICE void clear() const {
+    emit([](float, float) { return 0.0f; });
+  }
+
+  KDK_DEVICE void put(int64_t target, float value) const {
+    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
+  }
+
+  KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
+  KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
+
+  // The class of element j; and its place where lanes are to lie next to each other.
+  KDK_DEVICE int index(int j) const {
+    return vector_ ? (j / kPack<T> * size_ + rank_) * kPack<T> + j % kPack<T> : j * size_ + rank_;
+  }
+  KDK_DEVICE int place(int j) const {
+    const int unit = j / kPack<T> * size_ + rank_;
+    return vector_ ? j % kPack<T> * (classes_ / kPack<T>) + unit : j * size_ + rank_;
+  }
+
+ private:
+  KDK_DEVICE bool owns(int64_t target) const {
+    return (vector_ ? target / kPack<T> : target) % size_ == rank_;
+  }
+
+  RowPointers<T> at_;
+  PackPair<T> packs_[kPacks];
+  int classes_;
+  bool vector_;
+  int rank_, size_;
+};
+
+// A slice of the row in this block's shared memory, `begin` classes into the row; whole packs. The
+// threads of the block share it; `rank` and `size` are theirs.
+template <class T>
+class Shared {
+ public:
+  static constexpr bool kHalf = sizeof(T) == 2;
+
+  KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, int64_t begin, int count, bool valid,
+                    int rank, int size)
+      : at_(at),
+        s_(s),
+        t_(t),
+        begin_(begin),
+        count_(count),
+        valid_(valid),
+        rank_(rank),
+        size_(size) {}
+
+  // By the thread that reads the class: nobody else may still see the old value.
+  KDK_DEVICE void exclude(int64_t target) {
+    if (owns(target)) s_[target - begin_] = t_[target - begin_] = lowest<T>();
+  }
+
+  KDK_DEVICE void find_maxima(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    each_pack([&](int, const PackPair<T>& pack) { maxima.add(pack); });
+    maxima.join(origin);
+  }
+
+  template <class F>
+  KDK_DEVICE void each(const F& f) const {
+    each_pack([&](int, const PackPair<T>& pack) { pack.each(f); });
+  }
+
+  template <class F>
+  KDK_DEVICE void emit(const F& f) const {
+    each_pack([&](int i, const PackPair<T>& pack) {
+      const Bits16 g = pack.map(f);
+      if (at_.g) store16(at_.g + begin_ + i, g);
+    });
+  }
+
+  KDK_DEVICE void clear() const {
+    for (int i = rank_ * kPack<T>; at_.g && i < count_; i += size_ * kPack<T>)
+      store16(at_.g + begin_ + i, Bits16{});
+  }
+
+  KDK_DEVICE void put(int64_t target, float value) const {
+    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
+  }
+
+  KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
+  KDK_DEVICE float teacher(int64_t c) const { return at_.teacher(c); }
+
+ private:
+  template <class F>
+  KDK_DEVICE void each_pack(const F& f) const {
+    for (int i = rank_ * kPack<T>; valid_ && i < count_; i += size_ * kPack<T>)
+      f(i, PackPair<T>{load16_shared(s_ + i), load16_shared(t_ + i)});
+  }
+  KDK_DEVICE bool owns(int64_t target) const {
+    const int64_t at = target - begin_;
+    return at >= 0 && at < count_ && at / kPack<T> % size_ == rank_;
+  }
+
+  RowPointers<T> at_;
+  T *s_, *t_;
+  int64_t begin_;
+  int count_;
+  bool valid_;
+  int rank_, size_;
+};
+
+}  // namespace kdkernels::cuda
