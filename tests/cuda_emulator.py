@@ -295,89 +295,56 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient
 
 
+ROW_ARGUMENTS = (
+    *("rule", "options", "temperature", "scale", "standardize", "ignore_index", "class_dim"),
+    *("reduction", "need_gradient"),
+)
+CORRELATION_ARGUMENTS = (
+    *("rule", "inter", "intra", "tau", "eps", "class_dim", "reduction", "need_gradient"),
+)
+"""The arguments of the operators' schemas after the logits and the target."""
+
+
 def _row(student: Tensor, teacher: Tensor, target: Tensor | None, *args: Any) -> Any:
-    rule, options, temperature, scale, standardize, ignored, class_dim, reduction, wanted = args
+    named = dict(zip(ROW_ARGUMENTS, args, strict=True))
     if student.numel() == 0:
-        return _nothing(student, teacher, class_dim, reduction)
-    loss, gradient, _ = row_loss(
-        rule,
-        student,
-        teacher,
-        target,
-        options,
-        temperature=temperature,
-        scale=scale,
-        standardize=standardize,
-        ignore_index=ignored,
-        class_dim=class_dim,
-        reduction=reduction,
-        need_gradient=wanted,
-    )
-    return loss, gradient
+        return _nothing(student, teacher, named)
+    rule, options = named.pop("rule"), named.pop("options")
+    return row_loss(rule, student, teacher, target, options, **named)[:2]
 
 
 def _row_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    target, rule, options, temperature, scale, standardize, ignored, class_dim, reduction = args
+    target, *rest = args
+    named = dict(zip(ROW_ARGUMENTS[:-1], rest, strict=True))
     if student.numel() == 0:
         return torch.empty_like(student)
-    gradient = row_loss(
-        rule,
-        student,
-        teacher,
-        target,
-        options,
-        temperature=temperature,
-        scale=scale,
-        standardize=standardize,
-        ignore_index=ignored,
-        class_dim=class_dim,
-        reduction=reduction,
-        upstream=upstream.to(loss_dtype(student, teacher)).contiguous(),
-    )[1]
+    rule, options = named.pop("rule"), named.pop("options")
+    upstream = upstream.to(loss_dtype(student, teacher)).contiguous()
+    gradient = row_loss(rule, student, teacher, target, options, upstream=upstream, **named)[1]
     assert gradient is not None
     return gradient
 
 
 def _correlation(student: Tensor, teacher: Tensor, *args: Any) -> Any:
-    rule, inter, intra, tau, eps, class_dim, reduction, wanted = args
+    named = dict(zip(CORRELATION_ARGUMENTS, args, strict=True))
     if student.numel() == 0:
-        return _nothing(student, teacher, class_dim, reduction)
-    loss, gradient, _ = correlation_loss(
-        rule,
-        student,
-        teacher,
-        inter=inter,
-        intra=intra,
-        tau=tau,
-        eps=eps,
-        class_dim=class_dim,
-        reduction=reduction,
-        need_gradient=wanted,
-    )
-    return loss, gradient
+        return _nothing(student, teacher, named)
+    return correlation_loss(named.pop("rule"), student, teacher, **named)[:2]
 
 
 def _correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    rule, inter, intra, tau, eps, class_dim, reduction = args
+    named = dict(zip(CORRELATION_ARGUMENTS[:-1], args, strict=True))
     if student.numel() == 0:
         return torch.empty_like(student)
-    gradient = correlation_loss(
-        rule,
-        student,
-        teacher,
-        inter=inter,
-        intra=intra,
-        tau=tau,
-        eps=eps,
-        class_dim=class_dim,
-        reduction=reduction,
-        upstream=upstream.to(loss_dtype(student, teacher)).contiguous(),
-    )[1]
+    upstream = upstream.to(loss_dtype(student, teacher)).contiguous()
+    rule = named.pop("rule")
+    gradient = correlation_loss(rule, student, teacher, upstream=upstream, **named)[1]
     assert gradient is not None
     return gradient
 
 
-def _nothing(student: Tensor, teacher: Tensor, class_dim: int, reduction: int) -> Any:
+def _nothing(student: Tensor, teacher: Tensor, named: dict[str, Any]) -> Any:
+    class_dim, reduction = named["class_dim"], named["reduction"]
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     loss = torch.zeros(shape if reduction == 0 else (), dtype=loss_dtype(student, teacher))
     return loss, torch.empty_like(student)

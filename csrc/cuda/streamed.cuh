@@ -126,7 +126,7 @@ template <class R, class T>
 class General {
  public:
   static constexpr bool kHalf = false;
-  static constexpr int kAhead = sizeof(R) == 8 ? 2 : 4;  // classes of each side loaded at once
+  static constexpr int kAhead = sizeof(R) == 8 ? 1 : 4;  // classes of each side loaded at once
 
   KDK_DEVICE General(const RowProblem& problem, int64_t row, bool valid, int rank, int size)
       : problem_(problem),
