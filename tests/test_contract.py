@@ -87,6 +87,41 @@ def test_a_bad_row_is_never_silent_where_rows_are_coupled(case: Case, bad: Any, 
     assert loss.isnan() and gradient[2].isnan().all()
 
 
+@each([s for s in ROW_LOSSES if s.needs_target], side=("student", "teacher", "both"))
+def test_an_infinite_target_is_a_bad_row_too(case: Case, side: str) -> None:
+    """The target's logit stands apart from the softmax, and must not slip through."""
+    student, teacher, target = _inputs(case)
+    target[2] = 3
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if side in (name, "both"):
+            logits[2, 3] = INF
+    loss, gradient = value_and_grad(case, student, teacher, target, reduction="none")
+    assert torch.isnan(loss[2]) and torch.isnan(gradient[2]).all()
+    assert torch.isfinite(loss).sum() == len(loss) - 1
+
+
+@each(
+    [s for s in LOSSES if s.family == "correlation"],
+    kernels=True,
+    constant=("student", "teacher"),
+    size={"300x24": (300, 24), "100x8": (100, 8), "100x104": (100, 104), "335x1": (335, 1)},
+    keep=lambda case, constant, size: not case.interpreted or size == (100, 8),
+)
+def test_constant_columns(case: Case, constant: str, size: tuple[int, int]) -> None:
+    """A student that begins at zero, or one row for all: the moments are 0, not their rounding."""
+    student, teacher, _ = make("gaussian", *size, device=case.device)
+    if constant == "student":
+        student = torch.zeros_like(student)
+    else:
+        teacher = teacher[:1].expand_as(teacher).contiguous()
+    wide, wide_teacher = student.double(), teacher.double()
+    truth, slope = value_and_grad(case.spec.function, wide, wide_teacher, backend="reference")
+    loss, gradient = value_and_grad(case, student, teacher)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    error = (gradient.double() - slope).abs().max()
+    assert error <= 2e-5 * slope.abs().max() + 1e-9
+
+
 # 3. Ignored rows and no rows: test_masks.py. 4. Ties: no loss yet has a corner there.
 
 

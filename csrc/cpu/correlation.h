@@ -162,7 +162,9 @@ KDK_FN void store_moments(R* to, int64_t stride, int64_t i, const Vec<R> (&m)[kM
   for (int k = 0; k < kMoments; ++k) store<R>(to + k * stride + i, m[k]);
 }
 
-// Column moments of a tile of `count` rows, merged into the chunk's moments of `before` rows.
+// Column moments of a tile of `count` rows, merged into the chunk's moments of `before` rows. Sums are of
+// differences to the first row, so that the mean of a constant column is that constant, and its moments
+// exactly 0.
 template <class R>
 void merge_tile(const R* const* q, const R* p, int64_t stride, int64_t classes, int64_t count,
                 int64_t before, R* moments) {
@@ -175,12 +177,13 @@ void merge_tile(const R* const* q, const R* p, int64_t stride, int64_t classes, 
         constexpr bool kPart = decltype(part)::value;
         const int64_t i = step * kLanes<R>;
         V m[kMoments] = {};
-        for (int64_t r = 0; r < count; ++r) {
-          m[kMeanQ] += mode.template get<kPart>(q[r], step, R(0));
-          m[kMeanP] += load<R>(p + r * stride + i);
+        const V first_q = mode.template get<kPart>(q[0], step, R(0)), first_p = load<R>(p + i);
+        for (int64_t r = 1; r < count; ++r) {
+          m[kMeanQ] += mode.template get<kPart>(q[r], step, R(0)) - first_q;
+          m[kMeanP] += load<R>(p + r * stride + i) - first_p;
         }
-        m[kMeanQ] *= inverse;
-        m[kMeanP] *= inverse;
+        m[kMeanQ] = first_q + m[kMeanQ] * inverse;
+        m[kMeanP] = first_p + m[kMeanP] * inverse;
         for (int64_t r = 0; r < count; ++r) {
           const V a = mode.template get<kPart>(q[r], step, R(0)) - m[kMeanQ];
           const V b = load<R>(p + r * stride + i) - m[kMeanP];

@@ -140,8 +140,10 @@ KDK_FN void find_maxima(RowState<M>& row, const RowProblem& problem,
     row.scale_t = row.scale_t / (deviation_t + R(rules::kStandardizeEps));
   }
   if constexpr (kDecoupled) {  // before stage 2 may overwrite the logits
-    row.target_s = (row.mode.pick_excluded(row.s) - row.max_s) * row.scale_s;
-    row.target_t = (row.mode.pick_excluded(row.t) - row.max_t) * row.scale_t;
+    const S target_s = rules::logit_or_nan(S(row.mode.pick_excluded(row.s)));
+    const S target_t = rules::logit_or_nan(S(row.mode.pick_excluded(row.t)));
+    row.target_s = (target_s - row.max_s) * row.scale_s;
+    row.target_t = (target_t - row.max_t) * row.scale_t;
   }
 }
 

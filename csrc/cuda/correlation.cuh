@@ -41,19 +41,20 @@ struct Moments {
   }
 };
 
-// Moments of `count` rows, at most kRows, of one column, `q` and `p` in registers.
+// Moments of `count` rows, at most kRows, of one column, `q` and `p` in registers. Sums are of differences
+// to the first, so that the mean of a constant column is that constant, and its moments exactly 0.
 template <class R, int kRows>
 KDK_DEVICE Moments<R> moments_of(const R (&q)[kRows], const R (&p)[kRows], int count) {
   Moments<R> m;
   KDK_UNROLL
   for (int r = 0; r < kRows; ++r) {
     if (r >= count) break;
-    m.mean_q += q[r];
-    m.mean_p += p[r];
+    m.mean_q += q[r] - q[0];
+    m.mean_p += p[r] - p[0];
   }
   const R inverse = R(1) / R(count);
-  m.mean_q *= inverse;
-  m.mean_p *= inverse;
+  m.mean_q = q[0] + product(m.mean_q, inverse);
+  m.mean_p = p[0] + product(m.mean_p, inverse);
   KDK_UNROLL
   for (int r = 0; r < kRows; ++r) {
     if (r >= count) break;
@@ -108,13 +109,17 @@ KDK_DEVICE double combine_columns(const CorrelationTask& task, int parts, R* scr
        base += int64_t(block_count()) * kWarp) {
     const int64_t c = base + lane;
     const bool known = c < problem.classes;
+    const R base_q = known ? load_fresh(partial<R>(task, parts, 0, 0, c)) : R(0);
+    const R base_p = known ? load_fresh(partial<R>(task, parts, 1, 0, c)) : R(0);
     R means[2] = {0, 0};
     for (int part = warp; known && part < parts; part += warps) {
       const R share = R(load_fresh(task.counts + part)) / R(problem.rows);
-      means[0] += share * load_fresh(partial<R>(task, parts, 0, part, c));
-      means[1] += share * load_fresh(partial<R>(task, parts, 1, part, c));
+      means[0] += share * (load_fresh(partial<R>(task, parts, 0, part, c)) - base_q);
+      means[1] += share * (load_fresh(partial<R>(task, parts, 1, part, c)) - base_p);
     }
     sum_warps(means, scratch);
+    means[0] += base_q;
+    means[1] += base_p;
     R products[3] = {0, 0, 0};
     for (int part = warp; known && part < parts; part += warps) {
       const R count = R(load_fresh(task.counts + part));

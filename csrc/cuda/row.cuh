@@ -253,8 +253,8 @@ KDK_DEVICE void walk_rows(const RowTask& task, Group& group, int64_t start, int6
     auto source = make_source(index, row.valid);
     R target_s = 0, target_t = 0;
     if (RowLoop<Rule, R>::kDecoupled && row.valid) {
-      target_s = source.student(row.target);
-      target_t = source.teacher(row.target);
+      target_s = rules::logit_or_nan(R(source.student(row.target)));
+      target_t = rules::logit_or_nan(R(source.teacher(row.target)));
     }
     const RowValue<R> value =
         process_row<Rule, R, kGeneral>(task.problem, row, target_s, target_t, source, group);

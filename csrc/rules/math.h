@@ -110,6 +110,14 @@ KDK_FN void kl_terms(const F& p, const F& q, const F& d, F& value, F& slope) {
   value = select(near, F(p * phi), F(gap + p * d));
 }
 
+// The target's logit, which no maximum has seen: +inf makes the row NaN, as in any other class.
+template <class F>
+KDK_FN F logit_or_nan(const F& x) {
+  using R = scalar_t<F>;
+  const F infinity = broadcast<F>(std::numeric_limits<R>::infinity());
+  return select(x == infinity, broadcast<F>(std::numeric_limits<R>::quiet_NaN()), x);
+}
+
 // A distribution over two outcomes, the target class and the others, with its logarithms.
 template <class F>
 struct TwoPoint {

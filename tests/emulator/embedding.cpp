@@ -2,10 +2,8 @@
 #include "../../csrc/cuda/embedding.h"
 
 #include <cstring>
-#include <string>
-#include <vector>
 
-#include "launch.h"
+#include "harness.h"
 
 using namespace kdkernels;
 using namespace kdkernels::cuda;
@@ -41,34 +39,6 @@ struct TupleCall {
 Rows rows_of(const View& view, int64_t samples) {
   return {view.data, Scalar(view.type), view.element_stride, 1, {samples}, {view.stride}};
 }
-
-template <class F>
-const char* answer(const F& run) {
-  static std::string text;
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    text = error.what();
-    return text.c_str();
-  }
-}
-
-class Workspace {  // of bytes that are NaN, with bytes behind it that must stay
- public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes), memory_(size_t(bytes) + 512, char(0xff)) {
-    base = memory_.data() + (256 - uintptr_t(memory_.data()) % 256);
-  }
-  void check() const {
-    for (char* at = base + bytes_; at < memory_.data() + memory_.size(); ++at)
-      if (*at != char(0xff)) throw std::runtime_error("written past the end of the workspace");
-  }
-  char* base;
-
- private:
-  int64_t bytes_;
-  std::vector<char> memory_;
-};
 
 }  // namespace
 

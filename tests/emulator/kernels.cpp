@@ -1,13 +1,11 @@
 // The CUDA kernels of csrc/cuda on the CPU, for tests/cuda_emulator.py: plain C functions on CPU
 // memory. Each returns null or the text of the error.
 #include <cstring>
-#include <string>
-#include <vector>
 
 #include "../../csrc/cuda/common.h"
 #include "../../csrc/cuda/correlation.h"
 #include "../../csrc/cuda/rows.h"
-#include "launch.h"
+#include "harness.h"
 
 using namespace kdkernels;
 using namespace kdkernels::cuda;
@@ -43,18 +41,6 @@ struct RowCall {
   int64_t plan[9];  // in: traversal or -1; out: the plan
 };
 
-template <class F>
-const char* guarded(const F& run) {
-  static std::string text;
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    text = error.what();
-    return text.c_str();
-  }
-}
-
 RowPlan forced(const RowCall& call, const RowShape& shape, const Device& device) {
   RowPlan plan = plan_rows(shape, device);
   const Traversal wanted = Traversal(call.plan[0]);
@@ -67,7 +53,7 @@ RowPlan forced(const RowCall& call, const RowShape& shape, const Device& device)
 
 extern "C" __attribute__((visibility("default"))) const char* emulate_row(const char* rule,
                                                                            RowCall* call) {
-  return guarded([&] {
+  return answer([&] {
     emulator_seed = uint64_t(call->seed);
     RowProblem problem{};
     problem.student = rows_of(call->student);
@@ -92,15 +78,16 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_row(const 
                            plan.threads,            plan.blocks, plan.cluster,
                            plan.slice,              plan.shared, plan.vector};
     std::memcpy(call->plan, out, sizeof out);
-    std::vector<char> workspace(workspace_bytes(run, plan) + 256, char(0xff));
-    char* const base = workspace.data() + (256 - uintptr_t(workspace.data()) % 256);
-    run_rows(rule, run, plan, base, nullptr);
+    if (!fits(plan, shape, device)) throw std::runtime_error("the plan breaks a limit");
+    const Workspace workspace(workspace_bytes(run, plan));
+    run_rows(rule, run, plan, workspace.base, nullptr);
+    workspace.check();
   });
 }
 
 extern "C" __attribute__((visibility("default"))) const char* emulate_scale(
     void* gradient, int64_t type, int64_t size, const void* upstream, int64_t upstream_type) {
-  return guarded([&] {
+  return answer([&] {
     scale(gradient, Scalar(type), size, upstream, Scalar(upstream_type), {90, 4, 232448, 16}, nullptr);
   });
 }
@@ -122,7 +109,7 @@ struct CorrelationCall {
 
 extern "C" __attribute__((visibility("default"))) const char* emulate_correlation(
     const char* rule, CorrelationCall* call) {
-  return guarded([&] {
+  return answer([&] {
     emulator_seed = uint64_t(call->seed);
     CorrelationProblem problem{};
     problem.student = rows_of(call->student);
@@ -146,8 +133,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_correlatio
                            plan.groups,             plan.threads, plan.blocks,  plan.parts,
                            plan.shared,             plan.vector};
     std::memcpy(call->plan, out, sizeof out);
-    std::vector<char> workspace(workspace_bytes(run, plan) + 256, char(0xff));
-    char* const base = workspace.data() + (256 - uintptr_t(workspace.data()) % 256);
-    run_correlation(rule, run, plan, base, nullptr);
+    if (!fits(plan, shape, device)) throw std::runtime_error("the plan breaks a limit");
+    const Workspace workspace(workspace_bytes(run, plan));
+    run_correlation(rule, run, plan, workspace.base, nullptr);
+    workspace.check();
   });
 }

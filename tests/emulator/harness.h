@@ -1,0 +1,37 @@
+// What the emulated entry points share: errors as text, and memory that notices what it should not hold.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+// Null, or the text of the error.
+template <class F>
+inline const char* answer(const F& run) {
+  static std::string text;
+  try {
+    run();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
+
+class Workspace {  // of bytes that are NaN, with bytes behind it that must stay
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes), memory_(size_t(bytes) + 512, char(0xff)) {
+    base = memory_.data() + (256 - uintptr_t(memory_.data()) % 256);
+  }
+  void check() const {
+    for (char* at = base + bytes_; at < memory_.data() + memory_.size(); ++at)
+      if (*at != char(0xff)) throw std::runtime_error("written past the end of the workspace");
+  }
+  char* base;
+
+ private:
+  int64_t bytes_;
+  std::vector<char> memory_;
+};
