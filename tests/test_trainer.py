@@ -200,6 +200,8 @@ def _replica(rank: int, port: int, folder: str) -> None:
         torch.distributed.all_gather(there, here)
         assert there[0].equal(there[1])
         assert not here.equal(start)
+    # One that leaves while the other still talks can bring it down in its last breath.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
