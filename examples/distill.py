@@ -250,7 +250,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
-            dist.barrier()  # none leaves while another still talks
             dist.destroy_process_group()
     return 0
 
