@@ -5,39 +5,13 @@
 #include <tuple>
 
 #include "cpu/bridge.h"
+#include "row_arguments.h"
 
 namespace kdkernels {
 namespace {
 
-
-struct RowArguments {
-  const Tensor& student;
-  const Tensor& teacher;
-  const std::optional<Tensor>& target;
-  const std::string& rule;
-  const std::vector<double>& options;
-  double temperature, scale;
-  bool standardize;
-  int64_t ignore_index, class_dim, reduction;
-};
-
 RowProblem row_problem(const RowArguments& a, const Logits& logits, const cpu::Kernels& kernels) {
-  RowProblem problem{};
-  problem.student = rows_of(a.student, a.class_dim, a.student.const_data_ptr());
-  problem.teacher = rows_of(a.teacher, a.class_dim, a.teacher.const_data_ptr());
-  problem.rows = logits.rows;
-  problem.classes = logits.classes;
-  problem.ignore_index = a.ignore_index;
-  problem.temperature = a.temperature;
-  problem.standardize = a.standardize;
-  STD_TORCH_CHECK(a.options.size() <= 4, "options must be at most 4 numbers");
-  for (size_t i = 0; i < a.options.size(); ++i) problem.options.value[i] = a.options[i];
-  if (a.target) {
-    STD_TORCH_CHECK(a.target->scalar_type() == ScalarType::Long && a.target->is_contiguous() &&
-                        a.target->numel() == logits.rows,
-                    "target must be contiguous int64, one for each row");
-    problem.target = static_cast<const int64_t*>(a.target->const_data_ptr());
-  }
+  RowProblem problem = row_problem(a, logits);
   cpu::finish(problem, kernels, a.scale, a.reduction);
   return problem;
 }

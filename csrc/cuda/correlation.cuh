@@ -13,8 +13,6 @@
 
 namespace kdkernels::cuda {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
 template <class R>
 struct Column {  // means, and coefficients of q and p in the derivative
   R mean_q, mean_p, of_q, of_p;

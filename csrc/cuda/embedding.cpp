@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common.h"
+#include "layout.h"
 
 namespace kdkernels::cuda {
 
@@ -44,33 +45,14 @@ auto find(const Rules& rules, const std::string& name) {
   throw std::invalid_argument("rule must be an embedding loss, got " + name);
 }
 
-constexpr int64_t kElementBytes[] = {8, 4, 2, 2};
-constexpr int kShared = kBlockExchange + 16;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
-
-bool begins_aligned(const Rows& x, int64_t width) {
-  const int64_t bytes = kElementBytes[int(x.type)];
-  bool whole = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && width * bytes % 16 == 0;
-  for (int dim = 0; dim < x.dims; ++dim)
-    whole = whole && (x.size[dim] == 1 || x.stride[dim] * bytes % 16 == 0);
-  return whole;
-}
-
-// More samples than fill the device are walked in turn.
-int32_t blocks_for(int64_t units, const Device& device) {
-  return int32_t(std::min<int64_t>(units, 32 * device.multiprocessors));
-}
-
 FactorPlan by_warps(FactorTraversal traversal, int32_t elements, const FactorShape& shape,
                     const Device& device) {
   const int64_t blocks = ceil_divide(shape.samples, kFactorWarpThreads / 32);
-  return {traversal, 32, elements, kFactorWarpThreads, blocks_for(blocks, device), kShared};
+  return {traversal, 32, elements, kFactorWarpThreads, blocks_for(blocks, device), kBlockShared};
 }
 FactorPlan by_blocks(FactorTraversal traversal, int32_t elements, int64_t threads,
                      const FactorShape& shape, const Device& device) {
-  return {traversal, 0, elements, int32_t(threads), blocks_for(shape.samples, device), kShared};
+  return {traversal, 0, elements, int32_t(threads), blocks_for(shape.samples, device), kBlockShared};
 }
 
 constexpr int64_t kMostInLanes = 32 * 16;
@@ -117,7 +99,7 @@ FactorShape shape_of(const FactorProblem& problem) {
                         &problem.inheritance_gradient, &problem.exploration_gradient}) {
     if (!x->data) continue;
     shape.aligned = shape.aligned && x->type == problem.teacher.type && x->class_stride == 1 &&
-                    begins_aligned(*x, problem.width);
+                    whole_packs(*x, problem.width);
   }
   return shape;
 }
@@ -148,7 +130,7 @@ FactorPlan plan_factors_as(FactorTraversal traversal, const FactorShape& shape,
 
 bool fits(const FactorPlan& plan, const FactorShape& shape, const Device& device) {
   const bool good = plan.threads % 32 == 0 && plan.threads >= 32 && plan.threads <= kBlockThreads &&
-                    plan.blocks >= 1 && plan.shared >= kShared &&
+                    plan.blocks >= 1 && plan.shared >= kBlockShared &&
                     plan.shared <= device.block_shared && (plan.lanes == 32 || plan.lanes == 0);
   switch (plan.traversal) {
     case FactorTraversal::lanes:

@@ -13,6 +13,7 @@
 namespace kdkernels::cuda {
 
 constexpr int kWarp = 32;
+constexpr double kLog2E = 1.4426950408889634074;  // exp(x) is 2^(x log2 e)
 
 struct Sum {
   template <class R>

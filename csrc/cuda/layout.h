@@ -1,11 +1,24 @@
-// What the plans need to know of tensors: dtypes, strides, alignment.
+// What all plans need: sizes of tensors, their alignment, the arithmetic of launches.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "task.h"
 
 namespace kdkernels::cuda {
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+// Blocks enough to fill the device several times; more than that are walked in turn, and few enough
+// values are left for the block that adds them up.
+inline int32_t blocks_for(int64_t units, const Device& device, int64_t each = 32) {
+  return int32_t(std::min<int64_t>(units, each * device.multiprocessors));
+}
+
+// Shared memory of a block whose values are added up: the exchange, and a flag (totals.cuh).
+constexpr int kBlockShared = kBlockExchange + 16;
 
 inline int64_t element_bytes(Scalar type) {
   return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2;

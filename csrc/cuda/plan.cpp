@@ -11,17 +11,6 @@
 namespace kdkernels::cuda {
 namespace {
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
-
-// Blocks enough to fill the device several times; more rows than that are walked in turn, and few
-// enough values are left for the block that adds them up.
-int32_t blocks_for(int64_t units, const Device& device, int64_t each = 32) {
-  return int32_t(std::min<int64_t>(units, each * device.multiprocessors));
-}
-
-constexpr int kBlockShared = kBlockExchange + 16;  // kTotalShared of totals.cuh
-
 RowPlan by_lanes(const RowShape& shape, const Device& device) {
   const int32_t lanes = shape.classes <= 64 ? 8 : 32;
   const int32_t elements =

@@ -17,8 +17,6 @@
 
 namespace kdkernels::cuda {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
 template <class R>
 KDK_DEVICE R logarithm(R x) {
   return std::log(x);

@@ -5,8 +5,6 @@
 
 namespace kdkernels::cuda {
 
-constexpr int kTotalShared = kBlockExchange + 16;  // bytes of shared memory
-
 // Adds up the values of a block's threads, in the order of the threads; thread 0 has the sum.
 KDK_DEVICE double add_up_block(double value) {
   double sum[1] = {value};

@@ -13,8 +13,6 @@
 namespace kdkernels::cuda {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
 // What a block keeps of its anchor, in shared memory or, of large batches, in the workspace.
 template <class R>
 struct Anchor {
