@@ -164,7 +164,8 @@ def preamble(capture: str = "") -> list[str]:
         *(sanitize if sanitizer else []),
     ]
     torch_include = Path(torch.__file__).parent / "include"
-    includes = [torch_include, pybind11.get_include(), sysconfig.get_path("include")]
+    # pybind11 first: torch 2.11 has one of its own, which refuses TORCH_STABLE_ONLY.
+    includes = [pybind11.get_include(), torch_include, sysconfig.get_path("include")]
     defines = [
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION={target_macro()}",
