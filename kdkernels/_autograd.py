@@ -6,8 +6,8 @@ step moves each byte once and allocates one gradient. A second backward pass (``
 recomputes it. ``float16`` and ``reduction='none'`` compute the gradient in the backward pass
 instead (see ``_ops.stores_gradient``).
 
-Eager calls take a lean ``autograd.Function``; under ``torch.compile`` the operators of ``_ops`` are
-called, which the compiler sees through.
+Eager calls take a lean ``autograd.Function``; where something traces (``_ops.traced``:
+``torch.compile``, fake tensors) the operators of ``_ops`` are called, which it sees through.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import no_double_backward, operator_name, stores_gradient
+from ._ops import no_double_backward, operator_name, stores_gradient, traced
 
 
 class Kernels(NamedTuple):
@@ -79,7 +79,7 @@ _loaded: dict[tuple[str, str], Kernels] = {}
 def apply(backend: str, family: str, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
     """Run a family's kernels with autograd; ``args`` are those of its schema after the logits."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
+    if traced(student, teacher):
         operator = getattr(torch.ops.kdkernels, operator_name(backend, family)).default
         store = needs_grad and stores_gradient(student, args[-1])
         return operator(student, teacher, *args, store)[0]

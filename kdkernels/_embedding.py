@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks, _dispatch, _ops_embedding, native
 from ._autograd import Kernels, _apply_fused, _apply_once
 from ._dispatch import choose
-from ._ops import operator_name
+from ._ops import operator_name, traced
 from .reference.refilled import distances
 from .registry import LossSpec
 
@@ -60,7 +60,7 @@ def labels(value: Any, samples: int, device: torch.device) -> Tensor:
 
 def in_range(target: Tensor, classes: int) -> None:
     """Check the values of CPU targets; on a GPU this would synchronise."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if target.device.type != "cpu" or traced(target):
         return
     bad = (target < 0) | (target >= classes)
     if bad.any():
@@ -95,11 +95,9 @@ def composed(
     if (
         written is not None
         and student.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not traced(student, teacher)
         and (backend or _dispatch._requested) is None
         and not torch._C._are_functorch_transforms_active()
-        and _plain(student)
-        and _plain(teacher)
     ):
         code = _checks.batch_reduction(reduction)
         evaluate = functools.partial(written, **options)
@@ -111,11 +109,6 @@ def composed(
     name = "sum" if reduction == "sum" else "mean"
     loss = spec.reference(student, teacher, reduction=name, **options)
     return (loss_weight * loss).to(student.dtype)
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that Python may look at: no subclass that records or fakes."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _recomputed(*args: Any) -> Tensor:
@@ -165,7 +158,7 @@ class _Factors(torch.autograd.Function):
                 operator = _operator(ctx.backend, "iekd")
                 gradients = operator(*ctx.saved_tensors, *ctx.args, *needs)[1:]
             scale_ = _scale_(ctx.backend)
-            gradients = [scale_(g, upstream) for g in gradients]
+            gradients = [scale_(g, upstream) if g.numel() else g for g in gradients]
         else:
             operator = _operator(ctx.backend, "iekd_backward")
             gradients = operator(upstream, *ctx.saved_tensors, *ctx.args, *needs)
@@ -205,7 +198,7 @@ def factors(backend: str, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any)
     needs = inh.requires_grad, exp.requires_grad
     if not torch.is_grad_enabled() or not any(needs):
         return _operator(backend, "iekd")(inh, exp, teacher, *args, False, False)[0]
-    if torch.compiler.is_compiling():
+    if traced(inh, exp, teacher):
         wanted = needs if _stores(inh, exp) else (False, False)
         return _operator(backend, "iekd")(inh, exp, teacher, *args, *wanted)[0]
     return _apply_factors(inh, exp, teacher, backend, args)

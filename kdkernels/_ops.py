@@ -17,6 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether someone looks on who must see operators: the compiler, a mode that records or fakes,
+    a subclass of Tensor. Addresses and values are hidden from them, or not there at all."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in PLAIN_TYPES for tensor in tensors)
+    )
+
+
 _ROW = (
     "Tensor student, Tensor teacher, Tensor? target, str rule, float[] options, float temperature,"
     " float scale, bool standardize, int ignore_index, int class_dim, int reduction"

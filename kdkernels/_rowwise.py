@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _checks, _reduce
 from ._autograd import apply
 from ._dispatch import choose
+from ._ops import traced
 from .registry import LossSpec
 
 
@@ -84,5 +85,5 @@ def row_loss(
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if target.device.type == "cpu" and not traced(target):
         _checks.target_range(target, classes, ignore_index)

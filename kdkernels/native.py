@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS
-from ._ops import loss_dtype
+from ._ops import PLAIN_TYPES, loss_dtype
 
 
 def build_command() -> str:
@@ -136,7 +136,6 @@ def _scale_cuda(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 """The dtype codes of csrc/problem.h."""
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOATS}
@@ -146,8 +145,8 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOAT
 def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
     """Whether the addresses may be handed to the extension directly."""
     return (
-        type(student) in _PLAIN_TYPES
-        and type(teacher) in _PLAIN_TYPES
+        type(student) in PLAIN_TYPES
+        and type(teacher) in PLAIN_TYPES
         and class_dim == student.dim() - 1
         and student.is_contiguous()
         and teacher.is_contiguous()

@@ -14,6 +14,8 @@ from inputs import make
 from layouts import LAYOUTS, class_dim, target_for
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdkernels import _ops
 from kdkernels._dispatch import choose
@@ -158,6 +160,30 @@ def _rule_options(case: Case) -> list[float]:
 def test_opcheck(case: Case) -> None:
     for operator, args in _operators(case):
         torch.library.opcheck(operator, args)
+
+
+@each(kernels=True)
+def test_who_looks_on_sees_the_operator(case: Case) -> None:
+    """A graph that is recorded computes the loss, and fake tensors have no address to hand over."""
+    student, teacher, target = make("gaussian", 5, 9, device=case.device)
+    expected = value_and_grad(case, student, teacher, target)
+
+    def step(s: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        s = s.detach().requires_grad_()
+        loss = case(s, t, y)
+        return loss.detach(), torch.autograd.grad(loss, s)[0]
+
+    recorded = make_fx(step)(student, teacher, target)
+    names = {str(node.target) for node in recorded.graph.nodes}
+    assert any(name.startswith("kdkernels.") for name in names), names
+    other = student + 1 - torch.arange(9.0, device=case.device)
+    _assert_same(recorded(other, teacher, target), value_and_grad(case, other, teacher, target))
+
+    with FakeTensorMode() as mode:
+        fakes = (mode.from_tensor(x) for x in (student, teacher, target))
+        loss, gradient = step(*fakes)
+    for fake, real in zip((loss, gradient), expected, strict=True):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
 def test_opcheck_scale() -> None:
