@@ -47,7 +47,7 @@ COPY = 2 << 30
 COMPILATION = 12.0
 """Seconds that must be left for a compilation to be begun."""
 TRAVERSALS = ("row_lanes", "row_block", "row_cluster", "row_stream", "row_split", "row_general",
-              "correlate_stream", "correlate")  # fmt: skip
+              "correlate_stream", "correlate_columns", "correlate")  # fmt: skip
 
 
 def driver() -> str:
@@ -155,12 +155,12 @@ def look(
     """Launches, kernel time, peak memory and host time of a contender that was timed."""
     try:
         launches = clock.launches(body)
-        found["launches"] = len(launches)
+        found["launches"] = len(launches) or None  # none were seen: that is no count
         found["kernels"] = [(x.name, round(x.microseconds, 2)) for x in launches][:40]
         if name in OURS:
             # The ones that autograd begins with are no launch of ours.
             work = [x for x in launches if "Fill" not in x.name]
-            found["launches"] = len(work)
+            found["launches"] = len(work) or None
             found["kernel_microseconds"] = sum(x.microseconds for x in work)
             found["traversal"] = traversal([x.name for x in work])
         problem.forget()

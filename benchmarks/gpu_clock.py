@@ -44,6 +44,10 @@ class Clock(Protocol):
     def release(self) -> None: ...
 
 
+LETTING_GO = 0.02
+"""Seconds until autograd's thread has let go of a gradient that it returned."""
+
+
 class CudaClock:
     """Events on the current stream, the profiler's kernels, the caching allocator's peak."""
 
@@ -85,6 +89,7 @@ class CudaClock:
 
     def peak(self, body: Step) -> int:
         self.synchronize()
+        time.sleep(LETTING_GO)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         body()

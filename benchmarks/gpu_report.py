@@ -224,7 +224,7 @@ def _speeds(run: Run) -> list[str]:
                 duration(taken(record, "native")),
                 number(fraction(run, record)),
                 number(native.get("kernel_microseconds"), 1),
-                str(native.get("launches", NONE)),
+                str(native.get("launches") or NONE),
                 number(host * 1e6 if host else None, 1),
                 number(native.get("peak_gradients"), 3),
                 duration(taken(record, "captured")),

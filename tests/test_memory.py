@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,7 @@ def _peak(function: Callable[[], object], device: str) -> int:
     """The most bytes that ``function`` holds beyond what it found."""
     if device != "cpu":
         torch.cuda.synchronize()
+        time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()

@@ -22,7 +22,8 @@ KEPT = 1 << 30
 """Bytes of the caching allocator that a test may leave to the next one of its process."""
 POISON = re.compile(
     r"illegal memory access|misaligned address|unspecified launch failure|illegal instruction"
-    r"|device-side assert|CUDA error: (?:an illegal|the launch timed out|hardware stack|invalid pc)"
+    r"|device-side assert triggered"
+    r"|CUDA error: (?:an illegal|the launch timed out|hardware stack|invalid pc)"
 )
 
 _poisoned = False

@@ -127,7 +127,7 @@ def build_in_place(jobs: int) -> int:
 
 def pytest_command(processes: int, *arguments: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "--show-capture=no"),
+        *(sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "--show-capture=stderr"),
         *("-p", "no:cacheprovider", "-p", "budget", "--timeout=120", "--timeout-method=thread"),
         *("--benchmark-disable", "-n", str(processes), "--dist=worksteal", "--color=no"),
         *arguments,
@@ -139,9 +139,11 @@ def sanitizer() -> str | None:
     import build
 
     nvcc = build.find_nvcc()
-    beside = Path(nvcc).resolve().parent / "compute-sanitizer" if nvcc else None
-    found = shutil.which("compute-sanitizer")
-    return found or (str(beside) if beside and beside.exists() else None)
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    for folder in (*folders, Path("/usr/local/cuda/bin")):
+        if (folder / "compute-sanitizer").exists():
+            return str(folder / "compute-sanitizer")
+    return shutil.which("compute-sanitizer")
 
 
 def plan(options: argparse.Namespace) -> list[list[Step]]:

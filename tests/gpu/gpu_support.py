@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -230,6 +231,7 @@ def peak(body: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+    time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
 def need_memory(gigabytes: float) -> None:
     """Skip where the device has less than this free."""
     if REHEARSAL:
