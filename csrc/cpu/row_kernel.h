@@ -292,9 +292,8 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
           ahead_t.template fetch<R>(i);
         }
         const V q = mode.template get<kPart>(from_s, i, R(0)) * q_factor;
-        const V f = load<R>(from_t + i * kLanes<R>);
-        const V p = f * p_factor;
-        const V d = rules::log_ratio(f, V(load<R>(from_gap + i * kLanes<R>) - log_z_ratio));
+        const V p = load<R>(from_t + i * kLanes<R>) * p_factor;
+        const V d = load<R>(from_gap + i * kLanes<R>) - log_z_ratio;
         V v, slope;
         Pointwise::pointwise(problem.options, p, q, d, v, slope);
         total.add(v);

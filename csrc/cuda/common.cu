@@ -104,6 +104,10 @@ Device describe_device(int index) {
                     attribute(cudaDevAttrComputeCapabilityMinor),
                 attribute(cudaDevAttrMultiProcessorCount),
                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), 0};
+  // Code that was translated from PTX lacks what its architecture lacked.
+  cudaFuncAttributes built;
+  check(cudaFuncGetAttributes(&built, cluster_probe), "cudaFuncGetAttributes");
+  if (built.ptxVersion < device.arch) device.arch = built.ptxVersion;
   if (device.arch < 90 || !attribute(cudaDevAttrClusterLaunch)) return device;
   // Slices of a GPU and small ones have fewer blocks in a cluster; a block takes half of the memory.
   const int shared = device.block_shared / 2;

@@ -142,6 +142,15 @@ KDK_DEVICE void fence_bulk() {
 #endif
 }
 
+// Starts to copy 16 bytes, at multiples of 16, into this block's shared memory. wait_copies waits for this
+// thread's committed copies; other threads see them after a barrier.
+KDK_DEVICE void copy16_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+KDK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+KDK_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 // What this thread wrote to global memory is visible to a block that sees the counter's new value.
 // Returns the value before; 32-bit, begins at 0.
 KDK_DEVICE unsigned arrive(unsigned* counter) {
@@ -245,6 +254,10 @@ KDK_DEVICE float power_of_two(float x) {
 KDK_DEVICE double power_of_two(double x) { return exp2(x); }
 KDK_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KDK_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+// The largest power of two that is not larger than x > 0.
+KDK_DEVICE float power_below(float x) {
+  return __uint_as_float(__float_as_uint(x) & 0x7f800000u);
+}
 KDK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of numbers: NaN loses
 KDK_DEVICE double larger(double a, double b) { return fmax(a, b); }
 KDK_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
@@ -255,9 +268,12 @@ KDK_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 #endif
 
 #if defined(__CUDACC__)
+#define KDK_PRAGMA(text) _Pragma(#text)
 #define KDK_UNROLL _Pragma("unroll")
+#define KDK_UNROLL_BY(times) KDK_PRAGMA(unroll times)
 #define KDK_PARAMETER const __grid_constant__  // of a kernel: read where it lies
 #else
 #define KDK_UNROLL
+#define KDK_UNROLL_BY(times)
 #define KDK_PARAMETER const
 #endif

@@ -80,10 +80,15 @@ struct PackMaxima {
     most.t = larger<T>(most.t, pack.t);
   }
   KDK_DEVICE void join(float (&origin)[2]) const {
-    most.each([&](float s, float t) {
-      origin[0] = larger(origin[0], s);
-      origin[1] = larger(origin[1], t);
-    });
+    origin[0] = larger(origin[0], largest(most.s));
+    origin[1] = larger(origin[1], largest(most.t));
+  }
+
+ private:
+  KDK_DEVICE static float largest(Bits16 x) {  // folded while an instruction takes two elements
+    x = larger<T>(x, Bits16{{x.word[2], x.word[3], x.word[0], x.word[1]}});
+    x = larger<T>(x, Bits16{{x.word[1], x.word[0], x.word[3], x.word[2]}});
+    return sizeof(T) == 2 ? larger(element<T>(x, 0), element<T>(x, 1)) : element<T>(x, 0);
   }
 };
 
@@ -95,10 +100,13 @@ struct RowPointers {
 
   template <class Problem>
   KDK_DEVICE RowPointers(const Problem& problem, int64_t row)
-      : s(static_cast<const T*>(problem.student.data) + problem.student.offset(row)),
-        t(static_cast<const T*>(problem.teacher.data) + problem.teacher.offset(row)),
+      : RowPointers(problem, row, [row](const Rows& x) { return x.offset(row); }) {}
+  template <class Problem, class Offset>
+  KDK_DEVICE RowPointers(const Problem& problem, int64_t row, const Offset& offset)
+      : s(static_cast<const T*>(problem.student.data) + offset(problem.student)),
+        t(static_cast<const T*>(problem.teacher.data) + offset(problem.teacher)),
         g(problem.gradient.data && row < problem.rows
-              ? static_cast<T*>(problem.gradient.data) + problem.gradient.offset(row)
+              ? static_cast<T*>(problem.gradient.data) + offset(problem.gradient)
               : nullptr) {}
 
   KDK_DEVICE float student(int64_t c) const { return widen(s[c]); }

@@ -29,19 +29,23 @@ RowPlan by_block(const RowShape& shape, const Device& device) {
 // The smallest cluster that leaves room for three clusters on the same multiprocessors, or two, or
 // one.
 bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
+  if (shape.rows >= int64_t(1) << 31) return false;
   const int64_t bytes = element_bytes(shape.student), pack = 16 / bytes;
   const int64_t fixed = kClusterExchange + kBarrierBytes;
   const auto shared = [&](int64_t slice) { return fixed + 2 * bytes * slice; };
   for (const int64_t together : {3, 2, 1}) {
     // A block's share, less what the system keeps of each.
-    const int64_t room = (int64_t(device.block_shared) + 1024) / together - 1024;
+    const int64_t whole = int64_t(device.block_shared) + 1024;
+    const int64_t room = whole / together - (together == 1 ? 2048 : 1024);
     for (const int32_t cluster : {1, 2, 4, 8, 16}) {
       const int64_t slice = round_up(ceil_divide(shape.classes, cluster), pack);
       if (cluster > device.most_cluster) break;
       if (shared(slice) > room || (cluster == 16 && together == 2)) continue;
-      const int32_t threads = together == 3 ? 256 : kBlockThreads;
+      // What a thread does once a row costs as much as a dozen classes: few threads, each with many
+      // classes under way, and whole fours of warps, one for each scheduler.
+      const int32_t threads = together == 3 ? 128 : together == 2 ? 256 : kClusterThreads;
       plan = {Traversal::cluster, 0, 0, threads,
-              cluster * blocks_for(shape.rows, device, std::max(1, 32 / cluster)), cluster,
+              cluster * blocks_for(shape.rows, device, std::max(4, 12 / cluster)), cluster,
               int32_t(slice), int32_t(shared(slice)), true};
       return true;
     }

@@ -11,6 +11,7 @@ template <class T, int kElements>
 class Registers {
  public:
   static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr bool kLong = false;
   static constexpr int kPacks = kElements / kPack<T>;
 
   KDK_DEVICE Registers(const RowPointers<T>& at, int classes, bool vector, bool valid, int rank,
@@ -112,50 +113,66 @@ class Registers {
 };
 
 // A slice of the row in this block's shared memory, `begin` classes into the row; whole packs. The
-// threads of the block share it; `rank` and `size` are theirs.
-template <class T>
+// threads of the block share it; `rank` and `size` are theirs. The last sweep goes by parts, of
+// `part` classes, a multiple of what the threads take at once, and hands each to `refill` when the
+// block is about to leave it.
+template <class T, class Refill>
 class Shared {
  public:
   static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr bool kLong = true;
 
-  KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, int64_t begin, int count, bool valid,
-                    int rank, int size)
+  KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, int begin, int count, int part, bool valid,
+                    int rank, int size, Refill& refill)
       : at_(at),
         s_(s),
         t_(t),
         begin_(begin),
         count_(count),
-        valid_(valid),
+        part_(part),
+        read_(valid ? count : 0),
         rank_(rank),
-        size_(size) {}
+        size_(size),
+        refill_(refill) {}
 
   // By the thread that reads the class: nobody else may still see the old value.
   KDK_DEVICE void exclude(int64_t target) {
     if (owns(target)) s_[target - begin_] = t_[target - begin_] = lowest<T>();
   }
 
+  KDK_DEVICE void find_first(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    const int once = size_ * kPack<T>;
+    each_pack(0, once < read_ ? once : read_, [&](int, const PackPair<T>& p) { maxima.add(p); });
+    maxima.join(origin);
+  }
   KDK_DEVICE void find_maxima(float (&origin)[2]) const {
     PackMaxima<T> maxima;
-    each_pack([&](int, const PackPair<T>& pack) { maxima.add(pack); });
+    each_pack(0, read_, [&](int, const PackPair<T>& pack) { maxima.add(pack); });
     maxima.join(origin);
   }
 
   template <class F>
   KDK_DEVICE void each(const F& f) const {
-    each_pack([&](int, const PackPair<T>& pack) { pack.each(f); });
+    each_pack(0, read_, [&](int, const PackPair<T>& pack) { pack.each(f); });
   }
 
   template <class F>
   KDK_DEVICE void emit(const F& f) const {
-    each_pack([&](int i, const PackPair<T>& pack) {
-      const Bits16 g = pack.map(f);
-      if (at_.g) store16(at_.g + begin_ + i, g);
-    });
+    for (int begin = 0; begin < count_; begin += part_) {
+      const int end = begin + part_ < read_ ? begin + part_ : read_;
+      each_pack(begin, end, [&](int i, const PackPair<T>& pack) {
+        const Bits16 g = pack.map(f);
+        if (at_.g) store16(at_.g + begin_ + i, g);
+      });
+      refill_(begin);
+    }
   }
 
   KDK_DEVICE void clear() const {
     for (int i = rank_ * kPack<T>; at_.g && i < count_; i += size_ * kPack<T>)
       store16(at_.g + begin_ + i, Bits16{});
+    for (int begin = 0; begin < count_; begin += part_) refill_(begin);
   }
 
   KDK_DEVICE void put(int64_t target, float value) const {
@@ -167,21 +184,21 @@ class Shared {
 
  private:
   template <class F>
-  KDK_DEVICE void each_pack(const F& f) const {
-    for (int i = rank_ * kPack<T>; valid_ && i < count_; i += size_ * kPack<T>)
+  KDK_DEVICE void each_pack(int begin, int end, const F& f) const {
+    KDK_UNROLL_BY(2)
+    for (int i = begin + rank_ * kPack<T>; i < end; i += size_ * kPack<T>)
       f(i, PackPair<T>{load16_shared(s_ + i), load16_shared(t_ + i)});
   }
   KDK_DEVICE bool owns(int64_t target) const {
-    const int64_t at = target - begin_;
+    const int at = int(target) - begin_;
     return at >= 0 && at < count_ && at / kPack<T> % size_ == rank_;
   }
 
   RowPointers<T> at_;
   T *s_, *t_;
-  int64_t begin_;
-  int count_;
-  bool valid_;
+  int begin_, count_, part_, read_;
   int rank_, size_;
+  Refill& refill_;
 };
 
 }  // namespace kdkernels::cuda

@@ -10,6 +10,8 @@
 // some 1e-6, far below the gradient's rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "groups.cuh"
 #include "sources.cuh"
 #include "task.h"
@@ -34,7 +36,8 @@ class RowLoop {
  public:
   static constexpr bool kDecoupled = Rule::family == Family::decoupled;
 
-  KDK_DEVICE explicit RowLoop(const RowTask& task) : task_(task), weight_(R(task.problem.scale)) {
+  KDK_DEVICE explicit RowLoop(const RowTask& task)
+      : task_(task), k_(R(1.0 / task.problem.temperature)), weight_(R(task.problem.scale)) {
     if (!task.counts) return;
     // The valid rows, counted in parts by the kernel before; a lane adds every 32nd.
     int64_t valid[1] = {0};
@@ -49,11 +52,12 @@ class RowLoop {
     int64_t target;
     R weight;    // of the value; NaN where the target is no class
     R upstream;  // the gradient's factor next to it
+    R k;         // 1 / temperature
   };
 
   KDK_DEVICE Row row(int64_t index) const {
     const RowProblem& problem = task_.problem;
-    Row row{index < problem.rows, 0, weight_, R(1)};
+    Row row{index < problem.rows, 0, weight_, R(1), k_};
     if (!row.valid) return row;
     if (problem.target) {
       row.target = problem.target[index];
@@ -90,7 +94,7 @@ class RowLoop {
   KDK_DEVICE R* losses() const { return static_cast<R*>(task_.problem.loss); }
 
   const RowTask& task_;
-  R weight_;
+  R k_, weight_;
   double total_ = 0;
 };
 
@@ -118,6 +122,54 @@ KDK_DEVICE void moments(const Source& source, Group& group, R classes, R& mean_s
   deviation_t = std::sqrt(squares[1] / (classes - 1));
 }
 
+// An origin of the row, and sums of 2^(k (x - origin)): the maxima where the row is in registers. A long row
+// is not swept for them: a thread begins at its first classes, unless they are masked or the sum becomes
+// large, and fuses the product with the difference, k x - fl(k origin); what that rounding did, the same
+// factor for all of a thread's classes, is taken out of the sums. A group that has to meet does so once.
+template <class R, class Source, class Group>
+KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k)[2], R (&origin)[2],
+                                 R (&z)[2]) {
+  if constexpr (Source::kLong) {
+    source.find_first(origin);
+    if (origin[0] == -R(INFINITY) || origin[1] == -R(INFINITY)) source.find_maxima(origin);
+    KDK_UNROLL_BY(1)
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      R factor[2], at[2];
+      KDK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (origin[i] == -R(INFINITY)) origin[i] = R(0);
+        factor[i] = bounded_factor(origin[i], k[i]);
+        at[i] = product(origin[i], factor[i]);
+        z[i] = 0;
+      }
+      source.each([&](R s, R t) {
+        z[0] += power_of_two(multiply_add(s, factor[0], -at[0]));
+        z[1] += power_of_two(multiply_add(t, factor[1], -at[1]));
+      });
+      KDK_UNROLL
+      for (int i = 0; i < 2; ++i) z[i] *= unrounded(multiply_add(origin[i], factor[i], -at[i]));
+      // Larger exponents than these would be rounded too much, or overflow.
+      if (z[0] <= R(4096) && z[1] <= R(4096)) break;
+      origin[0] = origin[1] = -R(INFINITY);
+      source.find_maxima(origin);
+    }
+    KDK_UNROLL
+    for (int i = 0; i < 2; ++i) origin[i] = z[i] == R(0) ? -R(INFINITY) : origin[i];
+  } else {
+    source.find_maxima(origin);
+    if constexpr (!Group::kShares) group.template reduce<Max>(origin);
+    // Of a thread without classes, or with masked ones only, the sum is 0 whatever the origin.
+    const R from[2] = {origin[0] == -R(INFINITY) ? R(0) : origin[0],
+                       origin[1] == -R(INFINITY) ? R(0) : origin[1]};
+    source.each([&](R s, R t) {
+      z[0] += power_of_two((s - from[0]) * k[0]);
+      z[1] += power_of_two((t - from[1]) * k[1]);
+    });
+  }
+  if constexpr (Group::kShares) group.reduce_exponentials(origin, z, k);
+  else group.template reduce<Sum>(z);
+}
+
 // The value of one row, and its gradient into the source. The sum over classes is that of all where the
 // rows' values are wanted, else of this thread's, which saves a reduction a row. kGeneral sources know the class of each
 // element and serve standardisation and rules that are not centred.
@@ -129,7 +181,7 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   static_assert(kGeneral || Pointwise::centred);
   const R infinity = R(INFINITY);
 
-  R k_s = R(1.0 / problem.temperature), k_t = k_s;
+  R k_s = row.k, k_t = k_s;
   R mean_s = 0, deviation_s = 1, spread_s = 1;
   if constexpr (kGeneral) {
     if (problem.standardize) {
@@ -142,21 +194,13 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   }
   if constexpr (kDecoupled) source.exclude(row.target);
 
-  R origin[2] = {-infinity, -infinity};
-  source.find_maxima(origin);
-  group.template reduce<Max>(origin);
+  constexpr bool kHalf = Source::kHalf;
+  const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E), two[2] = {two_s, two_t};
+  R origin[2] = {-infinity, -infinity}, z[2] = {0, 0};
+  sum_exponentials(source, group, two, origin, z);
   if constexpr (kDecoupled) {  // no class but the target: any finite origin will do
     for (int k = 0; k < 2; ++k) origin[k] = origin[k] == -infinity ? R(0) : origin[k];
   }
-
-  constexpr bool kHalf = Source::kHalf;
-  const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E);
-  R z[2] = {0, 0};
-  source.each([&](R s, R t) {
-    z[0] += power_of_two((s - origin[0]) * two_s);
-    z[1] += power_of_two((t - origin[1]) * two_t);
-  });
-  group.template reduce<Sum>(z);
   R inverse_s = R(1) / z[0], inverse_t = R(1) / z[1];
 
   R value = 0, explicit_slope = 0, implicit_weight = 1;
@@ -189,7 +233,7 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
     }
     const R gap = kGeneral && problem.standardize ? product(b, k_t) - product(a, k_s)
                                                   : (b - a) * k_s;
-    Pointwise::pointwise(problem.options, p, q, rules::log_ratio(p, R(gap - log_z_ratio)), v, slope);
+    Pointwise::pointwise(problem.options, p, q, R(gap - log_z_ratio), v, slope);
   };
 
   R pull = 0, along = 0;
@@ -240,15 +284,21 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
 }
 
 // All rows of a block's groups, one row a group at a time: rows start + offset, start + step + offset...
-// `start` is the same for all threads that synchronise with each other.
+// `start` is the same for all threads that synchronise with each other. make_source(index, valid) returns the
+// row's source; one that fetches ahead is also told the next row.
 template <class Rule, class R, bool kGeneral, class Group, class MakeSource>
 KDK_DEVICE void walk_rows(const RowTask& task, Group& group, int64_t start, int64_t offset,
                           int64_t step, const MakeSource& make_source) {
+  constexpr bool kAhead = std::is_invocable_v<MakeSource, int64_t, bool, int64_t, bool>;
   RowLoop<Rule, R> loop(task);
   for (int64_t base = start; base < task.problem.rows; base += step) {
     const int64_t index = base + offset;
     const auto row = loop.row(index);
-    auto source = make_source(index, row.valid);
+    auto source = [&] {
+      if constexpr (kAhead)
+        return make_source(index, row.valid, index + step, loop.row(index + step).valid);
+      else return make_source(index, row.valid);
+    }();
     R target_s = 0, target_t = 0;
     if (RowLoop<Rule, R>::kDecoupled && row.valid) {
       target_s = rules::logit_or_nan(R(source.student(row.target)));

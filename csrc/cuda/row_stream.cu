@@ -23,7 +23,7 @@ KDK_KERNEL void KDK_BOUNDS(kBlockThreads, 1)
 template <class T>
 KDK_KERNEL void KDK_BOUNDS(kBlockThreads, 1)
     row_split(KDK_PARAMETER RowTask task, KDK_PARAMETER bool vector, KDK_PARAMETER int team) {
-  Team group{{}, task.exchange, team};
+  Team group(task.exchange, team);
   walk_rows<Rule, float, false>(task, group, 0, block_index() / team, block_count() / team,
                                 [&](int64_t row, bool valid) {
                                   return Streamed<T>(RowPointers<T>(task.problem, row),

@@ -14,6 +14,7 @@ template <class T>
 class Streamed {
  public:
   static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr bool kLong = true;
   static constexpr int kAhead = 2;  // packs of each side loaded at once
 
   KDK_DEVICE Streamed(const RowPointers<T>& at, int64_t classes, bool vector, bool valid, int rank,
@@ -31,6 +32,11 @@ class Streamed {
     which_ = int((vector_ ? target : unit) % kPack<T>);
   }
 
+  KDK_DEVICE void find_first(float (&origin)[2]) const {
+    PackMaxima<T> maxima;
+    if (read_ > 0) maxima.add(load(0));
+    maxima.join(origin);
+  }
   KDK_DEVICE void find_maxima(float (&origin)[2]) const {
     PackMaxima<T> maxima;
     each_pack([&](const PackPair<T>& pack) { maxima.add(pack); });
@@ -126,6 +132,7 @@ template <class R, class T>
 class General {
  public:
   static constexpr bool kHalf = false;
+  static constexpr bool kLong = false;
   static constexpr int kAhead = sizeof(R) == 8 ? 1 : 4;  // classes of each side loaded at once
 
   KDK_DEVICE General(const RowProblem& problem, int64_t row, bool valid, int rank, int size)

@@ -11,8 +11,8 @@ struct Rule {
   // sweep to project them.
   static constexpr bool centred = true;
 
-  // value and slope = d value / d log q of one class, from p, q and d = log p - log q (see
-  // log_ratio for p = 0).
+  // value and slope = d value / d log q of one class, from p, q and d = log p - log q
+  // (of any value where p = 0).
   template <class F>
   KDK_FN static void pointwise(const Options&, const F& p, const F& q, const F& d, F& value,
                                F& slope) {

@@ -12,10 +12,13 @@
 
 #if defined(__CUDACC__)
 #define KDK_FN __host__ __device__ __forceinline__
+#define KDK_FN_CALLED __host__ __device__ __noinline__
 #elif defined(KDK_NO_FORCED_INLINE)  // sanitizers take minutes to instrument what is inlined
 #define KDK_FN inline
+#define KDK_FN_CALLED inline
 #else
 #define KDK_FN inline __attribute__((always_inline))
+#define KDK_FN_CALLED inline
 #endif
 
 namespace kdkernels {
@@ -57,6 +60,30 @@ KDK_FN F smaller(const F& x, const F& bound) {
   return select(x > bound, bound, x);
 }
 
+// Square root and quotient of a row's or a column's numbers; |y| at most 1e37. On a GPU float's are within
+// two units in the last place, which a loss does not notice, and flush denormal numbers: exact
+// ones take as long as some of the row's classes.
+template <class R>
+KDK_FN R root(R x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<R, float>) {
+    asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+  }
+#endif
+  return std::sqrt(x);
+}
+template <class R>
+KDK_FN R quotient(R x, R y) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<R, float>) {
+    asm("div.approx.ftz.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+  }
+#endif
+  return x / y;
+}
+
 // exp of a per-row term (the exponentials of the classes belong to the traversals).
 template <class F>
 KDK_FN F exponential(const F& x) {
@@ -94,20 +121,19 @@ KDK_FN F phi_series(const F& d) {
   }
 }
 
-// One class's part of KL(p || q), with d = log p - log q; any number far from 0 where p = 0 (there
-// the difference could be -inf - -inf):
+// One class's part of KL(p || q), with d = log p - log q; where p = 0 any d will do, -inf - -inf too:
 //   value = p phi(d) = p d + (q - p),  slope = q - p.
 // Over a whole distribution sum(q - p) = 0, so the values sum to sum p d; but each is >= 0 and
 // nothing cancels, which keeps the divergence of nearly equal distributions exact. NaN gives NaN.
 template <class F>
 KDK_FN void kl_terms(const F& p, const F& q, const F& d, F& value, F& slope) {
   using R = scalar_t<F>;
-  const F square = d * d;
-  const F phi = phi_series(d) * square;
-  const auto near = square < R(0.0625);
   const F gap = q - p;
-  slope = select(near, F(p * (phi - d)), gap);
-  value = select(near, F(p * phi), F(gap + p * d));
+  const F square = d * d;
+  const auto near = square < R(0.0625);  // never where p = 0 makes d infinite or NaN
+  const F close = phi_series(d) * (p * square);
+  slope = select(near, F(close - p * d), gap);
+  value = select(near, close, select(p == R(0), gap, F(gap + p * d)));
 }
 
 // The target's logit, which no maximum has seen: +inf makes the row NaN, as in any other class.
@@ -153,19 +179,13 @@ struct PointwiseOf<Rule, true> {
 
 constexpr double kStandardizeEps = 1e-7;  // kdkernels/reference/_rows.py
 
-// log p - log q as kl_terms wants it.
-template <class F>
-KDK_FN F log_ratio(const F& p, const F& difference) {
-  return select(p == scalar_t<F>(0), broadcast<F>(scalar_t<F>(1)), difference);
-}
-
 // KL(p || q) of two-point distributions, and q_t - p_t = d KL / d (log-odds of q). The difference is
 // taken on the rarer side, where it keeps its relative accuracy.
 template <class F>
 KDK_FN void binary_kl(const TwoPoint<F>& p, const TwoPoint<F>& q, F& value, F& slope) {
   F value_t, slope_t, value_n, slope_n;
-  kl_terms(p.t, q.t, log_ratio(p.t, F(p.log_t - q.log_t)), value_t, slope_t);
-  kl_terms(p.n, q.n, log_ratio(p.n, F(p.log_n - q.log_n)), value_n, slope_n);
+  kl_terms(p.t, q.t, F(p.log_t - q.log_t), value_t, slope_t);
+  kl_terms(p.n, q.n, F(p.log_n - q.log_n), value_n, slope_n);
   value = value_t + value_n;
   slope = select(p.t < p.n, slope_t, F(-slope_n));
 }

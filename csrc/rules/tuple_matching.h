@@ -9,13 +9,11 @@ namespace kdkernels::rules::tuple_matching {
 struct Rule {
   static constexpr Family family = Family::tuple;
 
-  // One member of a tuple, with d = log p - log q: its part of KL(p || q), and q - p.
+  // One member of a tuple, with d = log p - log q: its part of KL(p || q), and q - p
+  // (of any d where p = 0).
   template <class F>
   KDK_FN static void member(const F& p, const F& q, const F& d, F& value, F& slope) {
     kl_terms(p, q, d, value, slope);
-    const auto nothing = p == scalar_t<F>(0);  // p d would be 0 * inf; what is left of q - p + p d
-    value = select(nothing, q, value);
-    slope = select(nothing, q, slope);
   }
 };
 

@@ -170,6 +170,29 @@ KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
 }
 KDK_DEVICE void fence_bulk() { emulator::pause(); }
 
+// Made when it is waited for, from what the source holds then; until then the target is NaN.
+KDK_DEVICE void copy16_async(void* to, const void* from) {
+  emulator::check_aligned("copy16_async, target", to);
+  emulator::check_aligned("copy16_async, source", from);
+  emulator::check_shared("copy16_async, target", to, 16);
+  emulator::check_global("copy16_async, source", from);
+  std::memset(to, 0xff, 16);
+  emulator::self().ahead.push_back({to, from, false});
+  emulator::pause();
+}
+KDK_DEVICE void commit_copies() {
+  for (auto& copy : emulator::self().ahead) copy.committed = true;
+}
+KDK_DEVICE void wait_copies() {
+  emulator::pause();
+  auto& copies = emulator::self().ahead;
+  for (const auto& copy : copies) {
+    if (!copy.committed) emulator::fail("wait_copies: a copy was not committed");
+    std::memcpy(copy.to, copy.from, 16);
+  }
+  copies.clear();
+}
+
 KDK_DEVICE unsigned arrive(unsigned* counter) {
   emulator::check_aligned("arrive", counter, alignof(unsigned));
   emulator::check_global("arrive", counter);
@@ -279,6 +302,9 @@ KDK_DEVICE double power_of_two(double x) { return std::exp2(x); }
 // Through memory, or the compiler might contract the product with a sum.
 KDK_DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 KDK_DEVICE double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+KDK_DEVICE float power_below(float x) {
+  return emulator::float_of(emulator::bits_of(x) & 0x7f800000u);
+}
 KDK_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 KDK_DEVICE double larger(double a, double b) { return std::fmax(a, b); }
 KDK_DEVICE float product(float a, float b) {

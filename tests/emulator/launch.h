@@ -48,6 +48,12 @@ struct Fiber {
   int thread = 0;
   Wait waits = Wait::nothing;
   bool finished = false;
+  struct Ahead {  // an asynchronous copy of this thread
+    void* to;
+    const void* from;
+    bool committed;
+  };
+  std::vector<Ahead> ahead;
 };
 
 // Threads that wait for each other.
@@ -182,6 +188,8 @@ class Launch {
     entered(here.scheduler_);
     try {
       here.body_();
+      if (!running->ahead.empty())
+        throw std::runtime_error("a thread ended before copies that it did not wait for");
     } catch (...) {
       here.error = std::current_exception();
     }
