@@ -211,7 +211,7 @@ def cpu_statements(output: Path) -> list[str]:
             add(f"{rule}_{name}", source / "cpu" / "rule.cpp", " ".join(extra))
     hosts = [*source.glob("*.cpp"), *(source / "cpu").glob("*.cpp")]
     # How the CUDA kernels are launched is plain arithmetic, which the tests try without CUDA.
-    hosts += (source / "cuda").glob("plan.cpp")
+    hosts += (source / "cuda").glob("plan*.cpp")
     for path in sorted(path for path in hosts if path.name != "rule.cpp"):
         add(path.stem, path, "$host")
     lines.append(f"build {output}: link {' '.join(objects)}\n")

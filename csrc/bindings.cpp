@@ -99,8 +99,8 @@ std::map<std::string, std::string> build_info() {
 namespace gpu = kdkernels::cuda;
 
 gpu::RowShape shape(int64_t rows, int64_t classes, int type, bool dense, bool aligned,
-                    bool adjacent, bool plain) {
-  return {rows, classes, Scalar(type), Scalar(type), dense, aligned, adjacent, plain};
+                    bool adjacent, bool plain, int64_t run = 0) {
+  return {rows, classes, Scalar(type), Scalar(type), dense, aligned, adjacent, plain, run};
 }
 
 std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type, bool dense,
@@ -117,16 +117,19 @@ std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type,
 }
 
 std::map<std::string, int64_t> correlation_plan(int64_t rows, int64_t classes, int type, bool dense,
-                                                bool aligned, bool adjacent, bool plain, int arch,
-                                                int multiprocessors, int block_shared, int most_cluster) {
-  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
+                                                bool aligned, bool adjacent, bool plain, int64_t run,
+                                                int arch, int multiprocessors, int block_shared,
+                                                int most_cluster) {
+  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain, run);
   const gpu::Device device{arch, multiprocessors, block_shared, most_cluster};
   const gpu::CorrelationPlan plan = gpu::plan_correlation(asked, device);
   return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
           {"elements", plan.elements},            {"tile", plan.tile},
           {"groups", plan.groups},                {"threads", plan.threads},
           {"blocks", plan.blocks},                {"parts", plan.parts},
-          {"shared", plan.shared},                {"fits", gpu::fits(plan, asked, device)}};
+          {"shared", plan.shared},                {"fits", gpu::fits(plan, asked, device)},
+          {"layout", int64_t(plan.layout)},       {"row_pitch", plan.row_pitch},
+          {"class_pitch", plan.class_pitch},      {"spread", plan.spread}};
 }
 
 }  // namespace

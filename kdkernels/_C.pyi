@@ -28,6 +28,7 @@ def cuda_correlation_plan(
     aligned: bool,
     adjacent: bool,
     plain: bool,
+    run: int,
     arch: int,
     multiprocessors: int,
     block_shared: int,

@@ -211,7 +211,7 @@ def row_loss(
     return loss, gradient, TRAVERSALS[call.plan[0]]
 
 
-CORRELATION_TRAVERSALS = ("tile", "staged", "stream")
+CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns")
 
 
 class CorrelationCall(ctypes.Structure):
@@ -233,7 +233,7 @@ class CorrelationCall(ctypes.Structure):
         ("block_shared", ctypes.c_int64),
         ("most_cluster", ctypes.c_int64),
         ("seed", ctypes.c_int64),
-        ("plan", ctypes.c_int64 * 10),
+        ("plan", ctypes.c_int64 * 16),
     ]
 
 

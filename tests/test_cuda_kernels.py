@@ -150,10 +150,13 @@ def test_general_rows_are_standardised_in_float64(reduction: int) -> None:
 
 
 CORRELATIONS = [
-    ("tile", (40, 8)), ("tile", (300, 24)), ("tile", (130, 152)), ("tile", (33, 504)),
-    ("tile", (21, 1000)), ("staged", (40, 7)), ("staged", (300, 19)), ("staged", (130, 150)),
-    ("staged", (33, 501)), ("staged", (21, 1000)),
+    ("tile", (33, 520)), ("tile", (21, 1000)),
+    ("staged", (40, 7)), ("staged", (300, 19)), ("staged", (130, 150)), ("staged", (33, 501)),
+    ("staged", (21, 1000)),
     ("stream", (9, 40)), ("stream", (21, 1000)), ("stream", (13, 4104)), ("stream", (5, 2057)),
+    ("columns", (1, 9)), ("columns", (700, 3)), ("columns", (40, 8)), ("columns", (1000, 19)),
+    ("columns", (129, 20)), ("columns", (301, 150)), ("columns", (130, 152)),
+    ("columns", (64, 256)), ("columns", (33, 501)), ("columns", (35, 512)),
 ]  # fmt: skip
 
 
@@ -206,6 +209,43 @@ def test_dense_rows_are_read_in_place() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "size", [(2, 19, 8, 24), (3, 150, 4, 8), (1, 3, 16, 72), (5, 40, 4, 4), (2, 320, 8, 8)], ids=str
+)
+def test_planes_of_classes_keep_their_columns(
+    size: tuple[int, ...], arch: int, dtype: torch.dtype
+) -> None:
+    """NCHW, whose runs of pixels whole packs bring in: by bulk copies, and where there are none."""
+    n, c, h, w = size
+    flat = make("gaussian", n * h * w, c, dtype=dtype)[:2]
+    student, teacher = (x.view(n, h, w, c).permute(0, 3, 1, 2).contiguous().to(dtype) for x in flat)
+    device = dict(cuda_emulator.SMALL, arch=arch)
+    value, gradient, ran = cuda_emulator.correlation_loss(
+        "dist", student, teacher, class_dim=1, device=device
+    )
+    assert ran == "columns"
+    wide = student.double().requires_grad_()
+    expected = SPECS["dist"].function(wide, teacher.double(), backend="reference")
+    (slope,) = torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    assert gradient is not None
+    close(gradient, slope)
+
+
+def test_columns_by_copies_of_a_thread() -> None:
+    """Before sm_90: the same numbers as by bulk copies."""
+    for size in (1, 7), (1000, 19), (301, 150), (130, 152), (35, 512):
+        student, teacher, _ = make("gaussian", *size, dtype=torch.bfloat16)
+        run = functools.partial(cuda_emulator.correlation_loss, "dist", student, teacher)
+        loss, gradient, ran = run(device=dict(cuda_emulator.SMALL, arch=80))
+        assert ran == "columns"
+        other, other_gradient, _ = run()
+        assert gradient is not None and other_gradient is not None
+        assert same_bits(loss, other) and same_bits(gradient, other_gradient)
+
+
 def test_a_stored_gradient_is_scaled_only_by_what_is_not_one() -> None:
     for dtype in cuda_emulator.CODES:
         gradient = torch.arange(1, 1030, dtype=torch.float64).to(dtype)
@@ -213,3 +253,75 @@ def test_a_stored_gradient_is_scaled_only_by_what_is_not_one() -> None:
         assert same_bits(cuda_emulator.scale_(gradient, torch.tensor(1.0)), kept)
         scaled = cuda_emulator.scale_(gradient, torch.tensor(-2.5))
         torch.testing.assert_close(scaled, (kept.double() * -2.5).to(dtype))
+
+
+@pytest.mark.parametrize("traversal", ["cluster", "stream", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows_begin_anywhere(traversal: str, dtype: torch.dtype) -> None:
+    """Sums that begin at a thread's first classes: when those are masked, the least, or the largest
+    by so much that the sum overflows or that everything else vanishes; and rows of finfo.min."""
+    size = 2 * 8192
+    student, teacher, target = make("gaussian", 6, size, dtype=dtype)
+    low = torch.finfo(dtype).min
+    student[0, :9000] = -torch.inf
+    teacher[0, :9000] = -torch.inf
+    student[1, :9000] -= 300
+    teacher[1, 9000:] += 700
+    student[2, :8200] += 400
+    teacher[2, 100] = 3e4
+    student[3] = teacher[3] = low
+    student[4, 5000:] = low
+    teacher[4, 4000:] = low
+    for rule in ROW_RULES:
+        for row in range(len(student)):
+            x = tuple(tensor[row : row + 1] for tensor in (student, teacher, target))
+            loss, gradient = run_row(rule, traversal, *x)
+            if row == 3:  # equal; the reference loses log C beside such numbers
+                assert loss == 0 and not gradient.any()
+                continue
+            expected_loss, expected = against_reference(rule, *x)
+            torch.testing.assert_close(loss.double(), expected_loss, rtol=5e-6, atol=1e-9)
+            close(gradient, expected)
+
+
+@pytest.mark.parametrize("traversal", ["cluster", "stream", "split"])
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 8.0])
+def test_finite_masks_of_long_rows(traversal: str, mask: float, temperature: float) -> None:
+    """Whole threads masked, or only the classes that they begin with."""
+    wide = 2 * 8192
+    student, teacher, _ = make("gaussian", 3, wide, dtype=torch.bfloat16)
+    for x in student, teacher:
+        x[0, 3000:] = mask
+        x[1, :6000] = mask
+        x[2, ::2] = mask
+    for dtype in torch.float32, torch.bfloat16:
+        for row in range(3):
+            s, t = (x[row : row + 1].to(dtype) for x in (student, teacher))
+            loss, gradient, ran = cuda_emulator.row_loss(
+                "kd", s, t, None, [], temperature=temperature, traversal=traversal
+            )
+            assert ran == traversal
+            w = s.double().requires_grad_()
+            expected = SPECS["kd"].function(w, t.double(), temperature, backend="reference")
+            (slope,) = torch.autograd.grad(expected, w)
+            scale = temperature**2
+            torch.testing.assert_close(loss.double() * scale, expected.detach(), rtol=5e-6, atol=0)
+            assert gradient is not None
+            close(gradient * scale, slope)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e10, -1e30, -3e38])
+def test_columns_of_masked_rows(mask: float) -> None:
+    """DIST keeps its numbers where classes, or all of a row, are masked by a finite number."""
+    student, teacher, _ = make("gaussian", 40, 19)
+    student[:, 11:], teacher[:, 11:] = mask, mask
+    student[3], teacher[3] = mask, mask
+    value, gradient, ran = cuda_emulator.correlation_loss("dist", student, teacher)
+    assert ran == "columns" and gradient is not None
+    other, other_gradient, ran = cuda_emulator.correlation_loss(
+        "dist", student, teacher, traversal="staged"
+    )
+    assert ran == "staged" and other_gradient is not None
+    torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-8)

@@ -24,7 +24,7 @@ DEVICES = {
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ROWS = (1, 2, 3, 7, 64, 131, 1000, 8192, 10**5, 10**7)
 ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
-TRAVERSALS = ("tile", "staged", "stream")
+TRAVERSALS = ("tile", "staged", "stream", "columns")
 
 
 def every_class_count() -> list[int]:
@@ -68,12 +68,22 @@ def test_every_correlation_plan_fits(device: str, dtype: torch.dtype) -> None:
     for classes in every_class_count():
         for shape in shapes(classes, dtype):
             for rows in ROWS:
-                plan = module.cuda_correlation_plan(
-                    rows, classes, CODES[dtype], *shape, *DEVICES[device]
-                )
-                assert plan["fits"], (rows, classes, shape, plan)
-                # Every part has rows, and every row a part.
-                assert (plan["parts"] - 1) * plan["tile"] < rows or plan["groups"]
+                for run in runs(rows, *shape):
+                    plan = module.cuda_correlation_plan(
+                        rows, classes, CODES[dtype], *shape, run, *DEVICES[device]
+                    )
+                    assert plan["fits"], (rows, classes, shape, run, plan)
+                    # Every part has rows, and every row a part.
+                    assert (plan["parts"] - 1) * plan["tile"] < rows or plan["groups"]
+                    by_columns = TRAVERSALS[plan["traversal"]] == "columns"
+                    assert by_columns == (run > 0 and shape[3] and 2 <= classes <= 512)
+
+
+def runs(rows: int, dense: bool, aligned: bool, adjacent: bool, plain: bool) -> list[int]:
+    """Rows that copies of whole packs bring in together, as csrc/cuda/layout.h counts them."""
+    if not plain or not (dense or adjacent):
+        return [0]
+    return [0, rows] if dense or rows % 8 else [0, rows, 8]
 
 
 def row_traversal(rows: int, classes: int, dtype: torch.dtype, device: str) -> tuple[str, int]:
@@ -99,6 +109,30 @@ def test_the_intended_traversals() -> None:
     assert row_traversal(8192, 1048576, fp32, "H200") == ("stream", 1)
     assert row_traversal(8192, 50257, bf16, "H200") == ("stream", 1)
     assert row_traversal(8192, 262144, bf16, "H200 slice") == ("stream", 1)
+
+
+def columns(rows: int, classes: int, dtype: torch.dtype, device: str = "H200") -> dict[str, int]:
+    """The plan of DIST for contiguous rows."""
+    assert module is not None
+    whole = classes * dtype.itemsize % 16 == 0
+    return module.cuda_correlation_plan(
+        rows, classes, CODES[dtype], True, whole, False, True, rows, *DEVICES[device]
+    )
+
+
+def test_the_intended_columns() -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    dense = columns(2_000_000, 150, fp32)
+    assert TRAVERSALS[dense["traversal"]] == "columns"
+    assert (dense["lanes"], dense["elements"], dense["tile"]) == (8, 20, 16)
+    assert dense["blocks"] == 2 * 132
+    assert columns(2_000_000, 150, bf16)["tile"] == 32
+    # A lane a row where neighbouring rows lie in different banks.
+    assert columns(10**6, 19, fp32)["lanes"] == 1
+    assert columns(10**6, 20, fp32)["lanes"] == 2
+    # A few rows: a tile is one pass of a block's threads, so that many blocks have some.
+    small = columns(256, 100, fp32)
+    assert small["tile"] * small["blocks"] == 256
 
 
 def test_a_plan_depends_on_rows_only_where_they_are_few() -> None:

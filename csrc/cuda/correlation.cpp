@@ -9,20 +9,31 @@ namespace kdkernels::cuda {
 
 #define KDK_DECLARE(rule)                                                                        \
   void rule##_correlation_tile(const CorrelationTask&, const CorrelationPlan&, void*);           \
+  void rule##_correlation_columns(const CorrelationTask&, const CorrelationPlan&, void*);        \
   void rule##_correlation_stream(const CorrelationTask&, const CorrelationPlan&, void*);
 KDK_CORRELATION_RULES(KDK_DECLARE)
 #undef KDK_DECLARE
 
 namespace {
 
+using Kernel = void (*)(const CorrelationTask&, const CorrelationPlan&, void*);
+
 struct CorrelationRule {
   const char* name;
-  void (*tile)(const CorrelationTask&, const CorrelationPlan&, void*);
-  void (*stream)(const CorrelationTask&, const CorrelationPlan&, void*);
+  Kernel tile, stream, columns;
+
+  Kernel of(CorrelationTraversal traversal) const {
+    switch (traversal) {
+      case CorrelationTraversal::stream: return stream;
+      case CorrelationTraversal::columns: return columns;
+      default: return tile;
+    }
+  }
 };
 
 constexpr CorrelationRule kRules[] = {
-#define KDK_ENTRY(rule) {#rule, rule##_correlation_tile, rule##_correlation_stream},
+#define KDK_ENTRY(rule) \
+  {#rule, rule##_correlation_tile, rule##_correlation_stream, rule##_correlation_columns},
     KDK_CORRELATION_RULES(KDK_ENTRY)
 #undef KDK_ENTRY
 };
@@ -59,7 +70,9 @@ Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
   at.counts = take(8 * int64_t(plan.parts));
   at.sums = take(8 * int64_t(plan.blocks));
   at.columns = take(4 * real * problem.classes);
-  at.rows = take(plan.traversal == CorrelationTraversal::stream ? 6 * real * problem.rows : 0);
+  const bool keeps_rows = plan.traversal == CorrelationTraversal::stream ||
+                          (plan.traversal == CorrelationTraversal::columns && problem.gradient.data);
+  at.rows = take(keeps_rows ? 6 * real * problem.rows : 0);
   at.partials = take(at.in_gradient ? 0 : partials);
   at.bytes = end;
   return at;
@@ -93,7 +106,7 @@ void run_correlation(const std::string& name, const CorrelationRun& run,
   task.counts = reinterpret_cast<int64_t*>(workspace + at.counts);
   task.columns = workspace + at.columns;
   task.sums = reinterpret_cast<double*>(workspace + at.sums);
-  (plan.traversal == CorrelationTraversal::stream ? rule.stream : rule.tile)(task, plan, stream);
+  rule.of(plan.traversal)(task, plan, stream);
 }
 
 }  // namespace kdkernels::cuda

@@ -102,30 +102,36 @@ KDK_DEVICE double combine_columns(const CorrelationTask& task, int parts, R* scr
   const CorrelationProblem& problem = task.problem;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int warps = thread_count() / kWarp;
+  const R one = R(1) / R(problem.rows);
   double total = 0;
   for (int64_t base = int64_t(block_index()) * kWarp; base < problem.classes;
        base += int64_t(block_count()) * kWarp) {
     const int64_t c = base + lane;
     const bool known = c < problem.classes;
-    const R base_q = known ? load_fresh(partial<R>(task, parts, 0, 0, c)) : R(0);
-    const R base_p = known ? load_fresh(partial<R>(task, parts, 1, 0, c)) : R(0);
+    const int64_t at = known ? c : 0;  // others read along and keep nothing
+    const auto read = [&](int moment, int part) {
+      return load_fresh(partial<R>(task, parts, moment, part, at));
+    };
+    const R base_q = read(0, 0), base_p = read(1, 0);
     R means[2] = {0, 0};
-    for (int part = warp; known && part < parts; part += warps) {
-      const R share = R(load_fresh(task.counts + part)) / R(problem.rows);
-      means[0] += share * (load_fresh(partial<R>(task, parts, 0, part, c)) - base_q);
-      means[1] += share * (load_fresh(partial<R>(task, parts, 1, part, c)) - base_p);
+    // Many parts are on their way at once: each turn alone would wait for the second-level cache.
+    KDK_UNROLL_BY(8)
+    for (int part = warp; part < parts; part += warps) {
+      const R share = R(load_fresh(task.counts + part)) * one;
+      means[0] += share * (read(0, part) - base_q);
+      means[1] += share * (read(1, part) - base_p);
     }
     sum_warps(means, scratch);
     means[0] += base_q;
     means[1] += base_p;
     R products[3] = {0, 0, 0};
-    for (int part = warp; known && part < parts; part += warps) {
+    KDK_UNROLL_BY(4)
+    for (int part = warp; part < parts; part += warps) {
       const R count = R(load_fresh(task.counts + part));
-      const R q = load_fresh(partial<R>(task, parts, 0, part, c)) - means[0];
-      const R p = load_fresh(partial<R>(task, parts, 1, part, c)) - means[1];
-      products[0] += load_fresh(partial<R>(task, parts, 2, part, c)) + count * q * q;
-      products[1] += load_fresh(partial<R>(task, parts, 3, part, c)) + count * p * p;
-      products[2] += load_fresh(partial<R>(task, parts, 4, part, c)) + count * q * p;
+      const R q = read(0, part) - means[0], p = read(1, part) - means[1];
+      products[0] += read(2, part) + count * q * q;
+      products[1] += read(3, part) + count * p * p;
+      products[2] += read(4, part) + count * q * p;
     }
     sum_warps(products, scratch);
     if (!known || warp != 0) continue;

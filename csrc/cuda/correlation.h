@@ -11,7 +11,7 @@ struct CorrelationTask {
   CorrelationProblem problem;  // inter and intra already divided by what a mean divides by
   const void* upstream;        // factor of the gradient in the working type, or null
   void* total;                 // where the loss goes, in the working type
-  void* rows;                  // streamed: terms of each row
+  void* rows;                  // stream, columns: terms of each row
   void* partials;              // (5, parts, classes): mean of q, of p, inner products qq, pp, qp
   int64_t* counts;             // (parts): rows of each part
   void* columns;               // (4, classes): terms of each column
@@ -20,9 +20,17 @@ struct CorrelationTask {
 
 // Kernels, in correlation_<traversal>.cu.
 enum class CorrelationTraversal : int32_t {
-  tile,    // up to 1024 classes, rows of one dtype and whole packs: in registers, read twice
-  staged,  // up to 1024 classes in float, of any dtypes and strides: through shared memory
-  stream,  // any number of classes, dtypes and strides, float and double
+  tile,     // 513 to 1024 classes, rows of one dtype and whole packs: in registers, read twice
+  staged,   // up to 1024 classes in float, of any dtypes and strides: through shared memory
+  stream,   // any number of classes, dtypes and strides, float and double
+  columns,  // 2 to 512 classes of one dtype that lie in one of the ways below
+};
+
+// How all tensors of a `columns` problem lie, for copies of 16 bytes.
+enum class TileLayout : int32_t {
+  flat,    // a row after the other
+  rows,    // each row is whole packs
+  planes,  // runs of rows whose elements of one class lie side by side, in whole packs (NCHW)
 };
 
 struct CorrelationPlan {
@@ -34,12 +42,21 @@ struct CorrelationPlan {
   int32_t parts;
   int32_t shared;  // bytes
   bool vector;     // 16-byte accesses
+  // columns:
+  TileLayout layout;
+  int32_t row_pitch, class_pitch;  // of a tile in shared memory, in elements
+  bool spread;                     // the rows of a warp lie apart in the tile
+  bool bulk;                       // tiles come by bulk copies (sm_90 and later)
+  int64_t run;                     // planes: rows of a run
 };
 
 CorrelationPlan plan_correlation(const RowShape& shape, const Device& device);
 CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowShape& shape,
                                     const Device& device);
 bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& device);
+// plan_columns.cpp; false where the traversal cannot walk these rows.
+bool plan_columns(const RowShape& shape, const Device& device, CorrelationPlan& plan);
+bool columns_fit(const CorrelationPlan& plan, const RowShape& shape, const Device& device);
 
 struct CorrelationRun {
   // inter and intra not yet divided; gradient.data null if not wanted, else dense memory of its own,
@@ -62,5 +79,8 @@ constexpr int kTileClasses = 1024;
 constexpr int kCachedRows = 16;  // of a column, in registers while its moments are taken
 constexpr int kMoments = 5;
 constexpr int kStreamThreads = 512;
+constexpr int kColumnClasses = 512, kColumnElements = 20;  // at most, of a row and of a lane
+constexpr int kColumnTile = 12000;  // bytes of one side's tile; four of them are a block's
+constexpr int column_blocks(int elements) { return elements <= 10 ? 4 : elements <= 14 ? 3 : 2; }
 
 }  // namespace kdkernels::cuda

@@ -1,4 +1,5 @@
-// Correlation of up to 1024 classes in one cooperative launch. (1) Tiles of rows: softmaxes in the
+// Correlation of up to 1024 classes that correlation_columns.cu does not take, in one cooperative
+// launch. (1) Tiles of rows: softmaxes in the
 // registers of a few lanes a row, from there through shared memory to the columns' moments. (2) The
 // columns combined. (3) The rows again, and their gradient. Inputs that fit the L2 cache are read from
 // memory once (3 N C bytes an element's size), others twice (5 N C). Short rows take few lanes, since
@@ -255,7 +256,7 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, tile_blocks(kElements))
   }
 }
 
-template <template <int, int> class Source>
+template <template <int, int> class Source, bool kShort>
 void run(const CorrelationTask& task, const CorrelationPlan& plan, bool rows_adjacent,
          void* stream) {
   const LaunchShape shape{plan.blocks, plan.threads, 1, size_t(plan.shared), true};
@@ -264,14 +265,18 @@ void run(const CorrelationTask& task, const CorrelationPlan& plan, bool rows_adj
     return launch<correlate<Source<lanes, elements>, lanes, elements>>(shape, stream, task, plan, \
                                                                        rows_adjacent);
   switch (plan.lanes * 64 + plan.elements) {
-    KDK_TILE(1, 24)
-    KDK_TILE(1, 32)
-    KDK_TILE(4, 24)
-    KDK_TILE(4, 32)
-    KDK_TILE(8, 24)
-    KDK_TILE(8, 32)
     KDK_TILE(32, 24)
     KDK_TILE(32, 32)
+  }
+  if constexpr (kShort) {
+    switch (plan.lanes * 64 + plan.elements) {
+      KDK_TILE(1, 24)
+      KDK_TILE(1, 32)
+      KDK_TILE(4, 24)
+      KDK_TILE(4, 32)
+      KDK_TILE(8, 24)
+      KDK_TILE(8, 32)
+    }
   }
 #undef KDK_TILE
 }
@@ -289,12 +294,13 @@ void KDK_JOIN(KDK_RULE, _correlation_tile)(const CorrelationTask& task,
                                            const CorrelationPlan& plan, void* stream) {
   const Rows& student = task.problem.student;
   if (plan.traversal == CorrelationTraversal::staged)
-    return run<Staged>(task, plan, student.class_stride != 1 && student.stride[student.dims - 1] == 1,
-                       stream);
+    return run<Staged, true>(task, plan,
+                             student.class_stride != 1 && student.stride[student.dims - 1] == 1,
+                             stream);
   switch (student.type) {
-    case Scalar::f16: return run<DirectF16>(task, plan, false, stream);
-    case Scalar::bf16: return run<DirectBF16>(task, plan, false, stream);
-    default: return run<DirectF32>(task, plan, false, stream);
+    case Scalar::f16: return run<DirectF16, false>(task, plan, false, stream);
+    case Scalar::bf16: return run<DirectBF16, false>(task, plan, false, stream);
+    default: return run<DirectF32, false>(task, plan, false, stream);
   }
 }
 

@@ -37,18 +37,42 @@ inline bool whole_packs(const Rows& x, int64_t classes) {
   return whole;
 }
 
+// Whether rows come in runs, at one distance, of which each class begins at, and holds, a multiple of 16
+// bytes.
+inline bool whole_runs(const Rows& x, int64_t run) {
+  const int64_t bytes = element_bytes(x.type);
+  const int last = x.dims - 1;
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && run * bytes % 16 == 0 &&
+         x.stride[last] == 1 && x.size[last] == run && x.class_stride * bytes % 16 == 0 &&
+         (last == 0 || (last == 1 && x.stride[0] * bytes % 16 == 0));
+}
+
 // `narrow`: nothing asks for more than float32 arithmetic and rows read in one way.
 inline RowShape shape_of(const Rows& student, const Rows& teacher, const Rows& gradient,
                          int64_t rows, int64_t classes, bool narrow) {
+  const auto all = [&](const auto& holds) {
+    return holds(student) && holds(teacher) && (!gradient.data || holds(gradient));
+  };
   const auto close = [&](const Rows& x) { return classes == 1 || x.class_stride == 1; };
-  const auto beside = [](const Rows& x) { return x.stride[x.dims - 1] == 1; };
-  RowShape shape{rows, classes, student.type, teacher.type, false, false, false, false};
-  shape.dense = student.type == teacher.type && close(student) && close(teacher) &&
-                (!gradient.data || close(gradient));
-  shape.aligned = shape.dense && whole_packs(student, classes) && whole_packs(teacher, classes) &&
-                  (!gradient.data || whole_packs(gradient, classes));
-  shape.adjacent = !shape.dense && beside(student) && beside(teacher);
+  RowShape shape{rows, classes, student.type, teacher.type, false, false, false, false, 0};
+  const bool alike = student.type == teacher.type;
+  shape.dense = alike && all(close);
+  shape.aligned = shape.dense && all([&](const Rows& x) { return whole_packs(x, classes); });
+  shape.adjacent = !shape.dense && student.stride[student.dims - 1] == 1 &&
+                   teacher.stride[teacher.dims - 1] == 1;
   shape.plain = narrow && !is_wide(student, teacher);
+  const int64_t run = student.size[student.dims - 1];
+  if (shape.aligned) {
+    if (all([](const Rows& x) { return x.dims == 1; })) shape.run = rows;
+  } else if (shape.dense) {
+    const auto contiguous = [&](const Rows& x) {
+      return x.dims == 1 && (rows == 1 || x.stride[0] == classes) &&
+             reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+    };
+    if (all(contiguous)) shape.run = rows;
+  } else if (alike && all([&](const Rows& x) { return whole_runs(x, run); })) {
+    shape.run = run;
+  }
   return shape;
 }
 

@@ -193,7 +193,10 @@ CorrelationPlan by_correlation_stream(const RowShape& shape, const Device& devic
   plan.vector = vector;
   // Strips of columns times parts of rows: one or two for each block.
   const int64_t parts = std::max<int64_t>(1, 2 * plan.blocks / strips);
-  plan.tile = int32_t(std::max<int64_t>(4, round_up(ceil_divide(shape.rows, parts), 4)));
+  // So many rows at least that the moments of all parts fit where the gradient will be.
+  const int64_t least =
+      ceil_divide((shape.plain ? 4 : 8) * kMoments, element_bytes(shape.student));
+  plan.tile = int32_t(round_up(std::max({int64_t(4), least, ceil_divide(shape.rows, parts)}), 4));
   plan.parts = int32_t(ceil_divide(shape.rows, plan.tile));
   plan.shared = kBlockExchange + 3 * 8 * kStreamThreads;
   return plan;
@@ -202,21 +205,29 @@ CorrelationPlan by_correlation_stream(const RowShape& shape, const Device& devic
 }  // namespace
 
 CorrelationPlan plan_correlation(const RowShape& shape, const Device& device) {
+  CorrelationPlan plan{};
+  if (plan_columns(shape, device, plan)) return plan;
   if (!shape.plain || shape.classes > kTileClasses) return by_correlation_stream(shape, device);
-  return by_tile(shape.aligned ? CorrelationTraversal::tile : CorrelationTraversal::staged, shape,
-                 device);
+  const bool whole = shape.aligned && shape.classes > kColumnClasses;
+  return by_tile(whole ? CorrelationTraversal::tile : CorrelationTraversal::staged, shape, device);
 }
 
 CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowShape& shape,
                                     const Device& device) {
   const bool small = shape.plain && shape.classes <= kTileClasses;
   if (traversal == CorrelationTraversal::stream) return by_correlation_stream(shape, device);
-  if (small && (shape.aligned || traversal == CorrelationTraversal::staged))
+  CorrelationPlan plan{};
+  if (traversal == CorrelationTraversal::columns) {
+    if (plan_columns(shape, device, plan)) return plan;
+  } else if (small && (traversal == CorrelationTraversal::staged ||
+                       (shape.aligned && shape.classes > kColumnClasses))) {
     return by_tile(traversal, shape, device);
+  }
   throw std::invalid_argument("traversal must be able to walk these rows");
 }
 
 bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& device) {
+  if (plan.traversal == CorrelationTraversal::columns) return columns_fit(plan, shape, device);
   const bool stream = plan.traversal == CorrelationTraversal::stream;
   const int at_once = stream ? 1 : tile_blocks(plan.elements);
   return plan.blocks >= 1 && plan.blocks <= at_once * device.multiprocessors && plan.tile >= 1 &&

@@ -54,6 +54,10 @@ struct RowShape {
   bool aligned;    // and every row begins at, and holds, a multiple of 16 bytes
   bool adjacent;   // rows lie next to each other instead
   bool plain;      // float32 arithmetic, no standardisation
+  // Rows that copies of whole packs can bring in together, 0 where none can. All three tensors lie
+  // alike then: aligned rows at one distance; or one after the other; or, where they are adjacent,
+  // runs of so many rows.
+  int64_t run;
 };
 
 RowPlan plan_rows(const RowShape& shape, const Device& device);
@@ -64,11 +68,11 @@ bool fits(const RowPlan& plan, const RowShape& shape, const Device& device);
 
 constexpr int kLaneThreads = 128;    // of a block, in `lanes` and `general` but for whole blocks
 constexpr int kBlockThreads = 512;   // at most, elsewhere
+constexpr int kClusterThreads = 384;  // at most, in `cluster`; two such blocks have room for their registers
 constexpr int kBlockElements = 16;   // of a row in each thread of a `block`
 constexpr int kSingleRow = kBlockElements * kBlockThreads;  // most classes in one block's registers
 constexpr int kTeamReductions = 2;   // of a row by several blocks: softmaxes, value
 constexpr int kMostValues = 4;       // in one reduction
-constexpr int kClusterThreads = 384;  // at most, in `cluster`; two such blocks have room for their registers
 constexpr int kBlockExchange = 2 * kMostValues * 32 * 8;      // bytes: of 32 warps
 constexpr int kClusterExchange = 2 * kMostValues * 256 * 4;   // of 256 warps
 constexpr int kBarrierBytes = 128;

@@ -12,11 +12,11 @@ struct Rule {
   // column, and the derivative as coefficients: d(1 - rho) / d q = of_p * b + of_q * a.
   template <class R>
   KDK_FN static R relation(R aa, R bb, R ab, R eps, R& of_p, R& of_q) {
-    const R norm_a = std::sqrt(aa), norm_b = std::sqrt(bb);
-    const R inverse = R(1) / (norm_a * norm_b + eps);
+    const R norm_a = root(aa), norm_b = root(bb);
+    const R inverse = quotient(R(1), norm_a * norm_b + eps);
     const R rho = ab * inverse;
     of_p = -inverse;
-    of_q = norm_a == R(0) ? R(0) : rho * (norm_b / norm_a) * inverse;  // a norm's subgradient at 0
+    of_q = norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse;  // a norm's subgradient at 0
     return R(1) - rho;
   }
 };

@@ -30,7 +30,7 @@ PRESENT = REHEARSAL or torch.cuda.is_available()
 KERNELS = ("native", "triton")
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
-CORRELATION_TRAVERSALS = ("tile", "staged", "stream")
+CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns")
 H200 = dict(zip(cuda_emulator.SMALL, test_cuda_plan.DEVICES["H200"], strict=True))
 """What the plans know of a device, in the order of their arguments."""
 
@@ -97,8 +97,12 @@ def plan(
     aligned: bool | None = None,
     adjacent: bool = False,
     plain: bool | None = None,
+    run: int | None = None,
 ) -> str:
-    """The traversal that csrc/cuda/plan.cpp takes; classes last, or second of four dimensions."""
+    """The traversal that csrc/cuda/plan.cpp takes; classes last, or second of four dimensions.
+
+    ``run``: rows that copies of whole packs bring in together; all of contiguous ones.
+    """
     module = native.extension("cpu")
     if module is None:
         pytest.skip(f"the plans are asked of the CPU's extension: {native.reason('cpu')}")
@@ -108,10 +112,13 @@ def plan(
         plain = dtype != torch.float64
     if aligned is None:
         aligned = dense and classes * dtype.itemsize % 16 == 0
-    of = module.cuda_row_plan if family == "row" else module.cuda_correlation_plan
-    names = ROW_TRAVERSALS if family == "row" else CORRELATION_TRAVERSALS
-    found = of(rows, classes, CODES[dtype], dense, aligned, adjacent, plain, *facts().values())
-    return names[found["traversal"]]
+    asked = (rows, classes, CODES[dtype], dense, aligned, adjacent, plain)
+    device = facts().values()
+    if family == "row":
+        return ROW_TRAVERSALS[module.cuda_row_plan(*asked, *device)["traversal"]]
+    if run is None:
+        run = rows if dense else 0
+    return CORRELATION_TRAVERSALS[module.cuda_correlation_plan(*asked, run, *device)["traversal"]]
 
 
 def inputs(
@@ -224,6 +231,7 @@ def peak(body: Callable[[], object]) -> int:
         body()
         return 0
     torch.cuda.synchronize()
+    time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     body()
@@ -231,7 +239,6 @@ def peak(body: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-    time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
 def need_memory(gigabytes: float) -> None:
     """Skip where the device has less than this free."""
     if REHEARSAL:

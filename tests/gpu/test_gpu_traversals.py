@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import Case, row_weights, same_bits, value_and_grad
 from gpu_support import (
+    CORRELATION_TRAVERSALS,
     DEVICE,
     REHEARSAL,
     ROW_TRAVERSALS,
@@ -88,7 +89,7 @@ def kernel(family: str, traversal: str) -> str:
     """How the name of a traversal's kernel begins."""
     if family == "row":
         return f"row_{traversal}"
-    return "correlate_stream" if traversal == "stream" else "correlate<"
+    return f"correlate_{traversal}" if traversal in ("stream", "columns") else "correlate<"
 
 
 def check_launched(family: str, traversal: str, case: Case, *args: Any, **options: Any) -> None:
@@ -101,11 +102,10 @@ def check_launched(family: str, traversal: str, case: Case, *args: Any, **option
 
 
 def test_the_shapes_reach_every_traversal() -> None:
-    """``staged`` is for strides that these shapes do not have; ``test_dense_prediction`` has."""
     if not like_an_h200():
         pytest.skip("the shapes are chosen for an H200")
     assert {plan("row", *shape) for shape in ROW_SHAPES} == set(ROW_TRAVERSALS)
-    assert {plan("correlation", *shape) for shape in CORRELATION_SHAPES} == {"tile", "stream"}
+    assert {plan("correlation", *s) for s in CORRELATION_SHAPES} == set(CORRELATION_TRAVERSALS)
 
 
 def shape_of(traversal: str, least_rows: int = 2) -> tuple[tuple[int, ...], torch.dtype]:
@@ -174,15 +174,18 @@ def test_other_strides(case: Case, layout: str, dtype: torch.dtype) -> None:
         verify(case, student, teacher, target_for(student, target))
 
 
-@pytest.mark.parametrize("size", ((2, 19, 64, 96), (3, 150, 16, 33)), ids=str)
+@pytest.mark.parametrize("size", ((2, 19, 64, 96), (3, 150, 16, 33), (2, 19, 9, 7)), ids=str)
 @each_case(specs("kd", "dkd", "dist"), ["native"])
 def test_dense_prediction(case: Case, size: tuple[int, ...]) -> None:
-    """(N, C, H, W), read in place: ``general`` with adjacent rows, and ``staged``."""
+    """(N, C, H, W), read in place: ``general`` with adjacent rows; ``columns``, or ``staged`` where
+    a plane of pixels is not whole packs."""
     student, teacher, target = inputs(shrink(size), F32)
     verify(case, student, teacher, target)
     family = "row" if case.spec.by_row else "correlation"
-    chosen = plan(family, size, F32, dense=False, adjacent=True)
-    assert chosen == ("general" if case.spec.by_row else "staged")
+    pixels = student.shape[2] * student.shape[3]
+    run = pixels if pixels % 4 == 0 else 0
+    chosen = plan(family, tuple(student.shape), F32, dense=False, adjacent=True, run=run)
+    assert chosen == ("general" if case.spec.by_row else "columns" if run else "staged")
     check_launched(family, chosen, case, student, teacher, target)
 
 
