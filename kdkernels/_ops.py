@@ -23,11 +23,12 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def traced(*tensors: Tensor) -> bool:
     """Whether someone looks on who must see operators: the compiler, a mode that records or fakes,
     a subclass of Tensor. Addresses and values are hidden from them, or not there at all."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in PLAIN_TYPES for tensor in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:  # noqa: SIM110 - `any` would take twice the time, on every call
+        if type(tensor) not in PLAIN_TYPES:
+            return True
+    return False
 
 
 _ROW = (

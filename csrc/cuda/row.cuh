@@ -171,8 +171,8 @@ KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k
 }
 
 // The value of one row, and its gradient into the source. The sum over classes is that of all where the
-// rows' values are wanted, else of this thread's, which saves a reduction a row. kGeneral sources know the class of each
-// element and serve standardisation and rules that are not centred.
+// rows' values are wanted, else of this thread's, which saves a reduction a row. kGeneral sources know
+// the class of each element and serve standardisation and rules that are not centred.
 template <class Rule, class R, bool kGeneral, class Source, class Group>
 KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename RowLoop<Rule, R>::Row& row,
                          R target_s, R target_t, Source& source, Group& group) {
