@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def traced(*tensors: Tensor) -> bool:
@@ -26,7 +26,7 @@ def traced(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for tensor in tensors:  # noqa: SIM110 - `any` would take twice the time, on every call
-        if type(tensor) not in PLAIN_TYPES:
+        if type(tensor) not in _PLAIN_TYPES:
             return True
     return False
 

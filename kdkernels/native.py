@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS
-from ._ops import PLAIN_TYPES, loss_dtype
+from ._ops import loss_dtype
 
 
 def build_command() -> str:
@@ -143,11 +143,9 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOAT
 
 
 def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
-    """Whether the addresses may be handed to the extension directly."""
+    """Whether the addresses may be handed over; ``_ops.traced`` has been asked before."""
     return (
-        type(student) in PLAIN_TYPES
-        and type(teacher) in PLAIN_TYPES
-        and class_dim == student.dim() - 1
+        class_dim == student.dim() - 1
         and student.is_contiguous()
         and teacher.is_contiguous()
         and not student.is_neg()  # a lazily negated view, which the dispatcher would resolve

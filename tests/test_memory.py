@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -13,6 +12,8 @@ import torch
 from cases import Case, each, reductions, value_and_grad
 from inputs import make
 from torch import Tensor, nn
+
+from benchmarks.gpu_clock import CudaClock
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +28,7 @@ def _small_heap() -> Iterator[None]:
 def _peak(function: Callable[[], object], device: str) -> int:
     """The most bytes that ``function`` holds beyond what it found."""
     if device != "cpu":
-        torch.cuda.synchronize()
-        time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return CudaClock().peak(function)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()

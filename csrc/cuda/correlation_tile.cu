@@ -1,7 +1,6 @@
 // Correlation of up to 1024 classes that correlation_columns.cu does not take, in one cooperative
-// launch. (1) Tiles of rows: softmaxes in the
-// registers of a few lanes a row, from there through shared memory to the columns' moments. (2) The
-// columns combined. (3) The rows again, and their gradient. Inputs that fit the L2 cache are read from
+// launch. (1) Tiles of rows: softmaxes in the registers of a few lanes a row, from there through
+// shared memory to the columns' moments. (2) The columns combined. (3) The rows again, and their gradient. Inputs that fit the L2 cache are read from
 // memory once (3 N C bytes an element's size), others twice (5 N C). Short rows take few lanes, since
 // what is computed once a row costs a warp as much as thirty classes.
 #include <type_traits>

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
+from benchmarks.gpu_clock import CudaClock
 from kdkernels import _dispatch, native
 from kdkernels.registry import SPECS, LossSpec
 
@@ -230,13 +230,7 @@ def peak(body: Callable[[], object]) -> int:
     if REHEARSAL:
         body()
         return 0
-    torch.cuda.synchronize()
-    time.sleep(0.02)  # autograd's thread lets go of the last gradient after it was returned
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    body()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return CudaClock().peak(body)
 
 
 def need_memory(gigabytes: float) -> None:
