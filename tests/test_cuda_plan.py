@@ -124,7 +124,7 @@ def test_the_intended_columns() -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     dense = columns(2_000_000, 150, fp32)
     assert TRAVERSALS[dense["traversal"]] == "columns"
-    assert (dense["lanes"], dense["elements"], dense["tile"]) == (8, 20, 16)
+    assert (dense["lanes"], dense["elements"], dense["tile"]) == (8, 19, 16)
     assert dense["blocks"] == 2 * 132
     assert columns(2_000_000, 150, bf16)["tile"] == 32
     # A lane a row where neighbouring rows lie in different banks.

@@ -178,13 +178,16 @@ KDK_DEVICE void differentiate(const CorrelationProblem& problem, const Seat<kEle
                               R (&p)[kElements]) {
   const Exponent exponent_s(terms.most_s, k), exponent_t(terms.most_t, k);
   const R mean = R(1.0 / double(problem.classes));
-  const R of_q = terms.of_q * factor, of_p = terms.of_p * factor;
+  const R of_q = terms.of_q * factor, of_p = terms.of_p * factor, base = (of_q + of_p) * mean;
   R along[1] = {0};
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
     q[j] = product(exponent_s(q[j]), terms.inverse_s);
     p[j] = product(exponent_t(p[j]), terms.inverse_t);
-    p[j] = derivative(q[j], p[j], mean, of_q, of_p, columns[j]);
+    // By the row, but for what all classes share; then by the column.
+    const R by_row = multiply_add(of_q, q[j], multiply_add(of_p, p[j], -base));
+    const R by_p = multiply_add(columns[j].of_p, p[j] - columns[j].mean_p, by_row);
+    p[j] = multiply_add(columns[j].of_q, q[j] - columns[j].mean_q, by_p);
     along[0] = multiply_add(q[j], p[j], along[0]);
   }
   seat.template reduce<Sum>(along);
@@ -324,6 +327,7 @@ void run(const CorrelationTask& task, const CorrelationPlan& plan, void* stream)
     KDK_COLUMNS(14)
     KDK_COLUMNS(16)
     KDK_COLUMNS(18)
+    KDK_COLUMNS(19)
     KDK_COLUMNS(20)
   }
 #undef KDK_COLUMNS

@@ -46,6 +46,12 @@ struct Best {
   }
 };
 
+// As compiled: even counts, and 19, which both Cityscapes (19 classes) and ADE20K (150, by eight lanes) need.
+int32_t elements_for(int64_t classes_of_a_lane) {
+  const int64_t even = round_up(classes_of_a_lane, 2);
+  return int32_t(classes_of_a_lane == 19 ? 19 : std::max<int64_t>(4, even));
+}
+
 // Blocks on a multiprocessor, all there at once to meet.
 int columns_at_once(const CorrelationPlan& plan, const Device& device) {
   return std::min(column_blocks(plan.elements), (device.block_shared + 1024) / (plan.shared + 1024));
@@ -74,7 +80,7 @@ bool plan_columns(const RowShape& shape, const Device& device, CorrelationPlan& 
   if (plan.layout != TileLayout::planes && plan.lanes == 1 && classes >= 8 &&
       classes * bytes % 16 == 0)
     plan.lanes = 2;
-  plan.elements = int32_t(std::max<int64_t>(4, round_up(ceil_divide(classes, plan.lanes), 2)));
+  plan.elements = elements_for(ceil_divide(classes, plan.lanes));
   const int at_once = columns_at_once(plan, device);
   if (at_once < 1) return false;
   const Choice choice{shape, 16 / bytes, kColumnTile / bytes,
@@ -124,7 +130,7 @@ bool columns_fit(const CorrelationPlan& plan, const RowShape& shape, const Devic
   return plan.threads == kTileThreads && plan.lanes >= 1 && plan.lanes <= 32 &&
          int64_t(plan.lanes) * plan.elements >= shape.classes &&
          (plan.elements == 4 || int64_t(plan.lanes) * (plan.elements - 2) <= shape.classes) &&
-         plan.elements <= kColumnElements && plan.elements % 2 == 0 && last * bytes <= kColumnTile &&
+         plan.elements == elements_for(plan.elements) && plan.elements <= kColumnElements && last * bytes <= kColumnTile &&
          plan.tile * bytes % 16 == 0 && plan.shared == kColumnShared &&
          merged <= 4 * kColumnTile && summed <= 4 * kColumnTile && plan.parts == plan.blocks &&
          plan.blocks <= columns_at_once(plan, device) * device.multiprocessors &&
