@@ -47,7 +47,7 @@ COPY = 2 << 30
 COMPILATION = 12.0
 """Seconds that must be left for a compilation to be begun."""
 TRAVERSALS = ("row_lanes", "row_block", "row_cluster", "row_stream", "row_split", "row_general",
-              "correlate_stream", "correlate_columns", "correlate")  # fmt: skip
+              "correlate_stream", "correlate_columns", "correlate_slices", "correlate")  # fmt: skip
 
 
 def driver() -> str:

@@ -27,11 +27,13 @@ CACHE = 50e6
 """Bytes of inputs that stay in the second-level cache between the passes of DIST."""
 ISSUE = 0.78
 """Of the issue slots, what kernels with 16 to 24 warps a multiprocessor fill: a guess."""
+EXCHANGE = 750
+"""Instructions of the warp that exchanges a row's parts, in both walks of ``slices``."""
 LAUNCH, MEETING = 2.5, 2.0
 """Microseconds: from launch to launch on a stream; of a barrier of the whole grid."""
 
 ROWS = ("lanes", "block", "cluster", "stream", "split", "general")
-CORRELATIONS = ("tile", "staged", "stream", "columns")
+CORRELATIONS = ("tile", "staged", "stream", "columns", "slices")
 CODES = {torch.float32: 1, torch.bfloat16: 3}
 
 
@@ -41,7 +43,7 @@ class Kernel(NamedTuple):
     instructions: float
     special: float
     registers: int
-    blocks: int  # on a multiprocessor, by registers and shared memory
+    blocks: int  # on a multiprocessor, by registers and shared memory; 0: by the plan's threads
     each_row: float = 0.0  # instructions of a thread for a row
 
 
@@ -51,8 +53,10 @@ KERNELS = {
     ("cluster", "bfloat16"): Kernel(38, 4, 80, 3, 500),
     ("split", "float32"): Kernel(42, 4, 128, 1, 600),
     ("tile", "float32"): Kernel(160, 6, 153, 2),
-    ("columns", "float32"): Kernel(50, 4, 227, 2, 330),
-    ("columns", "bfloat16"): Kernel(55, 4, 227, 2, 290),
+    ("columns", "float32"): Kernel(48, 4, 227, 2, 330),
+    ("columns", "bfloat16"): Kernel(53, 4, 227, 2, 290),
+    ("slices", "float32"): Kernel(66, 8, 168, 0, 190),
+    ("slices", "bfloat16"): Kernel(63, 8, 168, 0, 217),
     ("stream correlation", "bfloat16"): Kernel(150, 10, 128, 1),
 }
 CASES = [
@@ -64,7 +68,10 @@ CASES = [
     ("dist", (1024, 1000), torch.float32),
     ("kd", (4096, 32000), torch.bfloat16),
     ("dkd", (4096, 32000), torch.bfloat16),
+    ("dist", (50_000, 1000), torch.float32),
+    ("dist", (8192, 21841), torch.float32),
     ("dist", (4096, 32000), torch.bfloat16),
+    ("dist", (8192, 128256), torch.bfloat16),
     ("kd", (8192, 128256), torch.bfloat16),
     ("dkd", (8192, 128256), torch.bfloat16),
     ("kd", (8192, 262144), torch.bfloat16),
@@ -97,7 +104,7 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
         kernel = KERNELS[traversal if traversal != "stream" else "stream correlation", name]
         cached = 2 * rows * classes * dtype.itemsize <= CACHE
         passes = 3 if cached else 7 if traversal == "stream" else 5
-        fixed = 2 * LAUNCH + 2 * MEETING + 4
+        fixed = (4 * LAUNCH if traversal == "slices" else 2 * LAUNCH + 2 * MEETING) + 4
     else:
         plan = module.cuda_row_plan(*asked, *DEVICE.values())
         traversal = ROWS[plan["traversal"]]
@@ -111,8 +118,16 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     if traversal == "columns":
         moved += 2 * rows * 24  # the terms of each row
         slots = rows * plan["lanes"] * plan["elements"]
-    # As many multiprocessors as have work.
-    busy = min(1.0, plan["blocks"] / (DEVICE["multiprocessors"] * kernel.blocks))
+    blocks = kernel.blocks
+    if traversal == "slices":
+        moved += 2 * rows * 24 + 3 * plan["parts"] * classes * 20  # and the moments of each part
+        threads = plan["cluster"] * (plan["threads"] - 32)
+        slots = rows * (threads * plan["elements"] + plan["cluster"] * 32 * EXCHANGE / 63)
+        blocks = 12 // (-(-plan["threads"] // 128) * 4)
+    # As many multiprocessors as have work; whole clusters.
+    room = DEVICE["multiprocessors"] * blocks
+    room -= room % max(plan["cluster"], 1) if traversal == "slices" else 0
+    busy = min(plan["blocks"], room) / (DEVICE["multiprocessors"] * blocks)
     lanes = DEVICE["multiprocessors"] * CLOCK * max(busy, 0.25)
     times = {
         "bytes": moved / COPY,
@@ -133,7 +148,7 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
         "registers": kernel.registers,
         "blocks": plan["blocks"],
         "threads": plan["threads"],
-        "occupancy": kernel.blocks * plan["threads"] / 2048,
+        "occupancy": blocks * plan["threads"] / 2048,
         "bound": bound if times[bound] * 1e6 > fixed else "launches",
         "microseconds": round(microseconds, 1),
         "of_copy": round(floor / COPY / microseconds * 1e6, 2),

@@ -129,7 +129,8 @@ std::map<std::string, int64_t> correlation_plan(int64_t rows, int64_t classes, i
           {"blocks", plan.blocks},                {"parts", plan.parts},
           {"shared", plan.shared},                {"fits", gpu::fits(plan, asked, device)},
           {"layout", int64_t(plan.layout)},       {"row_pitch", plan.row_pitch},
-          {"class_pitch", plan.class_pitch},      {"spread", plan.spread}};
+          {"class_pitch", plan.class_pitch},      {"spread", plan.spread},
+          {"cluster", plan.cluster},              {"slice", plan.slice}};
 }
 
 }  // namespace

@@ -211,7 +211,7 @@ def row_loss(
     return loss, gradient, TRAVERSALS[call.plan[0]]
 
 
-CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns")
+CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns", "slices")
 
 
 class CorrelationCall(ctypes.Structure):
@@ -233,7 +233,7 @@ class CorrelationCall(ctypes.Structure):
         ("block_shared", ctypes.c_int64),
         ("most_cluster", ctypes.c_int64),
         ("seed", ctypes.c_int64),
-        ("plan", ctypes.c_int64 * 16),
+        ("plan", ctypes.c_int64 * 18),
     ]
 
 

@@ -157,6 +157,7 @@ CORRELATIONS = [
     ("columns", (1, 9)), ("columns", (700, 3)), ("columns", (40, 8)), ("columns", (1000, 19)),
     ("columns", (129, 20)), ("columns", (301, 150)), ("columns", (130, 152)),
     ("columns", (64, 256)), ("columns", (33, 501)), ("columns", (35, 512)),
+    ("slices", (1, 600)), ("slices", (37, 520)), ("slices", (21, 1001)), ("slices", (13, 4104)),
 ]  # fmt: skip
 
 

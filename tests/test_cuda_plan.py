@@ -24,7 +24,7 @@ DEVICES = {
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ROWS = (1, 2, 3, 7, 64, 131, 1000, 8192, 10**5, 10**7)
 ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
-TRAVERSALS = ("tile", "staged", "stream", "columns")
+TRAVERSALS = ("tile", "staged", "stream", "columns", "slices")
 
 
 def every_class_count() -> list[int]:
@@ -75,8 +75,11 @@ def test_every_correlation_plan_fits(device: str, dtype: torch.dtype) -> None:
                     assert plan["fits"], (rows, classes, shape, run, plan)
                     # Every part has rows, and every row a part.
                     assert (plan["parts"] - 1) * plan["tile"] < rows or plan["groups"]
-                    by_columns = TRAVERSALS[plan["traversal"]] == "columns"
-                    assert by_columns == (run > 0 and shape[3] and 2 <= classes <= 512)
+                    traversal = TRAVERSALS[plan["traversal"]]
+                    by_columns = run > 0 and shape[3] and 2 <= classes <= 512
+                    assert (traversal == "columns") == by_columns
+                    if by_columns or dtype == torch.float64:
+                        assert traversal != "slices"
 
 
 def runs(rows: int, dense: bool, aligned: bool, adjacent: bool, plain: bool) -> list[int]:
@@ -133,6 +136,33 @@ def test_the_intended_columns() -> None:
     # A few rows: a tile is one pass of a block's threads, so that many blocks have some.
     small = columns(256, 100, fp32)
     assert small["tile"] * small["blocks"] == 256
+
+
+def test_the_intended_slices() -> None:
+    """Rows that one multiprocessor can keep, then clusters; small problems in one launch."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def slices(rows: int, classes: int, dtype: torch.dtype, device: str = "H200") -> object:
+        plan = columns(rows, classes, dtype, device)
+        kept = plan["cluster"], plan["blocks"], plan["parts"]
+        return kept if TRAVERSALS[plan["traversal"]] == "slices" else TRAVERSALS[plan["traversal"]]
+
+    assert slices(1024, 1000, fp32) == "tile"
+    assert slices(50_000, 1000, fp32) == (1, 3 * 132, 3 * 132)
+    assert slices(50_000, 1001, fp32) == (1, 3 * 132, 3 * 132)
+    assert slices(8192, 4096, bf16) == (1, 132, 132)
+    assert slices(8192, 4096, bf16, "A100") == (1, 108, 108)
+    assert slices(8192, 21841, fp32) == (8, 256, 32)
+    assert slices(4096, 32000, bf16) == (4, 132, 33)
+    assert slices(4096, 32000, bf16, "A100") == "stream"
+    assert slices(8192, 50257, bf16) == (16, 256, 16)
+    assert slices(8192, 128256, bf16) == (16, 256, 16)
+    assert slices(8192, 151936, bf16) == "stream"
+    # The moments of all parts fit where the gradient will be.
+    for rows in (256, 500, 1024):
+        plan = columns(rows, 40000, bf16)
+        assert TRAVERSALS[plan["traversal"]] == "slices"
+        assert plan["parts"] * 5 * 4 <= rows * 2
 
 
 def test_a_plan_depends_on_rows_only_where_they_are_few() -> None:

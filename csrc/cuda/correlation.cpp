@@ -10,7 +10,8 @@ namespace kdkernels::cuda {
 #define KDK_DECLARE(rule)                                                                        \
   void rule##_correlation_tile(const CorrelationTask&, const CorrelationPlan&, void*);           \
   void rule##_correlation_columns(const CorrelationTask&, const CorrelationPlan&, void*);        \
-  void rule##_correlation_stream(const CorrelationTask&, const CorrelationPlan&, void*);
+  void rule##_correlation_stream(const CorrelationTask&, const CorrelationPlan&, void*);         \
+  void rule##_correlation_slices(const CorrelationTask&, const CorrelationPlan&, void*);
 KDK_CORRELATION_RULES(KDK_DECLARE)
 #undef KDK_DECLARE
 
@@ -20,12 +21,13 @@ using Kernel = void (*)(const CorrelationTask&, const CorrelationPlan&, void*);
 
 struct CorrelationRule {
   const char* name;
-  Kernel tile, stream, columns;
+  Kernel tile, stream, columns, slices;
 
   Kernel of(CorrelationTraversal traversal) const {
     switch (traversal) {
       case CorrelationTraversal::stream: return stream;
       case CorrelationTraversal::columns: return columns;
+      case CorrelationTraversal::slices: return slices;
       default: return tile;
     }
   }
@@ -33,7 +35,8 @@ struct CorrelationRule {
 
 constexpr CorrelationRule kRules[] = {
 #define KDK_ENTRY(rule) \
-  {#rule, rule##_correlation_tile, rule##_correlation_stream, rule##_correlation_columns},
+  {#rule, rule##_correlation_tile, rule##_correlation_stream, rule##_correlation_columns, \
+   rule##_correlation_slices},
     KDK_CORRELATION_RULES(KDK_ENTRY)
 #undef KDK_ENTRY
 };
@@ -45,9 +48,19 @@ const CorrelationRule& find(const std::string& name) {
 }
 
 struct Layout {  // of the workspace
-  int64_t counts, sums, columns, rows, partials, bytes;
+  int64_t counts, sums, ticket, columns, rows, partials, bytes;
   bool in_gradient;  // the partial moments are kept where the gradient will be
 };
+
+// Numbers that a traversal keeps of each row.
+int row_terms(CorrelationTraversal traversal, bool need_gradient) {
+  switch (traversal) {
+    case CorrelationTraversal::stream: return 6;
+    case CorrelationTraversal::columns:
+    case CorrelationTraversal::slices: return need_gradient ? 6 : 0;
+    default: return 0;
+  }
+}
 
 Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
   const CorrelationProblem& problem = run.problem;
@@ -68,11 +81,11 @@ Layout layout(const CorrelationRun& run, const CorrelationPlan& plan) {
     return begin;
   };
   at.counts = take(8 * int64_t(plan.parts));
-  at.sums = take(8 * int64_t(plan.blocks));
+  const bool slices = plan.traversal == CorrelationTraversal::slices;
+  at.sums = take(8 * (int64_t(plan.blocks) + (slices ? plan.groups : 0)));
+  at.ticket = take(slices ? 4 : 0);
   at.columns = take(4 * real * problem.classes);
-  const bool keeps_rows = plan.traversal == CorrelationTraversal::stream ||
-                          (plan.traversal == CorrelationTraversal::columns && problem.gradient.data);
-  at.rows = take(keeps_rows ? 6 * real * problem.rows : 0);
+  at.rows = take(row_terms(plan.traversal, problem.gradient.data != nullptr) * real * problem.rows);
   at.partials = take(at.in_gradient ? 0 : partials);
   at.bytes = end;
   return at;
@@ -106,6 +119,7 @@ void run_correlation(const std::string& name, const CorrelationRun& run,
   task.counts = reinterpret_cast<int64_t*>(workspace + at.counts);
   task.columns = workspace + at.columns;
   task.sums = reinterpret_cast<double*>(workspace + at.sums);
+  task.ticket = reinterpret_cast<unsigned*>(workspace + at.ticket);
   rule.of(plan.traversal)(task, plan, stream);
 }
 

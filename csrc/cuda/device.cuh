@@ -51,6 +51,13 @@ KDK_DEVICE X shuffle(X x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
+// The largest of the lanes' numbers, in all lanes.
+KDK_DEVICE float warp_max(float x) {
+  // As integers in the order of the numbers: all bits but the sign of a negative one are flipped.
+  const auto ordered = [](int bits) { return bits ^ int(unsigned(bits >> 31) >> 1); };
+  return __int_as_float(ordered(__reduce_max_sync(0xffffffffu, ordered(__float_as_int(x)))));
+}
+
 // Thread-block clusters (sm_90 and later). `cluster_shared` is where block `rank` of the cluster
 // keeps what this block keeps at `p`; sync_cluster orders accesses to it.
 KDK_DEVICE int cluster_rank() {
@@ -86,17 +93,20 @@ KDK_DEVICE X* cluster_shared(X* p, int rank) {
 #endif
 }
 
-// A barrier in shared memory for bulk copies. One thread calls barrier_init, then fence_barriers; the
-// block synchronises; one thread calls barrier_expect and bulk_load; all wait. The n-th use of a
-// barrier (from 0) has parity n % 2.
+// A barrier in shared memory for bulk copies, or for the blocks of a cluster. One thread calls barrier_init,
+// then fence_barriers; the block synchronises, or the cluster. A use is over when `arrivals` threads have
+// arrived: one by barrier_expect, which also waits for the bytes of bulk_load; or each by
+// barrier_arrive at block `rank` of the cluster, with what it wrote to that block's shared memory
+// before. All wait. The n-th use of a barrier (from 0) has parity n % 2.
 using Barrier = uint64_t;
 
 KDK_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
-KDK_DEVICE void barrier_init(Barrier* barrier) {
+KDK_DEVICE void barrier_init(Barrier* barrier, int arrivals = 1) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
 #endif
 }
 KDK_DEVICE void fence_barriers() {
@@ -134,6 +144,28 @@ KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
       : "memory");
 #endif
 }
+KDK_DEVICE void barrier_arrive(Barrier* barrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+KDK_DEVICE void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
 // Shared memory that ordinary accesses have finished with may be the target of a bulk copy: called by
 // each thread that accessed it, before the block synchronises.
 KDK_DEVICE void fence_bulk() {
@@ -143,13 +175,16 @@ KDK_DEVICE void fence_bulk() {
 }
 
 // Starts to copy 16 bytes, at multiples of 16, into this block's shared memory. wait_copies waits for this
-// thread's committed copies; other threads see them after a barrier.
+// thread's committed copies, but for the last kGroups commits; other threads see them after a barrier.
 KDK_DEVICE void copy16_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
 KDK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-KDK_DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+template <int kGroups = 0>
+KDK_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 // What this thread wrote to global memory is visible to a block that sees the counter's new value.
 // Returns the value before; 32-bit, begins at 0.

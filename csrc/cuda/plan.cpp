@@ -207,6 +207,8 @@ CorrelationPlan by_correlation_stream(const RowShape& shape, const Device& devic
 CorrelationPlan plan_correlation(const RowShape& shape, const Device& device) {
   CorrelationPlan plan{};
   if (plan_columns(shape, device, plan)) return plan;
+  const int64_t bytes = 2 * shape.rows * shape.classes * element_bytes(shape.student);
+  if (bytes >= kSliceBytes && plan_slices(shape, device, plan)) return plan;
   if (!shape.plain || shape.classes > kTileClasses) return by_correlation_stream(shape, device);
   const bool whole = shape.aligned && shape.classes > kColumnClasses;
   return by_tile(whole ? CorrelationTraversal::tile : CorrelationTraversal::staged, shape, device);
@@ -219,6 +221,8 @@ CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowSha
   CorrelationPlan plan{};
   if (traversal == CorrelationTraversal::columns) {
     if (plan_columns(shape, device, plan)) return plan;
+  } else if (traversal == CorrelationTraversal::slices) {
+    if (plan_slices(shape, device, plan)) return plan;
   } else if (small && (traversal == CorrelationTraversal::staged ||
                        (shape.aligned && shape.classes > kColumnClasses))) {
     return by_tile(traversal, shape, device);
@@ -228,6 +232,7 @@ CorrelationPlan plan_correlation_as(CorrelationTraversal traversal, const RowSha
 
 bool fits(const CorrelationPlan& plan, const RowShape& shape, const Device& device) {
   if (plan.traversal == CorrelationTraversal::columns) return columns_fit(plan, shape, device);
+  if (plan.traversal == CorrelationTraversal::slices) return slices_fit(plan, shape, device);
   const bool stream = plan.traversal == CorrelationTraversal::stream;
   const int at_once = stream ? 1 : tile_blocks(plan.elements);
   return plan.blocks >= 1 && plan.blocks <= at_once * device.multiprocessors && plan.tile >= 1 &&

@@ -214,6 +214,103 @@ void bulk_copy() {
   }
 }
 
+// Each block of a cluster hands every other one a number a round, in four places taken in turn.
+struct Handing {
+  int rounds, arrivals;
+  bool no_sync;
+};
+KDK_KERNEL void hand_around(int* out, Handing handing) {
+  auto* const barriers = reinterpret_cast<Barrier*>(shared_memory());
+  int* const places = reinterpret_cast<int*>(shared_memory() + 128);
+  const int lane = thread_index(), blocks = cluster_size();
+  if (lane == 0) {
+    for (int i = 0; i < 4; ++i) barrier_init(&barriers[i], handing.arrivals);
+    fence_barriers();
+  }
+  if (!handing.no_sync) sync_cluster();
+  for (int round = 0; round < handing.rounds + 1; ++round) {
+    const int place = round % 4;
+    if (lane < blocks && round < handing.rounds) {
+      cluster_shared(places + place * 16, lane)[cluster_rank()] = 100 * round + block_index();
+      barrier_arrive(&barriers[place], lane);
+    }
+    if (round == 0) continue;
+    const int before = (round - 1) % 4;
+    barrier_wait_cluster(&barriers[before], unsigned((round - 1) / 4) % 2);
+    int sum = lane < blocks ? places[before * 16 + lane] : 0;
+    for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) out[block_index() * handing.rounds + round - 1] = sum;
+  }
+  sync_cluster();
+}
+
+void arrivals() {
+  constexpr int kRounds = 11, kBlocks = 8;
+  std::vector<int> out(kRounds * kBlocks);
+  const auto run = [&](int cluster, Handing handing) {
+    emulate({kBlocks, 32, cluster, 128 + 4 * 64}, hand_around, out.data(), handing);
+  };
+  for (emulator_seed = 0; emulator_seed < 20; ++emulator_seed) {
+    for (int cluster : {1, 2, 8}) {
+      run(cluster, {kRounds, cluster, false});
+      for (int block = 0; block < kBlocks; ++block) {
+        const int first = block / cluster * cluster;
+        for (int round = 0; round < kRounds; ++round)
+          demand(out[block * kRounds + round] ==
+                     cluster * (100 * round + first) + cluster * (cluster - 1) / 2,
+                 "wrong sum of a round");
+      }
+    }
+    demand_error([&] { run(2, {1, 3, false}); }, {"deadlock", "barrier_wait"});
+    demand_error([&] { run(2, {kRounds, 1, false}); }, {"emulate: "});
+    demand_error([&] { run(2, {1, 2, true}); }, {"barrier"});
+  }
+}
+
+// Copies wait for all groups but the last ones.
+KDK_KERNEL void copy_groups(const int* in, int* out) {
+  int* const buffer = reinterpret_cast<int*>(shared_memory());
+  for (int group = 0; group < 3; ++group) {
+    copy16_async(buffer + 4 * group, in + 4 * group);
+    commit_copies();
+  }
+  wait_copies<2>();
+  for (int group = 0; group < 3; ++group) out[group] = buffer[4 * group];
+  wait_copies<1>();
+  for (int group = 0; group < 3; ++group) out[3 + group] = buffer[4 * group];
+  commit_copies();  // of nothing
+  wait_copies<1>();
+  for (int group = 0; group < 3; ++group) out[6 + group] = buffer[4 * group];
+  wait_copies();
+}
+
+void groups_of_copies() {
+  alignas(16) static int in[12];
+  std::iota(in, std::end(in), 0);
+  std::vector<int> out(9);
+  emulate({1, 1, 1, 48}, copy_groups, static_cast<const int*>(in), out.data());
+  const std::vector<int> expected{0, -1, -1, 0, 4, -1, 0, 4, 8};
+  demand(out == expected, "a group came too early, or too late");
+  const auto forgotten = [](const int* from) { copy16_async(shared_memory(), from); };
+  const auto uncommitted = [](const int* from) {
+    copy16_async(shared_memory(), from);
+    wait_copies();
+  };
+  const int* const from = in;
+  demand_error([&] { emulate({1, 1, 1, 16}, forgotten, from); }, {"did not wait"});
+  demand_error([&] { emulate({1, 1, 1, 16}, uncommitted, from); }, {"not committed"});
+}
+
+void largest_of_a_warp() {
+  const auto kernel = [](float* out) {
+    const float x = float((thread_index() * 13) % 32) - 40.0f;
+    out[thread_index()] = warp_max(thread_index() == 7 ? -HUGE_VALF : x);
+  };
+  std::vector<float> out(32);
+  emulate({1, 32}, kernel, out.data());
+  for (float x : out) demand(x == -9.0f, "wrong maximum");
+}
+
 template <class T>
 void check_bits(uint16_t infinity) {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
@@ -374,6 +471,9 @@ int main(int argc, char** argv) {
       {"cluster_reduction", cluster_reduction},
       {"grid_sync", grid_sync},
       {"bulk_copy", bulk_copy},
+      {"arrivals", arrivals},
+      {"groups_of_copies", groups_of_copies},
+      {"largest_of_a_warp", largest_of_a_warp},
       {"conversions", conversions},
       {"arithmetic", arithmetic},
       {"deadlock", deadlock},

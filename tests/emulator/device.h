@@ -58,6 +58,11 @@ KDK_DEVICE X shuffle_xor(X x, int mask) {
   return shuffle(x, (thread_index() ^ mask) & 31);
 }
 
+KDK_DEVICE float warp_max(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) x = std::fmax(x, shuffle_xor(x, mask));
+  return x;
+}
+
 KDK_DEVICE int cluster_rank() { return emulator::block().rank; }
 KDK_DEVICE int cluster_size() { return (emulator::self(), emulator::launch->shape.cluster); }
 KDK_DEVICE void sync_cluster() {
@@ -87,16 +92,18 @@ inline void check_shared(const char* call, const void* p, size_t bytes) {
     fail(std::string(call) + ": the address is not in the block's shared memory");
 }
 
-inline BarrierState& barrier_state(const char* call, uint64_t* barrier) {
+// Of the running thread's block, or of another one's in its cluster.
+inline BarrierState& barrier_state(const char* call, uint64_t* barrier, Block& owner = block()) {
   const auto demand = [&](bool holds, const char* what) {
     if (!holds) fail(std::string(call) + ": " + what);
   };
-  for (BarrierState& state : block().barriers) {
+  for (BarrierState& state : owner.barriers) {
     if (state.address != barrier) continue;
     demand(*barrier == kInitialised, "the barrier's memory was overwritten");
     demand(state.fenced, "no fence_barriers after barrier_init");
-    demand(self().thread == state.owner || block().syncs > state.syncs,
-           "the block has not synchronised since barrier_init");
+    const bool knows = &owner == &block() ? self().thread == state.owner || owner.syncs > state.syncs
+                                          : owner.meetings > state.meetings;
+    demand(knows, "the block has not synchronised since barrier_init");
     return state;
   }
   fail(std::string(call) + ": the barrier was not initialised");
@@ -110,7 +117,7 @@ KDK_DEVICE uint32_t shared_address(const void* p) {
   emulator::check_shared("shared_address", p, 1);
   return uint32_t(static_cast<const char*>(p) - shared_memory());
 }
-KDK_DEVICE void barrier_init(Barrier* barrier) {
+KDK_DEVICE void barrier_init(Barrier* barrier, int arrivals = 1) {
   emulator::check_aligned("barrier_init", barrier, 8);
   emulator::check_shared("barrier_init", barrier, sizeof *barrier);
   for (const auto& state : emulator::block().barriers)
@@ -119,6 +126,7 @@ KDK_DEVICE void barrier_init(Barrier* barrier) {
   emulator::BarrierState state{};
   state.address = barrier;
   state.owner = thread_index();
+  state.arrivals = arrivals;
   state.waits.resize(thread_count());
   emulator::block().barriers.push_back(state);
 }
@@ -127,14 +135,16 @@ KDK_DEVICE void fence_barriers() {
     if (state.owner != thread_index() || state.fenced) continue;
     state.fenced = true;
     state.syncs = emulator::block().syncs;
+    state.meetings = emulator::block().meetings;
   }
 }
 KDK_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
   emulator::pause();
   auto& state = emulator::barrier_state("barrier_expect", barrier);
-  if (state.announced) emulator::fail("barrier_expect: the use before is not complete");
+  if (state.arrived == state.arrivals)
+    emulator::fail("barrier_expect: the use before is not complete");
   if (bytes >= 1u << 20) emulator::fail("barrier_expect: a use copies less than 1 MiB");
-  state.announced = true;
+  ++state.arrived;
   state.missing += bytes;
   if (state.missing < 0) emulator::fail("barrier_expect: more bytes were copied than announced");
   emulator::launch->complete_use(state);
@@ -153,6 +163,16 @@ KDK_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* b
   emulator::launch->copies.push_back({&emulator::block(), &state, to, from, bytes});
   emulator::pause();
 }
+KDK_DEVICE void barrier_arrive(Barrier* barrier, int rank) {
+  emulator::pause();
+  Barrier* const there = cluster_shared(barrier, rank);
+  emulator::Block& owner = emulator::block().cluster->first[rank];
+  auto& state = emulator::barrier_state("barrier_arrive", there, owner);
+  if (owner.finished == thread_count()) emulator::fail("barrier_arrive: the block has returned");
+  ++state.arrived;
+  emulator::launch->complete_use(state);
+  emulator::pause();
+}
 KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   emulator::pause();
   auto& state = emulator::barrier_state("barrier_wait", barrier);
@@ -168,6 +188,9 @@ KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
   if (state.uses > use + 1)
     emulator::fail("barrier_wait: the use after the one waited for may be over before it is seen");
 }
+KDK_DEVICE void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
+}
 KDK_DEVICE void fence_bulk() { emulator::pause(); }
 
 // Made when it is waited for, from what the source holds then; until then the target is NaN.
@@ -177,20 +200,21 @@ KDK_DEVICE void copy16_async(void* to, const void* from) {
   emulator::check_shared("copy16_async, target", to, 16);
   emulator::check_global("copy16_async, source", from);
   std::memset(to, 0xff, 16);
-  emulator::self().ahead.push_back({to, from, false});
+  emulator::self().ahead.push_back({to, from, emulator::self().commits});
   emulator::pause();
 }
-KDK_DEVICE void commit_copies() {
-  for (auto& copy : emulator::self().ahead) copy.committed = true;
-}
+KDK_DEVICE void commit_copies() { ++emulator::self().commits; }
+template <int kGroups = 0>
 KDK_DEVICE void wait_copies() {
   emulator::pause();
-  auto& copies = emulator::self().ahead;
-  for (const auto& copy : copies) {
-    if (!copy.committed) emulator::fail("wait_copies: a copy was not committed");
-    std::memcpy(copy.to, copy.from, 16);
+  auto& fiber = emulator::self();
+  size_t left = 0;
+  for (const auto& copy : fiber.ahead) {
+    if (copy.group == fiber.commits) emulator::fail("wait_copies: a copy was not committed");
+    if (copy.group + kGroups < fiber.commits) std::memcpy(copy.to, copy.from, 16);
+    else fiber.ahead[left++] = copy;
   }
-  copies.clear();
+  fiber.ahead.resize(left);
 }
 
 KDK_DEVICE unsigned arrive(unsigned* counter) {

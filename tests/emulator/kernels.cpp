@@ -102,7 +102,7 @@ struct CorrelationCall {
   double inter, intra, tau, eps;
   int64_t arch, multiprocessors, block_shared, most_cluster;
   int64_t seed;
-  int64_t plan[16];  // as in RowCall
+  int64_t plan[18];  // as in RowCall
 };
 
 }  // namespace
@@ -133,7 +133,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_correlatio
                            plan.groups,             plan.threads, plan.blocks,  plan.parts,
                            plan.shared,             plan.vector, int64_t(plan.layout),
                            plan.row_pitch,          plan.class_pitch, plan.spread, plan.run,
-                           plan.bulk};
+                           plan.bulk,               plan.cluster, plan.slice};
     static_assert(sizeof out == sizeof call->plan);
     std::memcpy(call->plan, out, sizeof out);
     if (!fits(plan, shape, device)) throw std::runtime_error("the plan breaks a limit");

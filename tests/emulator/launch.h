@@ -51,9 +51,10 @@ struct Fiber {
   struct Ahead {  // an asynchronous copy of this thread
     void* to;
     const void* from;
-    bool committed;
+    uint64_t group;  // commits before its own
   };
   std::vector<Ahead> ahead;
+  uint64_t commits = 0;
 };
 
 // Threads that wait for each other.
@@ -72,9 +73,9 @@ struct BarrierState {
   uint64_t* address;
   int owner;              // the thread that initialised it
   bool fenced = false;
-  uint64_t syncs = 0;     // of the block when it was fenced
+  uint64_t syncs = 0, meetings = 0;  // of the block when it was fenced
   uint64_t uses = 0;      // completed
-  bool announced = false;
+  int arrivals = 1, arrived = 0;  // of a use, and so far
   int64_t missing = 0;    // bytes announced and not copied; negative if copied before they were
   std::vector<uint64_t> waits;  // of each thread
   std::vector<Fiber*> waiting;
@@ -88,7 +89,7 @@ struct Cluster {
 
 struct Block {
   int index = 0, rank = 0, finished = 0;
-  uint64_t syncs = 0;
+  uint64_t syncs = 0, meetings = 0;  // of the block, and of its cluster
   char* shared = nullptr;
   Group group;
   Cluster* cluster = nullptr;
@@ -165,8 +166,9 @@ class Launch {
   void suspend() { switch_context(running->context, scheduler_); }
 
   void complete_use(BarrierState& barrier) {
-    if (!barrier.announced || barrier.missing != 0) return;
-    barrier.announced = false;
+    if (barrier.arrived > barrier.arrivals) throw std::runtime_error("emulate: too many arrivals");
+    if (barrier.arrived < barrier.arrivals || barrier.missing != 0) return;
+    barrier.arrived = 0;
     ++barrier.uses;
     resume(barrier.waiting);
   }
@@ -207,7 +209,7 @@ class Launch {
       block.index = first_block + int(i);
       block.rank = int(i) % shape.cluster;
       block.finished = 0;
-      block.syncs = 0;
+      block.syncs = block.meetings = 0;
       block.group.size = shape.threads;
       block.barriers.clear();
       block.shared = base + i * stride_ + kGuard;
@@ -225,6 +227,7 @@ class Launch {
         fiber.thread = thread;
         fiber.waits = Wait::nothing;
         fiber.finished = false;
+        fiber.commits = 0;
         prepare(fiber.context, fiber.stack, fiber_main);
         runnable.push_back(&fiber);
       }
@@ -259,7 +262,7 @@ class Launch {
     copies.pop_back();
     std::memcpy(copy.to, copy.from, copy.bytes);
     copy.barrier->missing -= copy.bytes;
-    if (copy.barrier->announced && copy.barrier->missing < 0)
+    if (copy.barrier->arrived == copy.barrier->arrivals && copy.barrier->missing < 0)
       throw std::runtime_error("emulate: block " + std::to_string(copy.block->index) +
                                ": bulk_load copied more bytes than barrier_expect announced");
     complete_use(*copy.barrier);
@@ -277,9 +280,9 @@ class Launch {
     for (const Copy& copy : copies)
       demand(copy.block != &block, " ended before bulk copies that nobody waited for");
     for (const BarrierState& barrier : block.barriers)
-      demand(!barrier.announced && barrier.missing == 0 &&
+      demand(barrier.arrived == 0 && barrier.missing == 0 &&
                  *std::max_element(barrier.waits.begin(), barrier.waits.end()) == barrier.uses,
-             " ended before bulk copies that nobody waited for");
+             " ended before bulk copies or arrivals that nobody waited for");
     for (size_t i = 0; i < kGuard; ++i) {
       demand(uint8_t(block.shared[shape.shared_bytes + i]) == kGuardByte,
              ": shared memory overflow, written " + std::to_string(i) + " bytes after its end");
@@ -358,7 +361,10 @@ inline void meet(Group& group, Wait wait) {
   group.waiting.push_back(&fiber);
   if (int(group.waiting.size()) == group.size) {
     if (wait != Wait::warp && wait != Wait::shuffle)
-      for (Fiber* one : group.waiting) one->block->syncs += one->thread == 0;
+      for (Fiber* one : group.waiting) {
+        one->block->syncs += one->thread == 0;
+        one->block->meetings += one->thread == 0 && wait != Wait::block;
+      }
     launch->resume(group.waiting);
   }
   launch->suspend();

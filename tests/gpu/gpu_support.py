@@ -30,7 +30,7 @@ PRESENT = REHEARSAL or torch.cuda.is_available()
 KERNELS = ("native", "triton")
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ROW_TRAVERSALS = ("lanes", "block", "cluster", "stream", "split", "general")
-CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns")
+CORRELATION_TRAVERSALS = ("tile", "staged", "stream", "columns", "slices")
 H200 = dict(zip(cuda_emulator.SMALL, test_cuda_plan.DEVICES["H200"], strict=True))
 """What the plans know of a device, in the order of their arguments."""
 

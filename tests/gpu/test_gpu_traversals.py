@@ -77,6 +77,14 @@ CORRELATION_SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((21, 2057), F16),
     ((150, 40), F64),
     ((4, 262144), F32),
+    ((4500, 1000), F32),
+    ((8200, 1001), BF16),
+    ((2049, 4104), F16),
+    ((130, 21841), F32),
+    ((520, 21841), BF16),
+    ((301, 32000), BF16),
+    ((70, 65536), F32),
+    ((70, 128256), BF16),
 ]
 
 
@@ -89,7 +97,8 @@ def kernel(family: str, traversal: str) -> str:
     """How the name of a traversal's kernel begins."""
     if family == "row":
         return f"row_{traversal}"
-    return f"correlate_{traversal}" if traversal in ("stream", "columns") else "correlate<"
+    named = traversal in ("stream", "columns", "slices")
+    return f"correlate_{traversal}" if named else "correlate<"
 
 
 def check_launched(family: str, traversal: str, case: Case, *args: Any, **options: Any) -> None:
