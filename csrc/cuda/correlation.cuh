@@ -27,6 +27,16 @@ template <class R>
 struct Moments {
   R mean_q = 0, mean_p = 0, qq = 0, pp = 0, qp = 0;
 
+  // One row more (Welford), with `share` one by the rows that there are then.
+  KDK_DEVICE void add(R q, R p, R share) {
+    const R dq = q - mean_q, dp = p - mean_p, rest = R(1) - share;
+    mean_q = multiply_add(dq, share, mean_q);
+    mean_p = multiply_add(dp, share, mean_p);
+    const R eq = dq * rest, ep = dp * rest;
+    qq = multiply_add(dq, eq, qq);
+    pp = multiply_add(dp, ep, pp);
+    qp = multiply_add(dq, ep, qp);
+  }
   // Moments of `count` rows more, after those of `before` rows.
   KDK_DEVICE void merge(const Moments& other, R before, R count) {
     const R share = count / (before + count), weight = before * share;
@@ -164,6 +174,15 @@ template <class R>
 KDK_DEVICE R derivative(R q, R p, R mean, R of_q, R of_p, const Column<R>& column) {
   return of_q * (q - mean) + of_p * (p - mean) + column.of_q * (q - column.mean_q) +
          column.of_p * (p - column.mean_p);
+}
+
+// Likewise but for `base`, (of_q + of_p) mean, which all classes share: the gradient does not depend on that.
+// The same bits wherever it is called: with the sum of q times it, it cancels where q is 1.
+template <class R>
+KDK_DEVICE R slope_of(R q, R p, R of_q, R of_p, R base, const Column<R>& column) {
+  const R by_row = multiply_add(of_q, q, multiply_add(of_p, p, -base));
+  const R by_p = multiply_add(column.of_p, p - column.mean_p, by_row);
+  return multiply_add(column.of_q, q - column.mean_q, by_p);
 }
 
 // A row pair in the registers of kLanes lanes, a class in every element.

@@ -81,7 +81,8 @@ KDK_DEVICE R relate(const CorrelationProblem& problem, const Seat<kElements>& se
     z[1] += p[j];
   }
   seat.template reduce<Sum>(z);
-  const R inverse[2] = {rules::quotient(R(1), z[0]), rules::quotient(R(1), z[1])};
+  // Of C equal logits z is C, and q just what the mean is.
+  const R inverse[2] = {reciprocal(z[0]), reciprocal(z[1])};
   const R mean = R(1.0 / double(problem.classes));
   R sums[3] = {0, 0, 0};
   KDK_UNROLL
@@ -109,14 +110,7 @@ KDK_DEVICE void add_row(const R (&q)[kElements], const R (&p)[kElements], int co
   const R share = count == 1 ? R(1) : rules::quotient(R(1), R(count));
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
-    Moments<R>& m = columns[j];
-    const R dq = q[j] - m.mean_q, dp = p[j] - m.mean_p;
-    m.mean_q = multiply_add(dq, share, m.mean_q);
-    m.mean_p = multiply_add(dp, share, m.mean_p);
-    const R eq = q[j] - m.mean_q, ep = p[j] - m.mean_p;
-    m.qq = multiply_add(dq, eq, m.qq);
-    m.pp = multiply_add(dp, ep, m.pp);
-    m.qp = multiply_add(dq, ep, m.qp);
+    columns[j].add(q[j], p[j], share);
   }
 }
 
@@ -184,10 +178,7 @@ KDK_DEVICE void differentiate(const CorrelationProblem& problem, const Seat<kEle
   for (int j = 0; j < kElements; ++j) {
     q[j] = product(exponent_s(q[j]), terms.inverse_s);
     p[j] = product(exponent_t(p[j]), terms.inverse_t);
-    // By the row, but for what all classes share; then by the column.
-    const R by_row = multiply_add(of_q, q[j], multiply_add(of_p, p[j], -base));
-    const R by_p = multiply_add(columns[j].of_p, p[j] - columns[j].mean_p, by_row);
-    p[j] = multiply_add(columns[j].of_q, q[j] - columns[j].mean_q, by_p);
+    p[j] = slope_of(q[j], p[j], of_q, of_p, base, columns[j]);
     along[0] = multiply_add(q[j], p[j], along[0]);
   }
   seat.template reduce<Sum>(along);

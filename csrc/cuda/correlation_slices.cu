@@ -121,19 +121,12 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
   // The row in the moments of the columns.
   const auto end_row = [&](int i, int stage) {
     const SliceTold<T> told = meeting.told[i % 2];
-    const R share = i == 0 ? R(1) : rules::quotient(R(1), R(i + 1)), rest = R(1) - share;
+    const R share = i == 0 ? R(1) : rules::quotient(R(1), R(i + 1));
     const int64_t row = walk.row(i);
     const auto add = [&](int j, SliceLogits q, SliceLogits p) {
       KDK_UNROLL
       for (int k = 0; k < kSliceStep; ++k) {
-        Moments<R>& m = columns[j + k];
-        const R dq = told.s(q[k]) - m.mean_q, dp = told.t(p[k]) - m.mean_p;
-        m.mean_q = multiply_add(dq, share, m.mean_q);
-        m.mean_p = multiply_add(dp, share, m.mean_p);
-        const R eq = dq * rest, ep = dp * rest;
-        m.qq = multiply_add(dq, eq, m.qq);
-        m.pp = multiply_add(dp, ep, m.pp);
-        m.qp = multiply_add(dq, ep, m.qp);
+        columns[j + k].add(told.s(q[k]), told.t(p[k]), share);
       }
     };
     seat.each(walk.stages.student(row, stage), walk.stages.teacher(row, stage), add);
@@ -201,13 +194,6 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
     to[1] = of_p;
     to[2] = (of_q + of_p) * mean;
   };
-  // d loss / d q, but for what is the same in all classes. Both walks get the same bits: where q is 1 it
-  // cancels with the sum of q times it.
-  const auto slope = [&](const R (&of)[3], R q, R p, const Column<R>& column) {
-    const R by_row = multiply_add(of[0], q, multiply_add(of[1], p, -of[2]));
-    const R by_p = multiply_add(column.of_p, p - column.mean_p, by_row);
-    return multiply_add(column.of_q, q - column.mean_q, by_p);
-  };
   const auto row_factors = [&](int i, R (&of)[3]) {
     KDK_UNROLL
     for (int k = 0; k < 3; ++k) of[k] = meeting.of_row[i % 8][k];
@@ -220,7 +206,7 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
       KDK_UNROLL
       for (int k = 0; k < kSliceStep; ++k) {
         const R q = told.s(s[k]);
-        along[0] = multiply_add(q, slope(of, q, told.t(t[k]), columns[j + k]), along[0]);
+        along[0] = multiply_add(q, slope_of(q, told.t(t[k]), of[0], of[1], of[2], columns[j + k]), along[0]);
       }
     });
     reduce_lanes<Sum>(along, kWarp);
@@ -251,7 +237,7 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
       KDK_UNROLL
       for (int k = 0; k < kSliceStep; ++k) {
         const R q = told.s(s[k]);
-        g[k] = q * (slope(of, q, told.t(t[k]), columns[j + k]) - along);
+        g[k] = q * (slope_of(q, told.t(t[k]), of[0], of[1], of[2], columns[j + k]) - along);
       }
       seat.write(to, j, g);
     });

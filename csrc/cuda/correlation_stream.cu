@@ -14,6 +14,34 @@ struct RowTerms {
   R max_s, inverse_s, max_t, inverse_t, of_q, of_p;
 };
 
+// 2^(k x - k most), the same bits for columns and gradient; `excess` is what rounding makes of 1.
+struct FusedExponent {
+  float k, at, most;
+  KDK_DEVICE FusedExponent(float most, float factor)
+      : k(bounded_factor(most, factor)), at(product(most, k)), most(most) {}
+  KDK_DEVICE float operator()(float x) const { return power_of_two(multiply_add(x, k, -at)); }
+  KDK_DEVICE float excess() const { return (*this)(most); }
+};
+struct WideExponent {
+  double most, k;
+  KDK_DEVICE WideExponent(double most, double k) : most(most), k(k) {}
+  KDK_DEVICE double operator()(double x) const { return power_of_two((x - most) * k); }
+  KDK_DEVICE double excess() const { return 1; }
+};
+template <class R>
+using Exponent = std::conditional_t<std::is_same_v<R, float>, FusedExponent, WideExponent>;
+
+// The softmaxes of a row whose terms are known.
+template <class R>
+struct Softmaxes {
+  Exponent<R> s, t;
+  R inverse_s, inverse_t;
+  KDK_DEVICE Softmaxes(const RowTerms<R>& terms, R k)
+      : s(terms.max_s, k), t(terms.max_t, k), inverse_s(terms.inverse_s), inverse_t(terms.inverse_t) {}
+  KDK_DEVICE R q(R x) const { return product(s(x), inverse_s); }
+  KDK_DEVICE R p(R x) const { return product(t(x), inverse_t); }
+};
+
 // Dense packs of T, in float.
 template <class T>
 struct Packs {
@@ -22,12 +50,17 @@ struct Packs {
   RowPointers<T> at;
   KDK_DEVICE Packs(const CorrelationProblem& problem, int64_t row) : at(problem, row) {}
   KDK_DEVICE void load(int64_t c, R (&s)[kWidth], R (&t)[kWidth]) const {
-    const Pack<T> a = as_pack<T>(load16(at.s + c)), b = as_pack<T>(load16(at.t + c));
+    const Bits16 a = load16(at.s + c), b = load16(at.t + c);
     KDK_UNROLL
     for (int k = 0; k < kWidth; ++k) {
-      s[k] = widen(a.x[k]);
-      t[k] = widen(b.x[k]);
+      s[k] = element<T>(a, k);
+      t[k] = element<T>(b, k);
     }
+  }
+  KDK_DEVICE void find_maxima(int64_t first, int64_t step, int64_t classes, R (&most)[2]) const {
+    PackMaxima<T> maxima;
+    for (int64_t c = first; c < classes; c += step) maxima.add({load16(at.s + c), load16(at.t + c)});
+    maxima.join(most);
   }
   KDK_DEVICE void store(int64_t c, const R (&g)[kWidth]) const {
     Pack<T> pack;
@@ -53,6 +86,14 @@ struct Elements {
     s[0] = load_element<R>(problem.student, s_ + c * problem.student.class_stride);
     t[0] = load_element<R>(problem.teacher, t_ + c * problem.teacher.class_stride);
   }
+  KDK_DEVICE void find_maxima(int64_t first, int64_t step, int64_t classes, R (&most)[2]) const {
+    for (int64_t c = first; c < classes; c += step) {
+      R s[1], t[1];
+      load(c, s, t);
+      most[0] = larger(s[0], most[0]);
+      most[1] = larger(t[0], most[1]);
+    }
+  }
   KDK_DEVICE void store(int64_t c, const R (&g)[1]) const {
     store_element<R>(problem.gradient, g_ + c * problem.gradient.class_stride, g[0]);
   }
@@ -77,39 +118,40 @@ KDK_DEVICE R relate_row(const CorrelationProblem& problem, int64_t row, Block& b
   const Access logits(problem, row);
   const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
   R most[2] = {-R(INFINITY), -R(INFINITY)};
-  each_class(problem, logits, [&](R s, R t) {
-    most[0] = Max::join(s, most[0]);
-    most[1] = Max::join(t, most[1]);
-  });
+  logits.find_maxima(int64_t(thread_index()) * Access::kWidth,
+                     int64_t(kStreamThreads) * Access::kWidth, problem.classes, most);
   block.reduce<Max>(most);
+  // Of equal logits these are 1, their sum is exact, and the centred squares below are 0.
+  const auto power = [&](R x, int side) { return power_of_two((x - most[side]) * k); };
   R z[2] = {0, 0};
   each_class(problem, logits, [&](R s, R t) {
-    z[0] += power_of_two((s - most[0]) * k);
-    z[1] += power_of_two((t - most[1]) * k);
+    z[0] += power(s, 0);
+    z[1] += power(t, 1);
   });
   block.reduce<Sum>(z);
-  terms = {most[0], R(1) / z[0], most[1], R(1) / z[1], 0, 0};
+  const R inverse[2] = {R(1) / z[0], R(1) / z[1]};
   R sums[3] = {0, 0, 0};
   each_class(problem, logits, [&](R s, R t) {
-    const R a = product(power_of_two((s - terms.max_s) * k), terms.inverse_s) - mean;
-    const R b = product(power_of_two((t - terms.max_t) * k), terms.inverse_t) - mean;
-    sums[0] += product(a, a);
-    sums[1] += product(b, b);
-    sums[2] += product(a, b);
+    const R a = product(power(s, 0), inverse[0]) - mean;
+    const R b = product(power(t, 1), inverse[1]) - mean;
+    sums[0] = multiply_add(a, a, sums[0]);
+    sums[1] = multiply_add(b, b, sums[1]);
+    sums[2] = multiply_add(a, b, sums[2]);
   });
   block.reduce<Sum>(sums);
   const R inter = R(problem.inter);
-  const R value =
-      Rule::relation(sums[0], sums[1], sums[2], R(problem.eps), terms.of_p, terms.of_q);
-  terms.of_p *= inter;
-  terms.of_q *= inter;
+  R of_p, of_q;
+  const R value = Rule::relation(sums[0], sums[1], sums[2], R(problem.eps), of_p, of_q);
+  const Exponent<R> s(most[0], k), t(most[1], k);
+  terms = {most[0],      R(1) / (z[0] * s.excess()), most[1], R(1) / (z[1] * t.excess()),
+           of_q * inter, of_p * inter};
   return value * inter;
 }
 
 template <class Access, class R>
 KDK_DEVICE void sum_columns(const CorrelationTask& task, int part_rows, int parts) {
   constexpr int kWidth = Access::kWidth;
-  constexpr int kRows = kWidth == 8 ? 2 : 4;  // of a column in registers at once
+  constexpr int kRows = 2;  // of a column that are read at once
   const CorrelationProblem& problem = task.problem;
   const R k = R(1.0 / problem.tau) * R(kLog2E);
   const int64_t strip = int64_t(kStreamThreads) * kWidth;
@@ -123,23 +165,19 @@ KDK_DEVICE void sum_columns(const CorrelationTask& task, int part_rows, int part
     if (c >= problem.classes) continue;
     Moments<R> sum[kWidth];
     for (int64_t row = begin; row < end; row += kRows) {
-      const int count = int(end - row < kRows ? end - row : kRows);
-      R q[kWidth][kRows], p[kWidth][kRows];
+      R s[kRows][kWidth], t[kRows][kWidth];
+      KDK_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        if (row + r < end) Access(problem, row + r).load(c, s[r], t[r]);
       KDK_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if (r >= count) break;
-        const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[row + r];
-        R s[kWidth], t[kWidth];
-        Access(problem, row + r).load(c, s, t);
+        if (row + r >= end) break;
+        const Softmaxes<R> softmax(static_cast<const RowTerms<R>*>(task.rows)[row + r], k);
+        const int64_t count = row + r - begin + 1;
+        const R share = count == 1 ? R(1) : rules::quotient(R(1), R(count));
         KDK_UNROLL
-        for (int i = 0; i < kWidth; ++i) {
-          q[i][r] = product(power_of_two((s[i] - terms.max_s) * k), terms.inverse_s);
-          p[i][r] = product(power_of_two((t[i] - terms.max_t) * k), terms.inverse_t);
-        }
+        for (int i = 0; i < kWidth; ++i) sum[i].add(softmax.q(s[r][i]), softmax.p(t[r][i]), share);
       }
-      KDK_UNROLL
-      for (int i = 0; i < kWidth; ++i)
-        sum[i].merge(moments_of(q[i], p[i], count), R(row - begin), R(count));
     }
     KDK_UNROLL
     for (int i = 0; i < kWidth; ++i) store_partial<R>(task, parts, part, c + i, sum[i]);
@@ -170,6 +208,7 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
   const Access row(problem, index);
   const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[index];
   const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
+  const Softmaxes<R> softmax(terms, k);
   const auto slopes = [&](int64_t c, R (&q)[kWidth], R (&g)[kWidth]) {
     row.load(c, q, g);
     R columns[4][kWidth];
@@ -179,9 +218,9 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
     KDK_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       const Column<R> column{columns[0][i], columns[1][i], columns[2][i], columns[3][i]};
-      q[i] = product(power_of_two((q[i] - terms.max_s) * k), terms.inverse_s);
-      const R p = product(power_of_two((g[i] - terms.max_t) * k), terms.inverse_t);
-      g[i] = derivative(q[i], p, mean, terms.of_q, terms.of_p, column);
+      q[i] = softmax.q(q[i]);
+      g[i] = slope_of(q[i], softmax.p(g[i]), terms.of_q, terms.of_p,
+                      (terms.of_q + terms.of_p) * mean, column);
     }
   };
   const int64_t first = int64_t(thread_index()) * kWidth, step = int64_t(kStreamThreads) * kWidth;
@@ -190,7 +229,7 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
     R q[kWidth], g[kWidth];
     slopes(c, q, g);
     KDK_UNROLL
-    for (int i = 0; i < kWidth; ++i) along[0] += q[i] * g[i];
+    for (int i = 0; i < kWidth; ++i) along[0] = multiply_add(q[i], g[i], along[0]);
   }
   block.reduce<Sum>(along);
   for (int64_t c = first; c < problem.classes; c += step) {

@@ -7,6 +7,7 @@
 // the reduction between, which every reader has reached.
 #pragma once
 
+#include "../rules/math.h"
 #include "device.cuh"
 #include "task.h"
 
@@ -27,6 +28,12 @@ KDK_DEVICE float unrounded(float x) {
   const float y = x * -0.69314718f;
   const float near = 1.0f + y * (1.0f + y * (0.5f + y * (1.0f / 6.0f)));
   return fabsf(x) < 0x1p-8f ? near : power_of_two(-x);
+}
+
+// 1 / x, rounded as a division rounds it but for rare cases; x is no infinity.
+KDK_DEVICE float reciprocal(float x) {
+  const float near = rules::quotient(1.0f, x);
+  return multiply_add(near, multiply_add(-x, near, 1.0f), near);
 }
 
 struct Sum {

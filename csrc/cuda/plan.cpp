@@ -166,9 +166,7 @@ CorrelationPlan by_tile(CorrelationTraversal traversal, const RowShape& shape,
   const int64_t most = std::min<int64_t>((room - fixed) / row, 256);
   const int64_t whole = most >= pass ? most / pass * pass : most;
   const int64_t rounds = ceil_divide(shape.rows, most_blocks * whole);
-  // So many at least that the moments of all parts fit where the gradient will be.
-  const int64_t least = ceil_divide(4 * kMoments * plan.groups, element_bytes(shape.student));
-  const int64_t wanted = std::max(least, ceil_divide(shape.rows, most_blocks * rounds));
+  const int64_t wanted = std::max<int64_t>(1, ceil_divide(shape.rows, most_blocks * rounds));
   const int64_t tile = std::min(most, round_up(wanted, std::min(pass, most)));
   plan.tile = int32_t(tile);
   plan.blocks = int32_t(std::min(ceil_divide(shape.rows, tile), most_blocks));
