@@ -56,7 +56,7 @@ KERNELS = {
     ("columns", "float32"): Kernel(48, 4, 227, 2, 330),
     ("columns", "bfloat16"): Kernel(53, 4, 227, 2, 290),
     ("slices", "float32"): Kernel(66, 8, 168, 0, 190),
-    ("slices", "bfloat16"): Kernel(63, 8, 168, 0, 217),
+    ("slices", "bfloat16"): Kernel(68, 8, 168, 0, 253),
     ("stream correlation", "bfloat16"): Kernel(95, 10, 128, 1),
 }
 CASES = [
@@ -123,12 +123,11 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     if traversal == "slices":
         moved += 2 * rows * 24 + 3 * plan["parts"] * classes * 20  # and the moments of each part
         threads = plan["cluster"] * (plan["threads"] - 32)
-        slots = rows * (threads * plan["elements"] + plan["cluster"] * 32 * EXCHANGE / 63)
+        exchange = plan["cluster"] * 32 * EXCHANGE / kernel.instructions
+        slots = rows * (threads * plan["elements"] + exchange)
         blocks = 12 // (-(-plan["threads"] // 128) * 4)
-    # As many multiprocessors as have work; whole clusters.
-    room = DEVICE["multiprocessors"] * blocks
-    room -= room % max(plan["cluster"], 1) if traversal == "slices" else 0
-    busy = min(plan["blocks"], room) / (DEVICE["multiprocessors"] * blocks)
+    # As many multiprocessors as have work.
+    busy = min(1.0, plan["blocks"] / (DEVICE["multiprocessors"] * blocks))
     lanes = DEVICE["multiprocessors"] * CLOCK * max(busy, 0.25)
     times = {
         "bytes": moved / COPY,

@@ -152,11 +152,11 @@ def test_the_intended_slices() -> None:
     assert slices(50_000, 1001, fp32) == (1, 3 * 132, 3 * 132)
     assert slices(8192, 4096, bf16) == (1, 132, 132)
     assert slices(8192, 4096, bf16, "A100") == (1, 108, 108)
-    assert slices(8192, 21841, fp32) == (8, 256, 32)
-    assert slices(4096, 32000, bf16) == (4, 132, 33)
+    assert slices(8192, 21841, fp32) == (8, 128, 16)
+    assert slices(4096, 32000, bf16) == (4, 128, 32)
     assert slices(4096, 32000, bf16, "A100") == "stream"
-    assert slices(8192, 50257, bf16) == (16, 256, 16)
-    assert slices(8192, 128256, bf16) == (16, 256, 16)
+    assert slices(8192, 50257, bf16) == (16, 128, 8)
+    assert slices(8192, 128256, bf16) == (16, 128, 8)
     assert slices(8192, 151936, bf16) == "stream"
     # The moments of all parts fit where the gradient will be.
     for rows in (256, 500, 1024):

@@ -104,6 +104,19 @@ def test_slices_of_masked_rows(mask: float) -> None:
     against_dist(student, teacher, device=dict(WIDE, block_shared=40000))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_slices_of_rows_far_out(dtype: torch.dtype) -> None:
+    """An offset, or a mask, of whole rows; ties among numbers so large that nothing else counts."""
+    low = torch.finfo(dtype).min
+    for value in (1e3, 3e4, -3e4, low) if dtype == torch.float16 else (1e3, 1e5, 3e7, -1e9, low):
+        student, teacher, _ = make("gaussian", 24, 1504, dtype=dtype)
+        student[3] = teacher[3] = value
+        if value != low:
+            student[5, 7] = student[5, 700] = student[5, 1400] = value
+            teacher[5, 7] = teacher[5, 700] = teacher[5, 1400] = value
+        against_dist(student, teacher, device=WIDE)
+
+
 def test_slices_give_nan_for_nan() -> None:
     for where, value in ((3, 7), torch.nan), ((0, 3999), torch.inf), ((2,), -torch.inf):
         student, teacher, _ = make("gaussian", 6, 4000)

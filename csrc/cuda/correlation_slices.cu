@@ -92,8 +92,9 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
               {from[2] - a * a * one, from[3] - b * b * one, from[4] - a * b * one}};
     }
     const RowPart sum = part.merged(walk.of_warp, walk.of_block, walk.k);
-    walk.hand_out(i, {sum.origin[0], sum.origin[1], sum.z[0], sum.z[1], sum.products[0],
-                      sum.products[1], sum.products[2]});
+    const R values[8] = {sum.origin[0],   sum.origin[1],   sum.z[0],        sum.z[1],
+                         sum.products[0], sum.products[1], sum.products[2], 0};
+    walk.hand_out(i, values);
   };
   const auto finish = [&](int i) {
     RowPart part;
@@ -120,7 +121,7 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
   };
   // The row in the moments of the columns.
   const auto end_row = [&](int i, int stage) {
-    const SliceTold<T> told = meeting.told[i % 2];
+    const SliceTold told = meeting.told[i % 2];
     const R share = i == 0 ? R(1) : rules::quotient(R(1), R(i + 1));
     const int64_t row = walk.row(i);
     const auto add = [&](int j, SliceLogits q, SliceLogits p) {
@@ -199,7 +200,7 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
     for (int k = 0; k < 3; ++k) of[k] = meeting.of_row[i % 8][k];
   };
   const auto begin_row = [&](int i, int stage) {
-    const SliceTold<T> told = meeting.told[i % 8];
+    const SliceTold told = meeting.told[i % 8];
     R of[3], along[1] = {0};
     row_factors(i, of);
     each(i, stage, [&](int j, SliceLogits s, SliceLogits t) {
@@ -215,18 +216,17 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
   const auto exchange = [&](int i) {
     R along[1] = {walk.of_warp > 0 ? meeting.warps[i % 2][lane][0] : R(0)};
     reduce_lanes<Sum>(along, 16);
-    walk.hand_out(i, along);
+    const R values[4] = {along[0], 0, 0, 0};
+    walk.hand_out(i, values);
   };
   const auto finish = [&](int i) {
     R along[1];
     if (!walk.receive(i, along)) along[0] = 0;
     reduce_lanes<Sum>(along, 16);
-    // Rounding has given all of a row's q one factor more: in the sum it would not cancel where q is 1.
-    if (RowSoftmax<T>::kHalf) along[0] *= meeting.told[i % 8].s.inverse;
     if (lane == 0) meeting.along[i % 2] = along[0];
   };
   const auto end_row = [&](int i, int stage) {
-    const SliceTold<T> told = meeting.told[i % 8];
+    const SliceTold told = meeting.told[i % 8];
     const R along = meeting.along[i % 2];
     R of[3];
     row_factors(i, of);

@@ -62,8 +62,10 @@ struct SliceSeat {
     if constexpr (kWhole) {
       PackMaxima<T> maxima{{load16_shared(s + at(0)), load16_shared(t + at(0))}};
       KDK_UNROLL
-      for (int run = 1; run < kRuns; ++run)
+      for (int run = 1; run < kRuns; ++run) {
+        if constexpr (kElements > kSliceElements) sync_warp();  // as in each()
         maxima.add({load16_shared(s + at(run)), load16_shared(t + at(run))});
+      }
       maxima.join(most);
     } else {
       each(s, t, [&](int, SliceLogits q, SliceLogits p) {
@@ -114,10 +116,11 @@ class SliceStages {
     if (thread_index() == 0) {
       for (int i = 0; i < kSliceStages; ++i) barrier_init(barriers_ + i);
     }
-    if (!kWhole) return;
-    for (int side = 0; side < 2 * kSliceStages; ++side)
-      for (int i = count_ + thread_index(); i < all_; i += thread_count())
-        reinterpret_cast<T*>(memory_ + side * side_)[i] = lowest<T>();
+    if constexpr (kWhole) {
+      for (int side = 0; side < 2 * kSliceStages; ++side)
+        for (int i = count_ + thread_index(); i < all_; i += thread_count())
+          reinterpret_cast<T*>(memory_ + side * side_)[i] = lowest<T>();
+    }
   }
 
   KDK_DEVICE const T* student(int64_t row, int stage) const {
@@ -148,7 +151,7 @@ class SliceStages {
     fetch_side(problem_.teacher, row, stage, 1, thread, threads);
   }
   KDK_DEVICE void fetch_edges(int64_t row, int stage, int lane) const {
-    if (kWhole) return;
+    if constexpr (kWhole) return;
     const int side = lane / 16, which = lane % 8;
     const Rows& x = side ? problem_.teacher : problem_.student;
     const Extent e = extent(from(x, row));

@@ -54,46 +54,35 @@ KDK_DEVICE float sum_five(const float (&x)[5]) {
   return sum + shuffle_xor(sum, 1);
 }
 
-// The softmax of a row, of which z is the sum of 2^(k (x - most)). Half logits leave half the time for a class:
-// there 1 / z goes into the exponent (row.cuh). A row's logits give the same bits in (1) and (3), and in
-// all rows that equal it: the moments of a constant column are 0.
-template <class T>
+// The softmax of a row, of which z is the sum of 2^(k (x - most)). A row's logits give the same bits in (1) and
+// (3), and in all rows that equal it: the moments of a constant column are 0.
 struct RowSoftmax {
-  static constexpr bool kHalf = sizeof(T) == 2;
-  float k, at, inverse;  // inverse: of z; kHalf: of the sum of all classes, which is 1 but for rounding
+  float k, at, inverse;
   KDK_DEVICE RowSoftmax(float most, float z, float factor)
       : k(bounded_factor(most, factor)), at(most == -INFINITY ? 0.0f : product(most, k)) {
-    z *= power_of_two(multiply_add(most, k, -at));  // what rounding does to the exponents
-    if constexpr (kHalf) {
-      const float before = at;
-      at += std::log2(z);
-      z *= power_of_two(before - at);
-    }
-    inverse = rules::quotient(1.0f, z);
+    // What rounding does to the exponents is taken out of the sum.
+    inverse = rules::quotient(1.0f, z * power_of_two(multiply_add(most, k, -at)));
   }
   KDK_DEVICE float operator()(float x) const {
-    const float power = power_of_two(multiply_add(x, k, -at));
-    return kHalf ? power : product(power, inverse);
+    return product(power_of_two(multiply_add(x, k, -at)), inverse);
   }
 };
 
 // What all threads of a block are told of a row.
-template <class T>
 struct SliceTold {
-  RowSoftmax<T> s, t;
+  RowSoftmax s, t;
 };
 
 // Where a row's parts meet, in shared memory.
 constexpr int kHandings = 4;  // rows whose parts may be on their way between blocks
-template <class T>
 struct SliceMeeting {
   float warps[2][kSliceThreads / kWarp][12];  // of a row: sums z, aa, bb, ab, their centres and origins
   float blocks[kHandings][16][8];             // RowPart, from each block of the cluster
-  SliceTold<T> told[8];
+  SliceTold told[8];
   float of_row[8][4];                         // (3): of_q, of_p, and their sum times the mean
   float along[2];                             // (3): the sum of q times d loss / d q
 };
-static_assert(sizeof(SliceMeeting<float>) <= kSliceMeeting);
+static_assert(sizeof(SliceMeeting) <= kSliceMeeting);
 
 // One launch over the rows of a block: who does what.
 template <class T, bool kWhole, int kElements>
@@ -103,7 +92,7 @@ struct SliceWalk {
   int64_t first, step, rows;                 // rows of this cluster: first, first + step...
   bool exchanging;                           // this thread's warp exchanges instead
   SliceSeat<T, kWhole, kElements> seat;
-  SliceMeeting<T>& meeting;
+  SliceMeeting& meeting;
   Barrier* barriers;  // of what the blocks hand out; then of the stages
   SliceStages<T, kWhole> stages;
   const bool& bulk;
@@ -121,7 +110,7 @@ struct SliceWalk {
         rows(first < problem.rows ? (problem.rows - first - 1) / step + 1 : 0),
         exchanging(thread_index() >= threads),
         seat(thread_index(), threads, count),
-        meeting(*reinterpret_cast<SliceMeeting<T>*>(shared_memory() + kBlockExchange + kBarrierBytes)),
+        meeting(*reinterpret_cast<SliceMeeting*>(shared_memory() + kBlockExchange + kBarrierBytes)),
         barriers(reinterpret_cast<Barrier*>(shared_memory() + kBlockExchange)),
         stages(problem, plan, shared_memory() + kBlockExchange + kBarrierBytes + kSliceMeeting,
                barriers + kHandings, begin, count),
@@ -137,7 +126,7 @@ struct SliceWalk {
     }
     stages.prepare();
     if (thread_index() == 0) {
-      for (int i = 0; i < kHandings; ++i) barrier_init(barriers + i, cluster);
+      for (int i = 0; i < kHandings; ++i) barrier_init(barriers + i);
       fence_barriers();
     }
     sync_cluster();  // also: every block of the cluster runs before one writes to its memory
@@ -198,6 +187,7 @@ struct SliceWalk {
         sync_block();
         if (i < 0) continue;
         end_row(i, ended);
+        if (bulk) fence_bulk();  // the next copy comes to this place
         ended = after(ended);
       }
       if (!bulk) wait_copies();
@@ -205,19 +195,29 @@ struct SliceWalk {
   }
   KDK_DEVICE static int after(int stage) { return stage == kSliceStages - 1 ? 0 : stage + 1; }
 
-  // Hands `values` of row i, the same in all lanes, to all blocks; and waits for theirs: block `lane`'s.
+  // Hands `values` of row i, the same in the lanes that hand out, to all blocks.
   template <int N>
   KDK_DEVICE void hand_out(int i, const float (&values)[N]) const {
+    static_assert(N % 4 == 0);
     const int lane = thread_index() % kWarp;
-    if (lane < cluster) {
-      float* const mine = meeting.blocks[i % kHandings][rank];
-      float* const there = cluster > 1 ? cluster_shared(mine, lane) : mine;
+    float* const mine = meeting.blocks[i % kHandings][rank];
+    if (cluster == 1) {
       KDK_UNROLL
-      for (int n = 0; n < N; ++n) there[n] = values[n];
-      if (cluster > 1) barrier_arrive(barriers + i % kHandings, lane);
+      for (int n = 0; n < N; ++n)
+        if (lane == 0) mine[n] = values[n];
+      sync_warp();
+      return;
+    }
+    Barrier* const barrier = barriers + i % kHandings;
+    if (lane == 0) barrier_expect(barrier, uint32_t(cluster * N * sizeof(float)));
+    if (lane < cluster) {
+      KDK_UNROLL
+      for (int n = 0; n < N; n += 4)
+        store_remote(mine + n, {values[n], values[n + 1], values[n + 2], values[n + 3]}, barrier, lane);
     }
     sync_warp();
   }
+  // Waits for those of all blocks; block `lane`'s, if there is one.
   template <int N>
   KDK_DEVICE bool receive(int i, float (&values)[N]) const {
     const int lane = thread_index() % kWarp;

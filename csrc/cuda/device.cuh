@@ -51,7 +51,7 @@ KDK_DEVICE X shuffle(X x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
-// The largest of the lanes' numbers, in all lanes.
+// The largest of the lanes' numbers, none of them NaN, in all lanes.
 KDK_DEVICE float warp_max(float x) {
   // As integers in the order of the numbers: all bits but the sign of a negative one are flipped.
   const auto ordered = [](int bits) { return bits ^ int(unsigned(bits >> 31) >> 1); };
@@ -93,20 +93,18 @@ KDK_DEVICE X* cluster_shared(X* p, int rank) {
 #endif
 }
 
-// A barrier in shared memory for bulk copies, or for the blocks of a cluster. One thread calls barrier_init,
-// then fence_barriers; the block synchronises, or the cluster. A use is over when `arrivals` threads have
-// arrived: one by barrier_expect, which also waits for the bytes of bulk_load; or each by
-// barrier_arrive at block `rank` of the cluster, with what it wrote to that block's shared memory
-// before. All wait. The n-th use of a barrier (from 0) has parity n % 2.
+// A barrier in shared memory for bulk copies, or for what other blocks of the cluster store. One thread calls
+// barrier_init, then fence_barriers; the block synchronises, or the cluster; one thread calls
+// barrier_expect, and a use is over when so many bytes have come by bulk_load or store_remote. All
+// wait. The n-th use of a barrier (from 0) has parity n % 2.
 using Barrier = uint64_t;
 
 KDK_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
-KDK_DEVICE void barrier_init(Barrier* barrier, int arrivals = 1) {
+KDK_DEVICE void barrier_init(Barrier* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
 KDK_DEVICE void fence_barriers() {
@@ -114,7 +112,7 @@ KDK_DEVICE void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// Announces one use of the barrier in which copies write `bytes`.
+// Announces one use of the barrier in which `bytes` are written.
 KDK_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -144,17 +142,24 @@ KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
       : "memory");
 #endif
 }
-KDK_DEVICE void barrier_arrive(Barrier* barrier, int rank) {
+// Stores 16 bytes where block `rank` of the cluster keeps what this block keeps at `mine`, a multiple of 16
+// bytes, for that block's own `barrier`.
+struct alignas(16) Four {
+  float x[4];
+};
+KDK_DEVICE void store_remote(float* mine, const Four& v, Barrier* barrier, int rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n\t.reg .b32 there;\n\t"
-      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(
-          shared_address(barrier)),
-      "r"(rank)
+      "{\n\t.reg .b32 there, bar;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 bar, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [bar];\n\t}" ::
+          "r"(shared_address(mine)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(v.x[0]), "f"(v.x[1]), "f"(v.x[2]), "f"(v.x[3])
       : "memory");
 #endif
 }
+// For what other blocks have stored.
 KDK_DEVICE void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

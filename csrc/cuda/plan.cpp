@@ -41,6 +41,7 @@ bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
       const int64_t slice = round_up(ceil_divide(shape.classes, cluster), pack);
       if (cluster > device.most_cluster) break;
       if (shared(slice) > room || (cluster == 16 && together == 2)) continue;
+      if (together == 1 && device.clusters_of(cluster) < 1) continue;
       // What a thread does once a row costs as much as a dozen classes: few threads, each with many
       // classes under way, and whole fours of warps, one for each scheduler.
       const int32_t threads = together == 3 ? 128 : together == 2 ? 256 : kClusterThreads;

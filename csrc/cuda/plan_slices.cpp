@@ -25,12 +25,17 @@ int64_t slices_at_once(const CorrelationPlan& plan, const Device& device) {
                            (int64_t(device.block_shared) + 1024) / (plan.shared + 1024));
 }
 
-// Clocks of a walk, by the instructions of a class and of a thread, and the latency of a turn at least;
-// there is room for so many parts at once.
-double clocks(const CorrelationPlan& plan, const RowShape& shape, const Device& device, int64_t room) {
+// Clusters that are there at once: a part of the rows for each.
+int64_t slices_room(const CorrelationPlan& plan, const Device& device) {
+  return device.clusters_of(plan.cluster) * slices_at_once(plan, device);
+}
+
+// Clocks of a walk, by the instructions of a class and of a thread; a turn takes the exchange's at least.
+double clocks(const CorrelationPlan& plan, const RowShape& shape, const Device& device) {
   const double work = 30.0 * double(plan.slice) + 85.0 * plan.threads;
-  const double turn = std::max(800.0, double(slices_at_once(plan, device)) * work / 100.0);
-  return turn * double((ceil_divide(shape.rows, plan.parts) + 2) * ceil_divide(plan.parts, room));
+  const double exchange = plan.cluster > 1 ? 2000.0 : 1000.0;
+  const double turn = std::max(exchange, double(slices_at_once(plan, device)) * work / 100.0);
+  return turn * double(ceil_divide(shape.rows, plan.parts) + 2);
 }
 
 }  // namespace
@@ -40,8 +45,7 @@ bool plan_slices(const RowShape& shape, const Device& device, CorrelationPlan& c
       shape.rows >= int64_t(1) << 31)
     return false;
   const int64_t bytes = element_bytes(shape.student), pack = 16 / bytes;
-  // The moments of all parts fit where the gradient will be; of more than a sixth of those, their
-  // combination would take a noticeable time.
+  // The moments of all parts fit where the gradient will be.
   const int64_t most = std::max<int64_t>(shape.rows * bytes / (4 * kMoments), 1);
   double least = 0;
   for (const int32_t cluster : {1, 2, 4, 8, 16}) {
@@ -63,16 +67,12 @@ bool plan_slices(const RowShape& shape, const Device& device, CorrelationPlan& c
       plan.tile = int32_t(side_bytes(plan, shape));
       if (shared_bytes(plan) > device.block_shared) continue;
       plan.shared = int32_t(shared_bytes(plan));
-      const int64_t room = device.multiprocessors * slices_at_once(plan, device) / cluster;
-      if (room < 1) continue;
-      // How many large clusters find room is not known: smaller shares of the rows even that out.
-      int64_t parts = std::min({room, shape.rows, most});
-      if (cluster >= 8 && 2 * parts <= std::min(shape.rows / 64, most / 6)) parts *= 2;
-      plan.parts = int32_t(parts);
-      plan.blocks = int32_t(parts * cluster);
+      plan.parts = int32_t(std::min({slices_room(plan, device), shape.rows, most}));
+      if (plan.parts < 1) continue;
+      plan.blocks = plan.parts * cluster;
       plan.groups = int32_t(std::min<int64_t>(ceil_divide(shape.classes, 32),
                                               8 * int64_t(device.multiprocessors)));
-      const double time = clocks(plan, shape, device, room);
+      const double time = clocks(plan, shape, device);
       if (least > 0 && time >= least) continue;
       least = time;
       chosen = plan;
@@ -87,6 +87,7 @@ bool slices_fit(const CorrelationPlan& plan, const RowShape& shape, const Device
                       plan.bulk);
   return known && plan.cluster >= 1 && plan.cluster <= std::max(device.most_cluster, 1) &&
          plan.blocks == plan.parts * plan.cluster && plan.parts >= 1 && plan.parts <= shape.rows &&
+         plan.parts <= slices_room(plan, device) &&
          plan.groups >= 1 && plan.threads % 32 == 0 && plan.threads <= kSliceThreads &&
          int64_t(plan.threads - 32) * plan.elements >= plan.slice &&
          int64_t(plan.cluster) * plan.slice >= shape.classes &&

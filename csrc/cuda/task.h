@@ -23,6 +23,18 @@ struct Device {
   int multiprocessors;
   int block_shared;     // bytes of shared memory that a block may have
   int most_cluster;     // blocks of a cluster, 0 where there are none
+  // Clusters of 2, 4, 8 and 16 blocks, each of a whole multiprocessor, that there is room for at once; -1 where
+  // nobody has asked.
+  int clusters[4] = {-1, -1, -1, -1};
+
+  // A cluster keeps to one of the groups of 16 to 18 multiprocessors that a GPU is made of.
+  int clusters_of(int blocks) const {
+    if (blocks == 1) return multiprocessors;
+    const int asked = clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : blocks == 8 ? 2 : 3];
+    if (asked >= 0) return asked;
+    const int groups = multiprocessors < 18 ? 1 : (multiprocessors + 16) / 18;
+    return blocks <= most_cluster ? groups * (multiprocessors / groups / blocks) : 0;
+  }
 };
 
 // How rows are walked; the kernels are in the file of the same name, row_<traversal>.cu.

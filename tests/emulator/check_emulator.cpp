@@ -216,43 +216,45 @@ void bulk_copy() {
 
 // Each block of a cluster hands every other one a number a round, in four places taken in turn.
 struct Handing {
-  int rounds, arrivals;
+  int rounds;
+  uint32_t wrong_bytes;
   bool no_sync;
 };
-KDK_KERNEL void hand_around(int* out, Handing handing) {
+KDK_KERNEL void hand_around(float* out, Handing handing) {
   auto* const barriers = reinterpret_cast<Barrier*>(shared_memory());
-  int* const places = reinterpret_cast<int*>(shared_memory() + 128);
+  auto* const places = reinterpret_cast<float(*)[8][4]>(shared_memory() + 128);
   const int lane = thread_index(), blocks = cluster_size();
   if (lane == 0) {
-    for (int i = 0; i < 4; ++i) barrier_init(&barriers[i], handing.arrivals);
+    for (int i = 0; i < 4; ++i) barrier_init(&barriers[i]);
     fence_barriers();
   }
   if (!handing.no_sync) sync_cluster();
   for (int round = 0; round < handing.rounds + 1; ++round) {
     const int place = round % 4;
-    if (lane < blocks && round < handing.rounds) {
-      cluster_shared(places + place * 16, lane)[cluster_rank()] = 100 * round + block_index();
-      barrier_arrive(&barriers[place], lane);
+    if (round < handing.rounds) {
+      if (lane == 0) barrier_expect(&barriers[place], uint32_t(16 * blocks) + handing.wrong_bytes);
+      const Four four{{float(100 * round + block_index()), 0, 0, 0}};
+      if (lane < blocks) store_remote(places[place][cluster_rank()], four, &barriers[place], lane);
     }
     if (round == 0) continue;
     const int before = (round - 1) % 4;
     barrier_wait_cluster(&barriers[before], unsigned((round - 1) / 4) % 2);
-    int sum = lane < blocks ? places[before * 16 + lane] : 0;
+    float sum = lane < blocks ? places[before][lane][0] : 0;
     for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) out[block_index() * handing.rounds + round - 1] = sum;
   }
   sync_cluster();
 }
 
-void arrivals() {
+void remote_stores() {
   constexpr int kRounds = 11, kBlocks = 8;
-  std::vector<int> out(kRounds * kBlocks);
+  std::vector<float> out(kRounds * kBlocks);
   const auto run = [&](int cluster, Handing handing) {
-    emulate({kBlocks, 32, cluster, 128 + 4 * 64}, hand_around, out.data(), handing);
+    emulate({kBlocks, 32, cluster, 128 + 4 * 8 * 16}, hand_around, out.data(), handing);
   };
   for (emulator_seed = 0; emulator_seed < 20; ++emulator_seed) {
     for (int cluster : {1, 2, 8}) {
-      run(cluster, {kRounds, cluster, false});
+      run(cluster, {kRounds, 0, false});
       for (int block = 0; block < kBlocks; ++block) {
         const int first = block / cluster * cluster;
         for (int round = 0; round < kRounds; ++round)
@@ -261,9 +263,9 @@ void arrivals() {
                  "wrong sum of a round");
       }
     }
-    demand_error([&] { run(2, {1, 3, false}); }, {"deadlock", "barrier_wait"});
-    demand_error([&] { run(2, {kRounds, 1, false}); }, {"emulate: "});
-    demand_error([&] { run(2, {1, 2, true}); }, {"barrier"});
+    demand_error([&] { run(2, {1, 16, false}); }, {"deadlock", "barrier_wait", "lacks 16 bytes"});
+    demand_error([&] { run(2, {kRounds, uint32_t(-16), false}); }, {"emulate: "});
+    demand_error([&] { run(2, {1, 0, true}); }, {"barrier"});
   }
 }
 
@@ -471,7 +473,7 @@ int main(int argc, char** argv) {
       {"cluster_reduction", cluster_reduction},
       {"grid_sync", grid_sync},
       {"bulk_copy", bulk_copy},
-      {"arrivals", arrivals},
+      {"remote_stores", remote_stores},
       {"groups_of_copies", groups_of_copies},
       {"largest_of_a_warp", largest_of_a_warp},
       {"conversions", conversions},

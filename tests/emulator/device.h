@@ -117,7 +117,7 @@ KDK_DEVICE uint32_t shared_address(const void* p) {
   emulator::check_shared("shared_address", p, 1);
   return uint32_t(static_cast<const char*>(p) - shared_memory());
 }
-KDK_DEVICE void barrier_init(Barrier* barrier, int arrivals = 1) {
+KDK_DEVICE void barrier_init(Barrier* barrier) {
   emulator::check_aligned("barrier_init", barrier, 8);
   emulator::check_shared("barrier_init", barrier, sizeof *barrier);
   for (const auto& state : emulator::block().barriers)
@@ -126,7 +126,6 @@ KDK_DEVICE void barrier_init(Barrier* barrier, int arrivals = 1) {
   emulator::BarrierState state{};
   state.address = barrier;
   state.owner = thread_index();
-  state.arrivals = arrivals;
   state.waits.resize(thread_count());
   emulator::block().barriers.push_back(state);
 }
@@ -141,10 +140,9 @@ KDK_DEVICE void fence_barriers() {
 KDK_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
   emulator::pause();
   auto& state = emulator::barrier_state("barrier_expect", barrier);
-  if (state.arrived == state.arrivals)
-    emulator::fail("barrier_expect: the use before is not complete");
+  if (state.announced) emulator::fail("barrier_expect: the use before is not complete");
   if (bytes >= 1u << 20) emulator::fail("barrier_expect: a use copies less than 1 MiB");
-  ++state.arrived;
+  state.announced = true;
   state.missing += bytes;
   if (state.missing < 0) emulator::fail("barrier_expect: more bytes were copied than announced");
   emulator::launch->complete_use(state);
@@ -160,17 +158,25 @@ KDK_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* b
   if (bytes > 0) emulator::check_shared("bulk_load, target", to, bytes);
   emulator::check_global("bulk_load, source", from);
   std::memset(to, 0xff, bytes);
-  emulator::launch->copies.push_back({&emulator::block(), &state, to, from, bytes});
+  emulator::launch->copies.push_back({&emulator::block(), &state, to, from, bytes, {}});
   emulator::pause();
 }
-KDK_DEVICE void barrier_arrive(Barrier* barrier, int rank) {
+struct alignas(16) Four {
+  float x[4];
+};
+// Stored at some later time; until then the target is NaN.
+KDK_DEVICE void store_remote(float* mine, const Four& v, Barrier* barrier, int rank) {
   emulator::pause();
-  Barrier* const there = cluster_shared(barrier, rank);
+  emulator::check_aligned("store_remote", mine);
+  emulator::check_shared("store_remote", mine, sizeof v);
   emulator::Block& owner = emulator::block().cluster->first[rank];
-  auto& state = emulator::barrier_state("barrier_arrive", there, owner);
-  if (owner.finished == thread_count()) emulator::fail("barrier_arrive: the block has returned");
-  ++state.arrived;
-  emulator::launch->complete_use(state);
+  auto& state = emulator::barrier_state("store_remote", cluster_shared(barrier, rank), owner);
+  if (owner.finished == thread_count()) emulator::fail("store_remote: the block has returned");
+  float* const there = cluster_shared(mine, rank);
+  std::memset(there, 0xff, sizeof v);
+  emulator::Copy copy{&owner, &state, there, nullptr, sizeof v, {}};
+  std::memcpy(copy.held, &v, sizeof v);
+  emulator::launch->copies.push_back(copy);
   emulator::pause();
 }
 KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {

@@ -75,7 +75,7 @@ struct BarrierState {
   bool fenced = false;
   uint64_t syncs = 0, meetings = 0;  // of the block when it was fenced
   uint64_t uses = 0;      // completed
-  int arrivals = 1, arrived = 0;  // of a use, and so far
+  bool announced = false;
   int64_t missing = 0;    // bytes announced and not copied; negative if copied before they were
   std::vector<uint64_t> waits;  // of each thread
   std::vector<Fiber*> waiting;
@@ -101,8 +101,9 @@ struct Copy {
   Block* block;
   BarrierState* barrier;
   void* to;
-  const void* from;
+  const void* from;  // null: `held`
   uint32_t bytes;
+  char held[16];
 };
 
 class Launch;
@@ -166,9 +167,8 @@ class Launch {
   void suspend() { switch_context(running->context, scheduler_); }
 
   void complete_use(BarrierState& barrier) {
-    if (barrier.arrived > barrier.arrivals) throw std::runtime_error("emulate: too many arrivals");
-    if (barrier.arrived < barrier.arrivals || barrier.missing != 0) return;
-    barrier.arrived = 0;
+    if (!barrier.announced || barrier.missing != 0) return;
+    barrier.announced = false;
     ++barrier.uses;
     resume(barrier.waiting);
   }
@@ -260,9 +260,9 @@ class Launch {
     const Copy copy = copies[choice];
     copies[choice] = copies.back();
     copies.pop_back();
-    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memcpy(copy.to, copy.from ? copy.from : copy.held, copy.bytes);
     copy.barrier->missing -= copy.bytes;
-    if (copy.barrier->arrived == copy.barrier->arrivals && copy.barrier->missing < 0)
+    if (copy.barrier->announced && copy.barrier->missing < 0)
       throw std::runtime_error("emulate: block " + std::to_string(copy.block->index) +
                                ": bulk_load copied more bytes than barrier_expect announced");
     complete_use(*copy.barrier);
@@ -280,9 +280,9 @@ class Launch {
     for (const Copy& copy : copies)
       demand(copy.block != &block, " ended before bulk copies that nobody waited for");
     for (const BarrierState& barrier : block.barriers)
-      demand(barrier.arrived == 0 && barrier.missing == 0 &&
+      demand(!barrier.announced && barrier.missing == 0 &&
                  *std::max_element(barrier.waits.begin(), barrier.waits.end()) == barrier.uses,
-             " ended before bulk copies or arrivals that nobody waited for");
+             " ended before bulk copies or stores that nobody waited for");
     for (size_t i = 0; i < kGuard; ++i) {
       demand(uint8_t(block.shared[shape.shared_bytes + i]) == kGuardByte,
              ": shared memory overflow, written " + std::to_string(i) + " bytes after its end");
