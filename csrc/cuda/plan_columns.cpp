@@ -130,7 +130,8 @@ bool columns_fit(const CorrelationPlan& plan, const RowShape& shape, const Devic
   return plan.threads == kTileThreads && plan.lanes >= 1 && plan.lanes <= 32 &&
          int64_t(plan.lanes) * plan.elements >= shape.classes &&
          (plan.elements == 4 || int64_t(plan.lanes) * (plan.elements - 2) <= shape.classes) &&
-         plan.elements == elements_for(plan.elements) && plan.elements <= kColumnElements && last * bytes <= kColumnTile &&
+         plan.elements == elements_for(plan.elements) && plan.elements <= kColumnElements &&
+         last * bytes <= kColumnTile &&
          plan.tile * bytes % 16 == 0 && plan.shared == kColumnShared &&
          merged <= 4 * kColumnTile && summed <= 4 * kColumnTile && plan.parts == plan.blocks &&
          plan.blocks <= columns_at_once(plan, device) * device.multiprocessors &&

@@ -42,7 +42,10 @@ CORRELATIONS: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((9, 2057), F16),
     ((17, 4096), F32),
     ((9, 40), F64),
+    ((256, 17000), BF16),
+    ((160, 27001), BF16),
 ]
+"""``columns``, ``staged``, ``stream``; ``slices`` by clusters, of whole packs and not."""
 
 
 def words(size: tuple[int, ...], dtype: torch.dtype) -> str:

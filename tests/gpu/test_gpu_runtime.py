@@ -21,6 +21,7 @@ from gpu_support import (
     on,
     one,
     pick,
+    plan,
     shrink,
     side_stream,
     step,
@@ -31,8 +32,9 @@ from torch import Tensor
 
 pytestmark = needs_gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-SIZES = ((256, 100), (33, 8191), (20, 32000), (17, 50257), (2, 131072))
-"""On an H200 ``lanes``, ``block``, ``cluster``, ``stream`` and ``split``; DIST's two."""
+SIZES = ((256, 100), (33, 8191), (20, 32000), (17, 50257), (2, 131072), (160, 27000))
+"""On an H200 ``lanes``, ``block``, ``cluster``, ``stream`` and ``split``; DIST's ``columns``,
+``stream`` and ``slices``."""
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 
 
@@ -207,7 +209,8 @@ def test_upstream_gradients(case: Case, dtype: torch.dtype, elements: int) -> No
 @sizes
 @each_case(LOSSES, ["native"])
 def test_at_most_three_launches(case: Case, size: tuple[int, ...], masked: bool) -> None:
-    """Forward and backward of a scalar loss; no copies, no fills."""
+    """Forward and backward of a scalar loss; no copies, no fills. DIST's ``slices``, for problems
+    of many megabytes, are three themselves."""
     student, teacher, target = inputs(shrink(size), F32)
     options: dict[str, Any] = {"upstream": one()}
     if masked:
@@ -217,7 +220,8 @@ def test_at_most_three_launches(case: Case, size: tuple[int, ...], masked: bool)
         options["target"] = target
     leaf = student.requires_grad_()
     names = launched(lambda: step(case, leaf, teacher, target, **options))
-    assert len(names) <= 3, names
+    slices = case.spec.name == "dist" and plan("correlation", size, F32) == "slices"
+    assert len(names) <= (4 if slices else 3), names
     if not REHEARSAL:
         assert not any(n.startswith(("Memcpy", "Memset")) or "Fill" in n for n in names), names
     half, other = student.detach().half().requires_grad_(), teacher.half()
