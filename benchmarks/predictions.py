@@ -49,8 +49,8 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     ("lanes", "float32"): Kernel(46, 4, 160, 3, 250),
-    ("cluster", "float32"): Kernel(37, 4, 80, 3, 500),
-    ("cluster", "bfloat16"): Kernel(38, 4, 80, 3, 500),
+    ("cluster", "float32"): Kernel(36.5, 4, 80, 3, 500),
+    ("cluster", "bfloat16"): Kernel(37.4, 4, 80, 3, 500),
     ("split", "float32"): Kernel(42, 4, 128, 1, 600),
     ("tile", "float32"): Kernel(160, 6, 153, 2),
     ("columns", "float32"): Kernel(48, 4, 227, 2, 330),
