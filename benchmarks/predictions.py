@@ -26,7 +26,7 @@ CLOCK = 1.9e9
 CACHE = 50e6
 """Bytes of inputs that stay in the second-level cache between the passes of DIST."""
 ISSUE = 0.78
-"""Of the issue slots, what kernels with 16 to 24 warps a multiprocessor fill: a guess."""
+"""Of the issue slots, what kernels with 9 to 24 warps a multiprocessor fill: a guess."""
 EXCHANGE = 750
 """Instructions of the warp that exchanges a row's parts, in both walks of ``slices``."""
 LAUNCH, MEETING = 2.5, 2.0
