@@ -96,7 +96,7 @@ struct SliceWalk {
   Barrier* barriers;  // of what the blocks hand out; then of the stages
   SliceStages<T, kWhole> stages;
   const bool& bulk;
-  float k, of_warp, of_block, of_slice;          // classes of warp `lane`, of this block, of block `lane`
+  float k, of_warp, of_block, of_slice;      // classes of warp `lane`, of this block, of block `lane`
 
   KDK_DEVICE SliceWalk(const CorrelationTask& task, const CorrelationPlan& plan)
       : problem(task.problem),
