@@ -114,7 +114,9 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
         fixed = 3 * LAUNCH + (2 * MEETING if traversal == "split" else 0) + 2
     elements = rows * classes
     moved = passes * elements * dtype.itemsize
-    threads = plan["lanes"] or plan["cluster"] * plan["threads"] if traversal != "stream" else 0
+    threads = plan["lanes"]  # that share a row
+    if loss != "dist":
+        threads = threads or plan["cluster"] * plan["threads"]
     slots = elements
     if traversal == "columns":
         moved += 2 * rows * 24  # the terms of each row

@@ -71,6 +71,14 @@ def against_reference(
     return loss.detach(), gradient
 
 
+def dist_in_float64(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """DIST's loss and gradient by the reference."""
+    wide = student.double().requires_grad_()
+    loss = SPECS["dist"].function(wide, teacher.double(), backend="reference")
+    (gradient,) = torch.autograd.grad(loss, wide)
+    return loss.detach(), gradient
+
+
 def close(gradient: Tensor, expected: Tensor) -> None:
     """Within float32's error of the sums, and the rounding to the gradient's dtype."""
     kind = torch.finfo(gradient.dtype)
@@ -176,11 +184,9 @@ def test_correlation_traversals(dtype: torch.dtype, traversal: str, size: tuple[
         assert gradient is not None
         first = first or (loss, gradient)
         assert same_bits(loss, first[0]) and same_bits(gradient, first[1])
-    wide = student.double().requires_grad_()
-    expected = SPECS["dist"].function(wide, teacher.double(), backend="reference")
-    (slope,) = torch.autograd.grad(expected, wide)
+    expected, slope = dist_in_float64(student, teacher)
     assert first is not None
-    torch.testing.assert_close(first[0].double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(first[0].double(), expected, rtol=1e-5, atol=1e-7)
     close(first[1], slope)
 
 
@@ -227,10 +233,8 @@ def test_planes_of_classes_keep_their_columns(
         "dist", student, teacher, class_dim=1, device=device
     )
     assert ran == "columns"
-    wide = student.double().requires_grad_()
-    expected = SPECS["dist"].function(wide, teacher.double(), backend="reference")
-    (slope,) = torch.autograd.grad(expected, wide)
-    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    expected, slope = dist_in_float64(student, teacher)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     assert gradient is not None
     close(gradient, slope)
 

@@ -13,10 +13,8 @@ import pytest
 import torch
 from cases import same_bits
 from inputs import make
-from test_cuda_kernels import close
+from test_cuda_kernels import close, dist_in_float64
 from torch import Tensor
-
-from kdkernels.registry import SPECS
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="the emulator needs a C++ compiler"
@@ -32,10 +30,8 @@ def against_dist(student: Tensor, teacher: Tensor, **keywords: Any) -> None:
         "dist", student, teacher, traversal="slices", **keywords
     )
     assert ran == "slices" and gradient is not None
-    wide = student.double().requires_grad_()
-    expected = SPECS["dist"].function(wide, teacher.double(), backend="reference")
-    (slope,) = torch.autograd.grad(expected, wide)
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    expected, slope = dist_in_float64(student, teacher)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
     close(gradient, slope)
 
 

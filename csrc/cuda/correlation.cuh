@@ -13,6 +13,38 @@
 
 namespace kdkernels::cuda {
 
+// What the last walk over a row needs of it.
+template <class R>
+struct RowTerms {
+  R most_s, inverse_s, most_t, inverse_t, of_q, of_p;
+};
+
+// 2^(k x - k most), fused in float; `excess` is what rounding makes of 1, at x = most.
+template <class R>
+struct Exponent {
+  R k, at;
+  KDK_DEVICE Exponent(R most, R factor) : k(bounded_factor(most, factor)), at(product(most, k)) {}
+  KDK_DEVICE R operator()(R x) const { return power_of_two(multiply_add(x, k, -at)); }
+  KDK_DEVICE R excess(R most) const { return (*this)(most); }
+};
+template <>
+struct Exponent<double> {
+  double k, most;
+  KDK_DEVICE Exponent(double most, double k) : k(k), most(most) {}
+  KDK_DEVICE double operator()(double x) const { return power_of_two((x - most) * k); }
+  KDK_DEVICE double excess(double) const { return 1; }
+};
+
+// The softmax of a row. Its logits give the same bits in every walk, and in all rows that equal it: the
+// moments of a constant column are 0.
+template <class R>
+struct Softmax {
+  Exponent<R> exponent;
+  R inverse;  // one by the sum of the exponentials
+  KDK_DEVICE Softmax(R most, R inverse, R k) : exponent(most, k), inverse(inverse) {}
+  KDK_DEVICE R operator()(R x) const { return product(exponent(x), inverse); }
+};
+
 template <class R>
 struct Column {  // means, and coefficients of q and p in the derivative
   R mean_q, mean_p, of_q, of_p;
@@ -27,7 +59,12 @@ template <class R>
 struct Moments {
   R mean_q = 0, mean_p = 0, qq = 0, pp = 0, qp = 0;
 
-  // One row more (Welford), with `share` one by the rows that there are then.
+  // One by a number of rows; of the first row exactly 1.
+  template <class Count>
+  KDK_DEVICE static R share_of(Count count) {
+    return count == 1 ? R(1) : rules::quotient(R(1), R(count));
+  }
+  // One row more (Welford), with the share_of the rows that there are then.
   KDK_DEVICE void add(R q, R p, R share) {
     const R dq = q - mean_q, dp = p - mean_p, rest = R(1) - share;
     mean_q = multiply_add(dq, share, mean_q);

@@ -14,10 +14,6 @@ namespace {
 
 using R = float;
 
-struct RowTerms {  // what (3) needs of a row
-  R most_s, inverse_s, most_t, inverse_t, of_q, of_p;
-};
-
 // Which row of a pass a thread takes, and which classes: lane, lane + lanes, ...
 template <int kElements>
 struct Seat {
@@ -39,13 +35,6 @@ struct Seat {
   }
 };
 
-// Exponents k x - k most; the same bits in (1) and (3).
-struct Exponent {
-  R k, at;
-  KDK_DEVICE Exponent(R most, R factor) : k(bounded_factor(most, factor)), at(product(most, k)) {}
-  KDK_DEVICE R operator()(R x) const { return power_of_two(multiply_add(x, k, -at)); }
-};
-
 // This lane's logits of a row, -inf in place of classes that it does not have.
 template <class T, int kElements>
 KDK_DEVICE void read_row(const Seat<kElements>& seat, const T* s, const T* t, int step,
@@ -63,7 +52,7 @@ KDK_DEVICE void read_row(const Seat<kElements>& seat, const T* s, const T* t, in
 // Logits to softmaxes. Returns the row's value.
 template <int kElements>
 KDK_DEVICE R relate(const CorrelationProblem& problem, const Seat<kElements>& seat, R k,
-                    R (&q)[kElements], R (&p)[kElements], RowTerms& terms) {
+                    R (&q)[kElements], R (&p)[kElements], RowTerms<R>& terms) {
   R most[2] = {-R(INFINITY), -R(INFINITY)};
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
@@ -71,7 +60,7 @@ KDK_DEVICE R relate(const CorrelationProblem& problem, const Seat<kElements>& se
     most[1] = larger(p[j], most[1]);
   }
   seat.template reduce<Max>(most);
-  const Exponent exponent_s(most[0], k), exponent_t(most[1], k);
+  const Exponent<R> exponent_s(most[0], k), exponent_t(most[1], k);
   R z[2] = {0, 0};
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
@@ -107,7 +96,7 @@ KDK_DEVICE R relate(const CorrelationProblem& problem, const Seat<kElements>& se
 template <int kElements>
 KDK_DEVICE void add_row(const R (&q)[kElements], const R (&p)[kElements], int count,
                         Moments<R> (&columns)[kElements]) {
-  const R share = count == 1 ? R(1) : rules::quotient(R(1), R(count));
+  const R share = Moments<R>::share_of(count);
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
     columns[j].add(q[j], p[j], share);
@@ -167,17 +156,18 @@ KDK_DEVICE void store_moments(const CorrelationTask& task, const Seat<kElements>
 // The gradient of one row by this lane's logits, in the place of q.
 template <int kElements>
 KDK_DEVICE void differentiate(const CorrelationProblem& problem, const Seat<kElements>& seat, R k,
-                              R factor, const RowTerms& terms,
+                              R factor, const RowTerms<R>& terms,
                               const Column<R> (&columns)[kElements], R (&q)[kElements],
                               R (&p)[kElements]) {
-  const Exponent exponent_s(terms.most_s, k), exponent_t(terms.most_t, k);
+  const Softmax<R> softmax_s(terms.most_s, terms.inverse_s, k);
+  const Softmax<R> softmax_t(terms.most_t, terms.inverse_t, k);
   const R mean = R(1.0 / double(problem.classes));
   const R of_q = terms.of_q * factor, of_p = terms.of_p * factor, base = (of_q + of_p) * mean;
   R along[1] = {0};
   KDK_UNROLL
   for (int j = 0; j < kElements; ++j) {
-    q[j] = product(exponent_s(q[j]), terms.inverse_s);
-    p[j] = product(exponent_t(p[j]), terms.inverse_t);
+    q[j] = softmax_s(q[j]);
+    p[j] = softmax_t(p[j]);
     p[j] = slope_of(q[j], p[j], of_q, of_p, base, columns[j]);
     along[0] = multiply_add(q[j], p[j], along[0]);
   }
@@ -195,7 +185,7 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, column_blocks(kElements))
   const R k = R(1.0 / problem.tau) * R(kLog2E);
   Barrier* const barriers = reinterpret_cast<Barrier*>(shared_memory() + kBlockExchange);
   char* const stages = shared_memory() + kBlockExchange + kBarrierBytes;
-  RowTerms* const rows = static_cast<RowTerms*>(task.rows);
+  RowTerms<R>* const rows = static_cast<RowTerms<R>*>(task.rows);
   const int begin = seat.lane * plan.class_pitch, step = seat.lanes * plan.class_pitch;
   const int mine = int((tiles.count() - 1 - block_index()) / block_count()) + 1;  // tiles
   const auto tile_at = [&](int i) {
@@ -251,7 +241,7 @@ KDK_KERNEL void KDK_BOUNDS(kTileThreads, column_blocks(kElements))
         const bool exists = r < tile.rows;
         const int at = (exists ? r : 0) * plan.row_pitch + begin;
         R q[kElements], p[kElements];
-        RowTerms terms;
+        RowTerms<R> terms;
         read_row(seat, student(stage) + at, teacher(stage) + at, step, q, p);
         const R value = relate(problem, seat, k, q, p, terms);
         if (!exists) continue;
@@ -328,11 +318,8 @@ void run(const CorrelationTask& task, const CorrelationPlan& plan, void* stream)
 
 void KDK_JOIN(KDK_RULE, _correlation_columns)(const CorrelationTask& task,
                                               const CorrelationPlan& plan, void* stream) {
-  switch (task.problem.student.type) {
-    case Scalar::f16: return run<f16>(task, plan, stream);
-    case Scalar::bf16: return run<bf16>(task, plan, stream);
-    default: return run<float>(task, plan, stream);
-  }
+  with_type(task.problem.student.type,
+            [&](auto of) { run<typename decltype(of)::type>(task, plan, stream); });
 }
 
 }  // namespace kdkernels::cuda

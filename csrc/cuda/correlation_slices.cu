@@ -10,7 +10,6 @@
 // block meets, end row i.
 #include <cfloat>
 
-#include "correlation.cuh"
 #include "correlation_walk.cuh"
 #include "launch.cuh"
 #include "unit.cuh"
@@ -19,10 +18,6 @@ namespace kdkernels::cuda {
 namespace {
 
 using R = float;
-
-struct RowTerms {  // what (3) needs of a row
-  R most_s, z_s, most_t, z_t, of_q, of_p;
-};
 
 template <class T, bool kWhole, int kElements>
 KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
@@ -36,8 +31,8 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
   double total = 0;
   Moments<R> columns[kElements];
 
-  // The warp's part. Its centre is the mean of lane 0's first classes, which every thread has: it cannot be so far
-  // from the warp's mean that the deviations from the one would hide those from the other.
+  // The warp's part. Its centre is the mean of lane 0's first classes, which every thread has: it cannot be so
+  // far from the warp's mean that the deviations from the one would hide those from the other.
   const auto begin_row = [&](int i, int stage) {
     const T* const s = walk.stages.student(walk.row(i), stage);
     const T* const t = walk.stages.teacher(walk.row(i), stage);
@@ -103,8 +98,14 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
       part = {{values[0], values[1]}, {values[2], values[3]}, {values[4], values[5], values[6]}};
     const RowPart sum =
         walk.cluster > 1 ? part.merged(walk.of_slice, R(problem.classes), walk.k) : part;
+    R one_by[2];  // of the sums of the rounded exponents that the columns and the gradient see
+    KDK_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const R excess = Exponent<R>(sum.origin[k], walk.k).excess(sum.origin[k]);
+      one_by[k] = rules::quotient(R(1), sum.z[k] * excess);
+    }
     if (lane == 0)
-      meeting.told[i % 2] = {{sum.origin[0], sum.z[0], walk.k}, {sum.origin[1], sum.z[1], walk.k}};
+      meeting.told[i % 2] = {{sum.origin[0], one_by[0], walk.k}, {sum.origin[1], one_by[1], walk.k}};
     if (walk.rank != 0 || lane != 0) return;
     // What rounding leaves below 0 is 0.
     const auto square = [](R x) { return x < R(0) ? R(0) : x; };
@@ -116,13 +117,13 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
     const R value = Rule::relation(aa, bb, ab, R(problem.eps), of_p, of_q), inter = R(problem.inter);
     total += double(value * inter);
     if (problem.gradient.data)
-      static_cast<RowTerms*>(task.rows)[walk.row(i)] = {
-          sum.origin[0], sum.z[0], sum.origin[1], sum.z[1], of_q * inter, of_p * inter};
+      static_cast<RowTerms<R>*>(task.rows)[walk.row(i)] = {
+          sum.origin[0], one_by[0], sum.origin[1], one_by[1], of_q * inter, of_p * inter};
   };
   // The row in the moments of the columns.
   const auto end_row = [&](int i, int stage) {
     const SliceTold told = meeting.told[i % 2];
-    const R share = i == 0 ? R(1) : rules::quotient(R(1), R(i + 1));
+    const R share = Moments<R>::share_of(i + 1);
     const int64_t row = walk.row(i);
     const auto add = [&](int j, SliceLogits q, SliceLogits p) {
       KDK_UNROLL
@@ -182,13 +183,14 @@ KDK_KERNEL void KDK_BOUNDS(kSliceThreads, 1)
                   *column_term<R>(task, 2, c) * factor, *column_term<R>(task, 3, c) * factor};
   }
 
-  const auto terms_of = [&](int i) { return static_cast<const RowTerms*>(task.rows)[row(i)]; };
-  RowTerms ahead = terms_of(0);  // of the next row, so that nobody waits for the memory
+  const auto terms_of = [&](int i) { return static_cast<const RowTerms<R>*>(task.rows)[row(i)]; };
+  RowTerms<R> ahead = terms_of(0);  // of the next row, so that nobody waits for the memory
   const auto prepare = [&](int i) {
     if (lane != 0) return;
-    const RowTerms terms = ahead;
+    const RowTerms<R> terms = ahead;
     if (i + 1 < int(walk.rows)) ahead = terms_of(i + 1);
-    meeting.told[i % 8] = {{terms.most_s, terms.z_s, walk.k}, {terms.most_t, terms.z_t, walk.k}};
+    meeting.told[i % 8] = {{terms.most_s, terms.inverse_s, walk.k},
+                           {terms.most_t, terms.inverse_t, walk.k}};
     const R of_q = terms.of_q * factor, of_p = terms.of_p * factor;
     R* const to = meeting.of_row[i % 8];
     to[0] = of_q;
@@ -269,11 +271,8 @@ void run(const CorrelationTask& task, const CorrelationPlan& plan, void* stream)
 
 void KDK_JOIN(KDK_RULE, _correlation_slices)(const CorrelationTask& task,
                                              const CorrelationPlan& plan, void* stream) {
-  switch (task.problem.student.type) {
-    case Scalar::f16: return run<f16>(task, plan, stream);
-    case Scalar::bf16: return run<bf16>(task, plan, stream);
-    default: return run<float>(task, plan, stream);
-  }
+  with_type(task.problem.student.type,
+            [&](auto of) { run<typename decltype(of)::type>(task, plan, stream); });
 }
 
 }  // namespace kdkernels::cuda

@@ -9,39 +9,6 @@
 namespace kdkernels::cuda {
 namespace {
 
-template <class R>
-struct RowTerms {
-  R max_s, inverse_s, max_t, inverse_t, of_q, of_p;
-};
-
-// 2^(k x - k most), the same bits for columns and gradient; `excess` is what rounding makes of 1.
-struct FusedExponent {
-  float k, at, most;
-  KDK_DEVICE FusedExponent(float most, float factor)
-      : k(bounded_factor(most, factor)), at(product(most, k)), most(most) {}
-  KDK_DEVICE float operator()(float x) const { return power_of_two(multiply_add(x, k, -at)); }
-  KDK_DEVICE float excess() const { return (*this)(most); }
-};
-struct WideExponent {
-  double most, k;
-  KDK_DEVICE WideExponent(double most, double k) : most(most), k(k) {}
-  KDK_DEVICE double operator()(double x) const { return power_of_two((x - most) * k); }
-  KDK_DEVICE double excess() const { return 1; }
-};
-template <class R>
-using Exponent = std::conditional_t<std::is_same_v<R, float>, FusedExponent, WideExponent>;
-
-// The softmaxes of a row whose terms are known.
-template <class R>
-struct Softmaxes {
-  Exponent<R> s, t;
-  R inverse_s, inverse_t;
-  KDK_DEVICE Softmaxes(const RowTerms<R>& terms, R k)
-      : s(terms.max_s, k), t(terms.max_t, k), inverse_s(terms.inverse_s), inverse_t(terms.inverse_t) {}
-  KDK_DEVICE R q(R x) const { return product(s(x), inverse_s); }
-  KDK_DEVICE R p(R x) const { return product(t(x), inverse_t); }
-};
-
 // Dense packs of T, in float.
 template <class T>
 struct Packs {
@@ -143,7 +110,7 @@ KDK_DEVICE R relate_row(const CorrelationProblem& problem, int64_t row, Block& b
   R of_p, of_q;
   const R value = Rule::relation(sums[0], sums[1], sums[2], R(problem.eps), of_p, of_q);
   const Exponent<R> s(most[0], k), t(most[1], k);
-  terms = {most[0],      R(1) / (z[0] * s.excess()), most[1], R(1) / (z[1] * t.excess()),
+  terms = {most[0], R(1) / (z[0] * s.excess(most[0])), most[1], R(1) / (z[1] * t.excess(most[1])),
            of_q * inter, of_p * inter};
   return value * inter;
 }
@@ -172,11 +139,11 @@ KDK_DEVICE void sum_columns(const CorrelationTask& task, int part_rows, int part
       KDK_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (row + r >= end) break;
-        const Softmaxes<R> softmax(static_cast<const RowTerms<R>*>(task.rows)[row + r], k);
-        const int64_t count = row + r - begin + 1;
-        const R share = count == 1 ? R(1) : rules::quotient(R(1), R(count));
+        const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[row + r];
+        const Softmax<R> q(terms.most_s, terms.inverse_s, k), p(terms.most_t, terms.inverse_t, k);
+        const R share = Moments<R>::share_of(row + r - begin + 1);
         KDK_UNROLL
-        for (int i = 0; i < kWidth; ++i) sum[i].add(softmax.q(s[r][i]), softmax.p(t[r][i]), share);
+        for (int i = 0; i < kWidth; ++i) sum[i].add(q(s[r][i]), p(t[r][i]), share);
       }
     }
     KDK_UNROLL
@@ -208,7 +175,8 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
   const Access row(problem, index);
   const RowTerms<R> terms = static_cast<const RowTerms<R>*>(task.rows)[index];
   const R k = R(1.0 / problem.tau) * R(kLog2E), mean = R(1.0 / double(problem.classes));
-  const Softmaxes<R> softmax(terms, k);
+  const Softmax<R> softmax_s(terms.most_s, terms.inverse_s, k);
+  const Softmax<R> softmax_t(terms.most_t, terms.inverse_t, k);
   const auto slopes = [&](int64_t c, R (&q)[kWidth], R (&g)[kWidth]) {
     row.load(c, q, g);
     R columns[4][kWidth];
@@ -218,8 +186,8 @@ KDK_DEVICE void write_gradient(const CorrelationTask& task, int64_t index, R fac
     KDK_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       const Column<R> column{columns[0][i], columns[1][i], columns[2][i], columns[3][i]};
-      q[i] = softmax.q(q[i]);
-      g[i] = slope_of(q[i], softmax.p(g[i]), terms.of_q, terms.of_p,
+      q[i] = softmax_s(q[i]);
+      g[i] = slope_of(q[i], softmax_t(g[i]), terms.of_q, terms.of_p,
                       (terms.of_q + terms.of_p) * mean, column);
     }
   };
@@ -284,11 +252,7 @@ void KDK_JOIN(KDK_RULE, _correlation_stream)(const CorrelationTask& task,
   const Scalar s = task.problem.student.type, t = task.problem.teacher.type;
   if (s == Scalar::f64 || t == Scalar::f64) return run<Elements<double>>(task, plan, stream);
   if (!plan.vector) return run<Elements<float>>(task, plan, stream);
-  switch (s) {
-    case Scalar::f16: return run<Packs<f16>>(task, plan, stream);
-    case Scalar::bf16: return run<Packs<bf16>>(task, plan, stream);
-    default: return run<Packs<float>>(task, plan, stream);
-  }
+  with_type(s, [&](auto of) { run<Packs<typename decltype(of)::type>>(task, plan, stream); });
 }
 
 }  // namespace kdkernels::cuda

@@ -2,6 +2,7 @@
 // row meet, and who does what when.
 #pragma once
 
+#include "correlation.cuh"
 #include "correlation_slices.cuh"
 
 namespace kdkernels::cuda {
@@ -54,23 +55,9 @@ KDK_DEVICE float sum_five(const float (&x)[5]) {
   return sum + shuffle_xor(sum, 1);
 }
 
-// The softmax of a row, of which z is the sum of 2^(k (x - most)). A row's logits give the same bits in (1) and
-// (3), and in all rows that equal it: the moments of a constant column are 0.
-struct RowSoftmax {
-  float k, at, inverse;
-  KDK_DEVICE RowSoftmax(float most, float z, float factor)
-      : k(bounded_factor(most, factor)), at(most == -INFINITY ? 0.0f : product(most, k)) {
-    // What rounding does to the exponents is taken out of the sum.
-    inverse = rules::quotient(1.0f, z * power_of_two(multiply_add(most, k, -at)));
-  }
-  KDK_DEVICE float operator()(float x) const {
-    return product(power_of_two(multiply_add(x, k, -at)), inverse);
-  }
-};
-
 // What all threads of a block are told of a row.
 struct SliceTold {
-  RowSoftmax s, t;
+  Softmax<float> s, t;
 };
 
 // Where a row's parts meet, in shared memory.

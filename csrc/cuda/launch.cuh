@@ -4,6 +4,24 @@
 #include "device.cuh"
 #include "task.h"
 
+namespace kdkernels::cuda {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+// f(Type<T>{}) for elements of this type, which is not double.
+template <class F>
+void with_type(Scalar type, const F& f) {
+  switch (type) {
+    case Scalar::f16: return f(Type<f16>{});
+    case Scalar::bf16: return f(Type<bf16>{});
+    default: return f(Type<float>{});
+  }
+}
+
+}  // namespace kdkernels::cuda
+
 #if defined(KDK_EMULATED)
 
 #include "launch.h"

@@ -104,11 +104,8 @@ void run(const RowTask& task, const RowPlan& plan, void* stream) {
 }  // namespace
 
 void KDK_JOIN(KDK_RULE, _row_cluster)(const RowTask& task, const RowPlan& plan, void* stream) {
-  switch (task.problem.student.type) {
-    case Scalar::f16: return run<f16>(task, plan, stream);
-    case Scalar::bf16: return run<bf16>(task, plan, stream);
-    default: return run<float>(task, plan, stream);
-  }
+  with_type(task.problem.student.type,
+            [&](auto of) { run<typename decltype(of)::type>(task, plan, stream); });
 }
 
 }  // namespace kdkernels::cuda

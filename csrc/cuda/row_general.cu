@@ -38,11 +38,7 @@ void KDK_JOIN(KDK_RULE, _row_general)(const RowTask& task, const RowPlan& plan, 
   const Scalar s = task.problem.student.type, t = task.problem.teacher.type;
   if (s == Scalar::f64 || t == Scalar::f64) return run<double, void>(task, plan, stream);
   if (s != t) return run<float, void>(task, plan, stream);
-  switch (s) {
-    case Scalar::f16: return run<float, f16>(task, plan, stream);
-    case Scalar::bf16: return run<float, bf16>(task, plan, stream);
-    default: return run<float, float>(task, plan, stream);
-  }
+  with_type(s, [&](auto of) { run<float, typename decltype(of)::type>(task, plan, stream); });
 }
 
 }  // namespace kdkernels::cuda
