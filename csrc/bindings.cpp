@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "calls_eager.h"
 #include "cpu/evaluate.h"
 #include "cpu/parallel.h"
 #include "cuda/correlation.h"
@@ -19,71 +20,49 @@ namespace py = pybind11;
 using namespace kdkernels;
 using namespace kdkernels::cpu;
 
-struct Pair {  // addresses and dtype codes of student and teacher
-  std::uintptr_t student, teacher, gradient;
-  int student_type, teacher_type;
-
-  bool wide() const { return student_type == 0 || teacher_type == 0; }
-
-  template <class Problem>
-  void fill(Problem& problem, int64_t rows, int64_t classes) const {
-    const auto view = [&](std::uintptr_t data, int type) {
-      return contiguous_rows(reinterpret_cast<void*>(data), Scalar(type), rows, classes);
-    };
-    problem.student = view(student, student_type);
-    problem.teacher = view(teacher, teacher_type);
-    problem.gradient = view(gradient, student_type);
-    problem.rows = rows;
-    problem.classes = classes;
-  }
-
-  template <class Problem>
-  double run(Problem& problem, const Kernels& kernels, int64_t reduction) const {
-    if (problem.rows * problem.classes < 16384)  // not worth giving the interpreter away
-      return kdkernels::cpu::run(problem, kernels, wide(), reduction, parallel_for);
+// Runs a problem and writes the loss, unless each row has its own.
+template <class Problem>
+void run(const Pair& pair, Problem& problem, const Kernels& kernels, int64_t reduction,
+         std::uintptr_t loss) {
+  const auto evaluate = [&] {
+    return kdkernels::cpu::run(problem, kernels, pair.wide(), reduction, parallel_for);
+  };
+  double value;
+  if (problem.rows * problem.classes < 16384) {  // not worth giving the interpreter away
+    value = evaluate();
+  } else {
     const py::gil_scoped_release release;
-    return kdkernels::cpu::run(problem, kernels, wide(), reduction, parallel_for);
+    value = evaluate();
   }
-
-  void put(std::uintptr_t loss, double value) const {
-    if (wide()) *reinterpret_cast<double*>(loss) = value;
-    else *reinterpret_cast<float*>(loss) = float(value);
-  }
-};
+  if (reduction == kNone) return;
+  if (pair.wide()) *reinterpret_cast<double*>(loss) = value;
+  else *reinterpret_cast<float*>(loss) = float(value);
+}
 
 void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
          std::uintptr_t target, std::uintptr_t loss, int student_type, int teacher_type,
-         int64_t rows, int64_t classes, const std::string& rule, const py::list& options,
-         double temperature, double scale, bool standardize, int64_t ignore_index,
-         int64_t reduction) {
+         int64_t rows, int64_t classes, const py::tuple& given) {
+  const RowCall call = row_call(given);
   const Pair pair{student, teacher, gradient, student_type, teacher_type};
-  const Kernels& chosen = kernels(rule);
+  const Kernels& chosen = kernels(call.rule);
   RowProblem problem{};
   pair.fill(problem, rows, classes);
+  call.fill(problem);
   problem.target = reinterpret_cast<const int64_t*>(target);
   problem.loss = reinterpret_cast<void*>(loss);
-  problem.ignore_index = ignore_index;
-  problem.temperature = temperature;
-  problem.standardize = standardize;
-  for (size_t i = 0; i < options.size() && i < 4; ++i)
-    problem.options.value[i] = options[i].cast<double>();
-  finish(problem, chosen, scale, reduction);
-  const double value = pair.run(problem, chosen, reduction);
-  if (reduction != kNone) pair.put(loss, value);
+  finish(problem, chosen, call.scale(), call.reduction);
+  run(pair, problem, chosen, call.reduction, loss);
 }
 
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
                  std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
-                 int64_t classes, const std::string& rule, double inter, double intra, double tau,
-                 double eps, int64_t reduction) {
+                 int64_t classes, const py::tuple& given) {
+  const CorrelationCall call = correlation_call(given);
   const Pair pair{student, teacher, gradient, student_type, teacher_type};
   CorrelationProblem problem{};
   pair.fill(problem, rows, classes);
-  problem.inter = inter;
-  problem.intra = intra;
-  problem.tau = tau;
-  problem.eps = eps;
-  pair.put(loss, pair.run(problem, kernels(rule), reduction));
+  call.fill(problem);
+  run(pair, problem, kernels(call.rule), call.reduction, loss);
 }
 
 std::map<std::string, std::string> build_info() {

@@ -8,10 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "calls.h"
 
 namespace kdkernels {
 
@@ -73,6 +74,47 @@ inline Logits check(const Tensor& student, const Tensor& teacher, int64_t class_
   const bool wide =
       scalar_of(student) == Scalar::f64 || scalar_of(teacher) == Scalar::f64;
   return {wide, student.numel() / classes, classes};
+}
+
+// The numbers that count: those of the tensor, where a compiler has put them into one.
+inline Numbers numbers_of(const std::vector<double>& numbers, const std::optional<Tensor>& symbolic) {
+  if (!symbolic) return numbers;
+  STD_TORCH_CHECK(symbolic->scalar_type() == ScalarType::Double && symbolic->is_contiguous() &&
+                      !symbolic->is_cuda() && symbolic->dim() == 1,
+                  "numbers must be one float64 tensor on the CPU");
+  const double* data = static_cast<const double*>(symbolic->const_data_ptr());
+  return Numbers(data, data + symbolic->numel());
+}
+
+// Without a gradient.
+inline RowProblem row_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
+                              const std::optional<Tensor>& target, const Logits& logits) {
+  RowProblem problem{};
+  problem.student = rows_of(student, call.class_dim, student.const_data_ptr());
+  problem.teacher = rows_of(teacher, call.class_dim, teacher.const_data_ptr());
+  problem.gradient = rows_of(student, call.class_dim, nullptr);
+  problem.rows = logits.rows;
+  problem.classes = logits.classes;
+  call.fill(problem);
+  if (target) {
+    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->is_contiguous() &&
+                        target->numel() == logits.rows,
+                    "target must be contiguous int64, one for each row");
+    problem.target = static_cast<const int64_t*>(target->const_data_ptr());
+  }
+  return problem;
+}
+
+inline CorrelationProblem correlation_problem(const CorrelationCall& call, const Tensor& student,
+                                              const Tensor& teacher, const Logits& logits) {
+  CorrelationProblem problem{};
+  problem.student = rows_of(student, call.class_dim, student.const_data_ptr());
+  problem.teacher = rows_of(teacher, call.class_dim, teacher.const_data_ptr());
+  problem.gradient = rows_of(student, call.class_dim, nullptr);
+  problem.rows = logits.rows;
+  problem.classes = logits.classes;
+  call.fill(problem);
+  return problem;
 }
 
 inline Tensor empty_gradient(const Tensor& student, bool wanted) {

@@ -1,6 +1,7 @@
 // The operators of the embedding losses on the CPU; schemas in kdkernels/_ops_embedding.py.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -9,45 +10,36 @@
 namespace kdkernels {
 namespace {
 
-
-struct FactorArguments {
-  const Tensor& inheritance;
-  const Tensor& exploration;
-  const Tensor& teacher;
-  double inheritance_weight, exploration_weight;
-  bool cosine;
-  int64_t reduction;
-};
-
 struct Factors {
   double value;
   bool wide;
   Tensor inheritance_gradient, exploration_gradient;
 };
 
-Factors run(const FactorArguments& a, double factor, bool need_inheritance, bool need_exploration) {
-  const bool wide = check(a.inheritance, a.teacher, 1).wide || check(a.exploration, a.teacher, 1).wide;
-  STD_TORCH_CHECK(a.teacher.dim() == 2, "teacher_factor must be (B, D)");
-  Factors out{0.0, wide, empty_gradient(a.inheritance, need_inheritance),
-              empty_gradient(a.exploration, need_exploration)};
+Factors run(const FactorCall& call, const Tensor& inheritance, const Tensor& exploration,
+            const Tensor& teacher, double factor, bool need_inheritance, bool need_exploration) {
+  const bool wide = check(inheritance, teacher, 1).wide || check(exploration, teacher, 1).wide;
+  STD_TORCH_CHECK(teacher.dim() == 2, "teacher_factor must be (B, D)");
+  Factors out{0.0, wide, empty_gradient(inheritance, need_inheritance),
+              empty_gradient(exploration, need_exploration)};
   FactorProblem problem{};
-  problem.samples = a.teacher.size(0);
-  problem.width = a.teacher.size(1);
-  problem.cosine = a.cosine;
+  problem.samples = teacher.size(0);
+  problem.width = teacher.size(1);
+  call.fill(problem);
   if (problem.samples == 0) return out;
-  problem.inheritance = rows_of(a.inheritance, 1, a.inheritance.const_data_ptr());
-  problem.exploration = rows_of(a.exploration, 1, a.exploration.const_data_ptr());
-  problem.teacher = rows_of(a.teacher, 1, a.teacher.const_data_ptr());
+  problem.inheritance = rows_of(inheritance, 1, inheritance.const_data_ptr());
+  problem.exploration = rows_of(exploration, 1, exploration.const_data_ptr());
+  problem.teacher = rows_of(teacher, 1, teacher.const_data_ptr());
   if (need_inheritance)
     problem.inheritance_gradient =
         rows_of(out.inheritance_gradient, 1, out.inheritance_gradient.mutable_data_ptr());
   if (need_exploration)
     problem.exploration_gradient =
         rows_of(out.exploration_gradient, 1, out.exploration_gradient.mutable_data_ptr());
-  factor /= (a.cosine ? 1.0 : double(problem.width)) *
-            (a.reduction == kMean ? double(problem.samples) : 1.0);
-  problem.inheritance_weight = a.inheritance_weight * factor;
-  problem.exploration_weight = a.exploration_weight * factor;
+  factor /= (call.cosine ? 1.0 : double(problem.width)) *
+            (call.reduction == kMean ? double(problem.samples) : 1.0);
+  problem.inheritance_weight *= factor;
+  problem.exploration_weight *= factor;
   std::vector<double> values(problem.samples);
   problem.loss = values.data();
   const auto& kernels = cpu::kernels("iekd");
@@ -57,30 +49,34 @@ Factors run(const FactorArguments& a, double factor, bool need_inheritance, bool
 }
 
 std::tuple<Tensor, Tensor, Tensor> iekd(const Tensor& inheritance, const Tensor& exploration,
-                                        const Tensor& teacher, double inheritance_weight,
-                                        double exploration_weight, bool cosine, int64_t reduction,
-                                        bool need_inheritance, bool need_exploration) {
-  const Factors out = run({inheritance, exploration, teacher, inheritance_weight,
-                           exploration_weight, cosine, reduction},
-                          1.0, need_inheritance, need_exploration);
+                                        const Tensor& teacher, std::vector<double> numbers,
+                                        std::optional<Tensor> symbolic, bool cosine,
+                                        int64_t reduction, bool need_inheritance,
+                                        bool need_exploration) {
+  const FactorCall call{numbers_of(numbers, symbolic), cosine, reduction};
+  const Factors out =
+      run(call, inheritance, exploration, teacher, 1.0, need_inheritance, need_exploration);
   return {scalar_loss(teacher, out.value, out.wide), out.inheritance_gradient,
           out.exploration_gradient};
 }
 
 std::tuple<Tensor, Tensor> iekd_backward(const Tensor& upstream, const Tensor& inheritance,
                                          const Tensor& exploration, const Tensor& teacher,
-                                         double inheritance_weight, double exploration_weight,
-                                         bool cosine, int64_t reduction, bool need_inheritance,
+                                         std::vector<double> numbers,
+                                         std::optional<Tensor> symbolic, bool cosine,
+                                         int64_t reduction, bool need_inheritance,
                                          bool need_exploration) {
-  const Factors out = run({inheritance, exploration, teacher, inheritance_weight,
-                           exploration_weight, cosine, reduction},
-                          number(upstream), need_inheritance, need_exploration);
+  const FactorCall call{numbers_of(numbers, symbolic), cosine, reduction};
+  const Factors out = run(call, inheritance, exploration, teacher, number(upstream),
+                          need_inheritance, need_exploration);
   return {out.inheritance_gradient, out.exploration_gradient};
 }
 
 std::tuple<Tensor, Tensor> tuple_matching(const Tensor& student, const Tensor& teacher,
-                                          const Tensor& target, double margin, double temperature,
-                                          double scale, int64_t reduction, bool need_gradient) {
+                                          const Tensor& target, std::vector<double> numbers,
+                                          std::optional<Tensor> symbolic, int64_t reduction,
+                                          bool need_gradient) {
+  const TupleCall call{numbers_of(numbers, symbolic), reduction};
   const bool wide = student.scalar_type() == ScalarType::Double;
   const int64_t batch = target.numel();
   STD_TORCH_CHECK((wide || student.scalar_type() == ScalarType::Float) &&
@@ -103,8 +99,9 @@ std::tuple<Tensor, Tensor> tuple_matching(const Tensor& student, const Tensor& t
                          values.data(),
                          counts.data(),
                          batch,
-                         margin,
-                         temperature};
+                         0.0,
+                         0.0};
+    call.fill(problem);
     const auto& kernels = cpu::kernels("tuple_matching");
     (wide ? kernels.tuples_f64 : kernels.tuples_f32)(problem, parallel_for);
     int64_t tuples = 0;
@@ -112,7 +109,7 @@ std::tuple<Tensor, Tensor> tuple_matching(const Tensor& student, const Tensor& t
       value += values[i];
       tuples += counts[i];
     }
-    const double factor = scale / (reduction == kMean && tuples ? double(tuples) : 1.0);
+    const double factor = call.scale() / (reduction == kMean && tuples ? double(tuples) : 1.0);
     value *= factor;
     const auto multiply = [&](auto* data) {
       for (int64_t i = 0; i < batch * batch; ++i) data[i] *= factor;

@@ -5,30 +5,23 @@
 #include <tuple>
 
 #include "cpu/bridge.h"
-#include "row_arguments.h"
 
 namespace kdkernels {
 namespace {
 
-RowProblem row_problem(const RowArguments& a, const Logits& logits, const cpu::Kernels& kernels) {
-  RowProblem problem = row_problem(a, logits);
-  cpu::finish(problem, kernels, a.scale, a.reduction);
-  return problem;
-}
-
 std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
                                std::optional<Tensor> target, std::string rule,
-                               std::vector<double> options, double temperature, double scale,
+                               std::vector<double> numbers, std::optional<Tensor> symbolic,
                                bool standardize, int64_t ignore_index, int64_t class_dim,
                                int64_t reduction, bool need_gradient) {
-  const RowArguments a{student, teacher, target, rule, options, temperature, scale,
-                       standardize, ignore_index, class_dim, reduction};
+  const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
+                     ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const auto& kernels = cpu::kernels(rule);
-  RowProblem problem = row_problem(a, logits, kernels);
+  RowProblem problem = row_problem(call, student, teacher, target, logits);
+  cpu::finish(problem, kernels, call.scale(), reduction);
   Tensor gradient = empty_gradient(student, need_gradient);
-  problem.gradient = rows_of(need_gradient ? gradient : student, class_dim,
-                             need_gradient ? gradient.mutable_data_ptr() : nullptr);
+  if (need_gradient) problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
   if (reduction == kNone) {
     Tensor loss = torch::stable::new_empty(student, row_shape(student, class_dim), logits.loss_type());
     problem.loss = loss.mutable_data_ptr();
@@ -40,14 +33,15 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
 }
 
 Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                    std::optional<Tensor> target, std::string rule, std::vector<double> options,
-                    double temperature, double scale, bool standardize, int64_t ignore_index,
+                    std::optional<Tensor> target, std::string rule, std::vector<double> numbers,
+                    std::optional<Tensor> symbolic, bool standardize, int64_t ignore_index,
                     int64_t class_dim, int64_t reduction) {
-  const RowArguments a{student, teacher, target, rule, options, temperature, scale,
-                       standardize, ignore_index, class_dim, reduction};
+  const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
+                     ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const auto& kernels = cpu::kernels(rule);
-  RowProblem problem = row_problem(a, logits, kernels);
+  RowProblem problem = row_problem(call, student, teacher, target, logits);
+  cpu::finish(problem, kernels, call.scale(), reduction);
   Tensor gradient = torch::stable::empty_like(student);
   problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
   Tensor factors = upstream;

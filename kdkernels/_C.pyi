@@ -1,5 +1,7 @@
 """The compiled extension (csrc/bindings.cpp); a pure-Python installation has none."""
 
+from ._calls import CorrelationCall, RowCall
+
 def build_info() -> dict[str, str]: ...
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
@@ -47,13 +49,7 @@ def row(
     teacher_type: int,
     rows: int,
     classes: int,
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    reduction: int,
+    call: RowCall,
     /,
 ) -> None: ...
 def correlation(
@@ -65,11 +61,6 @@ def correlation(
     teacher_type: int,
     rows: int,
     classes: int,
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    reduction: int,
+    call: CorrelationCall,
     /,
 ) -> None: ...

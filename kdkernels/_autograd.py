@@ -1,105 +1,217 @@
-"""Autograd around the kernels, once for all losses.
+"""Autograd around the kernels, once for all families.
 
 For a scalar loss the forward pass also computes the gradient, while the rows are in cache, and
 keeps it privately; the first backward pass scales it by the upstream scalar and gives it away, so a
 step moves each byte once and allocates one gradient. A second backward pass (``retain_graph=True``)
 recomputes it. ``float16`` and ``reduction='none'`` compute the gradient in the backward pass
-instead (see ``_ops.stores_gradient``).
+instead (see ``stores_gradient``).
 
-Eager calls take a lean ``autograd.Function``; where something traces (``_ops.traced``:
-``torch.compile``, fake tensors) the operators of ``_ops`` are called, which it sees through.
+Eager calls take a lean ``autograd.Function``; where something traces (``_tracing.traced``:
+``torch.compile``, fake tensors, recorders) the operators of ``_ops`` are called, which it sees
+through. Transforms and forward-mode derivatives never come here: ``_dispatch.choose`` gives them
+the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._ops import no_double_backward, operator_name, stores_gradient, traced
+from ._backends import Kernels, kernels as kernels_of
+from ._ops import once, operator
+from ._tracing import symbolic_numbers, traced
 
 
-class Kernels(NamedTuple):
-    """One family's kernels on one backend, called with the arguments of its operator schema."""
+def stores_gradient(student: Tensor, reduction: int) -> bool:
+    """Whether the forward pass computes the gradient and the backward pass only scales it.
 
-    forward: Callable[..., tuple[Tensor, Tensor | None]]
-    backward: Callable[..., Tensor]
-    scale_: Callable[[Tensor, Tensor], Tensor]
+    float16 recomputes instead, because a gradient stored before the loss scale is applied would
+    underflow; so does ``reduction='none'``, because the upstream gradient differs by row.
+    """
+    return reduction != 0 and student.dtype != torch.float16
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+    """``save_for_backward``, which sees in-place changes, for all tensors but those of inference
+    mode (a cached teacher), which it refuses and which have no version to look at."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            break
+    else:
+        ctx.outside = None
+        ctx.save_for_backward(*tensors)
+        return
+    ctx.outside = [x if x is not None and x.is_inference() else None for x in tensors]
+    kept = (None if out is not None else x for x, out in zip(tensors, ctx.outside, strict=True))
+    ctx.save_for_backward(*kept)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    if ctx.outside is None:
+        return ctx.saved_tensors
+    pairs = zip(ctx.saved_tensors, ctx.outside, strict=True)
+    return tuple(x if out is None else out for x, out in pairs)
+
+
+def _batched(upstream: Tensor) -> bool:
+    """Whether this is a vmap over a backward pass (``is_grads_batched``)."""
+    return (
+        torch._C._functorch.is_legacy_batchedtensor(upstream)
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, kernels: Kernels, args: Any) -> Tensor:
-        ctx.stored = stored = stores_gradient(student, args[-1])
-        loss, gradient = kernels.forward(student, teacher, *args, stored)
-        ctx.gradient = gradient if stored else None
-        ctx.kernels = kernels
-        ctx.args = args
-        ctx.save_for_backward(student, teacher)
-        return loss
+    """One student: rows, correlations, composed losses."""
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        kernels = ctx.kernels
+    def forward(ctx: Any, student: Tensor, kernels: Kernels, call: Any, *constants: Any) -> Tensor:
+        ctx.stored = stored = stores_gradient(student, call.reduction)
+        loss, gradient = kernels.forward(student, *constants, call, stored)
+        ctx.gradient = gradient if stored else None
+        ctx.kernels = kernels
+        ctx.call = call
+        _save(ctx, (student, *constants))
+        return loss  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        kernels, call = ctx.kernels, ctx.call
+        batched = _batched(upstream)
         if ctx.stored:
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
-                gradient = kernels.forward(*ctx.saved_tensors, *ctx.args, True)[1]
-            gradient = kernels.scale_(gradient, upstream)
+                gradient = kernels.forward(*_saved(ctx), call, True)[1]
+            if batched:
+                gradient = (gradient * upstream).to(gradient.dtype)
+            else:
+                gradient = kernels.scale_(gradient, upstream)
+        elif batched:
+            gradient = _batched_backward(upstream, kernels, call, _saved(ctx))
         else:
-            gradient = kernels.backward(upstream, *ctx.saved_tensors, *ctx.args)
+            gradient = kernels.backward(upstream, *_saved(ctx), call)
         if torch.is_grad_enabled():  # create_graph=True: to differentiate again must not be silent
-            gradient = _apply_once(gradient, upstream, ctx.saved_tensors[0])
-        return gradient, None, None, None
+            gradient = once(gradient, upstream, ctx.saved_tensors[0])
+        return (gradient, None, None, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
-# Typed: torch leaves `apply` untyped.
-_apply_transformed: Callable[..., Tensor] = _Fused.apply
-# `Function.apply` without its preparation for functorch transforms, a tenth of a small loss's time.
+def _batched_backward(upstream: Tensor, kernels: Kernels, call: Any, saved: Any) -> Tensor:
+    """The gradient for each of a batch of upstream gradients, which no kernel takes: computed once
+    in the working dtype for an upstream of 1, then multiplied."""
+    student = saved[0]
+    ones = torch.ones(upstream.shape, dtype=upstream.dtype, device=upstream.device)
+    wide = student if student.dtype == torch.float64 else student.float()
+    gradient = kernels.backward(ones, wide, *saved[1:], call)
+    if call.reduction == 0:
+        upstream = upstream.unsqueeze(call.class_dim)
+    return (gradient * upstream).to(student.dtype)
+
+
+# Typed: torch leaves `apply` untyped. Without `Function.apply`'s own preparation for functorch
+# transforms, a tenth of a small loss's time, because those never come here.
 _apply_fused: Callable[..., Tensor] = super(torch.autograd.Function, _Fused).apply
 
 
-class _Once(torch.autograd.Function):
-    """Passes a gradient through and raises if it is differentiated."""
+class _FusedSeveral(torch.autograd.Function):
+    """Several students, each with a gradient of its own that may not be wanted (IE-KD)."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, student: Tensor) -> Tensor:
-        return gradient
+    def forward(ctx: Any, count: int, kernels: Kernels, call: Any, *tensors: Any) -> Tensor:
+        needs = tuple(ctx.needs_input_grad[3 : 3 + count])
+        students = tensors[:count]
+        ctx.stored = stored = all(stores_gradient(x, call.reduction) for x in students)
+        wanted = needs if stored else (False,) * count
+        loss, *gradients = kernels.forward(*tensors, call, *wanted)
+        ctx.gradients = gradients if stored else None
+        ctx.needs = needs
+        ctx.kernels = kernels
+        ctx.call = call
+        _save(ctx, tensors)
+        return loss  # type: ignore[return-value]
 
-    backward = staticmethod(no_double_backward)
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        kernels, call, needs = ctx.kernels, ctx.call, ctx.needs
+        batched = _batched(upstream)
+        if ctx.stored or batched:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                gradients = kernels.forward(*_saved(ctx), call, *needs)[1:]
+            if batched:
+                gradients = [(g * upstream).to(g.dtype) for g in gradients]
+            else:
+                scaled = (kernels.scale_(g, upstream) if g.numel() else g for g in gradients)
+                gradients = list(scaled)
+        else:
+            gradients = kernels.backward(upstream, *_saved(ctx), call, *needs)
+        if torch.is_grad_enabled():
+            pairs = zip(gradients, _saved(ctx), strict=False)
+            gradients = [once(g, upstream, x) for g, x in pairs]
+        others = len(ctx.needs_input_grad) - 3 - len(needs)
+        wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (None, None, None, *wanted, *(None,) * others)
 
 
-_apply_once: Callable[..., Tensor] = _Once.apply
-
-_loaded: dict[tuple[str, str], Kernels] = {}
+_apply_several: Callable[..., Tensor] = super(torch.autograd.Function, _FusedSeveral).apply
 
 
-def apply(backend: str, family: str, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    """Run a family's kernels with autograd; ``args`` are those of its schema after the logits."""
+def apply(backend: str, family: str, student: Tensor, call: Any, *constants: Any) -> Tensor:
+    """Run a family's kernels with autograd on one student; ``constants`` are its other tensors."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    if traced(student, teacher):
-        operator = getattr(torch.ops.kdkernels, operator_name(backend, family)).default
-        store = needs_grad and stores_gradient(student, args[-1])
-        return operator(student, teacher, *args, store)[0]
-    kernels = _loaded.get((backend, family))
-    if kernels is None:
-        kernels = _loaded[backend, family] = _load(backend, family)
+    if traced(student, constants[0]):
+        store = needs_grad and stores_gradient(student, call.reduction)
+        return call_operator(backend, family, (student,), constants, call, (store,))
+    kernels = kernels_of(backend, family)
     if needs_grad:
-        if torch._C._are_functorch_transforms_active():
-            return _apply_transformed(student, teacher, kernels, args)
-        return _apply_fused(student, teacher, kernels, args)
-    return kernels.forward(student, teacher, *args, False)[0]
+        return _apply_fused(student, kernels, call, *constants)
+    return kernels.forward(student, *constants, call, False)[0]  # type: ignore[return-value]
 
 
-def _load(backend: str, family: str) -> Kernels:
-    if backend == "triton":
-        from . import triton
+def apply_several(
+    backend: str, family: str, students: tuple[Tensor, ...], call: Any, *constants: Any
+) -> Tensor:
+    """As ``apply``, with several students."""
+    enabled = torch.is_grad_enabled()
+    needs = tuple(x.requires_grad and enabled for x in students)
+    if traced(*students, *constants):
+        stored = all(stores_gradient(x, call.reduction) for x in students)
+        wanted = needs if stored else (False,) * len(students)
+        return call_operator(backend, family, students, constants, call, wanted)
+    kernels = kernels_of(backend, family)
+    if any(needs):
+        return _apply_several(len(students), kernels, call, *students, *constants)
+    return kernels.forward(*students, *constants, call, *needs)[0]  # type: ignore[return-value]
 
-        forward, backward = getattr(triton, family), getattr(triton, f"{family}_backward")
-        return Kernels(forward, backward, triton.scale_)
-    from . import native
 
-    backward = getattr(torch.ops.kdkernels, f"{family}_backward").default
-    return Kernels(getattr(native, family), backward, native.scale_)
+def apply_composed(student: Tensor, kernels: Kernels, call: Any, *constants: Any) -> Tensor:
+    """As ``apply``, eagerly, with kernels that are torch operations."""
+    if student.requires_grad and torch.is_grad_enabled():
+        return _apply_fused(student, kernels, call, *constants)
+    return kernels.forward(student, *constants, call, False)[0]  # type: ignore[return-value]
+
+
+def call_operator(
+    backend: str,
+    family: str,
+    students: tuple[Tensor, ...],
+    constants: tuple[Tensor | None, ...],
+    call: Any,
+    needs: tuple[bool, ...],
+) -> Tensor:
+    """The family's operator; ``needs`` says for which students the gradient is stored."""
+    symbolic = symbolic_numbers(call.numbers)
+    if symbolic is not None:
+        call = call._replace(numbers=[], symbolic=symbolic)
+    if not any(needs) and torch.is_grad_enabled() and any([x.requires_grad for x in students]):
+        # The backward pass reads the inputs again, and autograd keeps no tensor of inference mode.
+        constants = tuple([_keepable(x) for x in constants])
+    return operator(backend, family)(*students, *constants, *call, *needs)[0]
+
+
+def _keepable(constant: Tensor | None) -> Tensor | None:
+    if constant is not None and constant.is_inference():
+        return constant.clone()
+    return constant

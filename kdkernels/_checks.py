@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+from ._dtypes import FLOATS, INTEGERS
+
 REDUCTIONS = {"none": 0, "mean": 1, "batchmean": 1, "sum": 2}
 """Reduction names and the code the kernels know them by; ``batchmean`` is ``mean``."""
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import _checks, _reduce
 from ._autograd import apply
+from ._calls import CorrelationCall
 from ._dispatch import choose
 from .registry import LossSpec
 
@@ -35,16 +36,6 @@ def correlation_loss(
             s, t, beta=beta, gamma=gamma, tau=tau, eps=eps, reduction=name
         )
     scale = loss_weight * tau * tau
-    return apply(
-        chosen,
-        "correlation",
-        student,
-        teacher,
-        spec.name,
-        beta * scale,
-        gamma * scale,
-        tau,
-        eps,
-        class_dim,
-        code,
-    )
+    numbers = [beta * scale, gamma * scale, tau, eps]
+    call = CorrelationCall(spec.name, numbers, None, class_dim, code)
+    return apply(chosen, "correlation", student, call, teacher)

@@ -1,5 +1,7 @@
 """The compiled extension for CUDA tensors (csrc/cuda/ops_bridge.cpp), where it was built."""
 
+from ._calls import CorrelationCall, RowCall
+
 def build_info() -> dict[str, str]: ...
 def device_info(index: int) -> dict[str, int]: ...
 def rules(family: str) -> list[str]: ...
@@ -16,13 +18,7 @@ def row(
     teacher_type: int,
     rows: int,
     classes: int,
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    reduction: int,
+    call: RowCall,
     device: int,
     stream: int,
     /,
@@ -36,12 +32,7 @@ def correlation(
     teacher_type: int,
     rows: int,
     classes: int,
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    reduction: int,
+    call: CorrelationCall,
     device: int,
     stream: int,
     /,

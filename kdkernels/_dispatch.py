@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import _checks, native
+from . import _checks, _tracing, native
 from .registry import SPECS, LossSpec
 
 BACKENDS = ("native", "triton", "reference")
@@ -48,9 +48,19 @@ def why_not(spec: LossSpec, backend: str, student: Tensor) -> list[str]:
     return list(_why_not(spec, backend, student.device.type))
 
 
+TRANSFORMED = "torch.func transforms and forward-mode derivatives run through the reference alone"
+
+
 def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
     """The backend that runs this call; raises if the requested one cannot."""
-    return _choose(spec.name, backend or _requested, student.device.type)
+    requested = _requested if backend is None else known(backend)
+    if _tracing.transformed():
+        if requested not in (None, "reference"):
+            raise _unable(spec, requested, TRANSFORMED)
+        return "reference"
+    if requested is None and _tracing.recorded():
+        return "reference"  # a recording of torch operations, which every reader of it knows
+    return _choose(spec.name, requested, student.device.type)
 
 
 _choices: dict[tuple[str, str | None, str], str] = {}
@@ -72,16 +82,19 @@ def _first_able(spec: LossSpec, requested: str | None, device_type: str) -> str:
     if requested is not None:
         reasons = _why_not(spec, known(requested), device_type)
         if reasons:
-            raise _checks.fail(
-                "backend", f"able to run {spec.name}", f"{requested!r}: " + "; ".join(reasons)
-            )
+            raise _unable(spec, requested, "; ".join(reasons))
         return requested
     able = (b for b in BACKENDS if not _why_not(spec, b, device_type))
     return next(able)  # the reference runs everywhere
 
 
+def _unable(spec: LossSpec, requested: str, reasons: str) -> ValueError:
+    return _checks.fail("backend", f"able to run {spec.name}", f"{requested!r}: {reasons}")
+
+
 def known(backend: str) -> str:
-    if backend not in BACKENDS:
+    """A backend's name, checked."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise _checks.fail("backend", "'native', 'triton', 'reference' or None", repr(backend))
     return backend
 

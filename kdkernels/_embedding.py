@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _ops_embedding, native
-from ._autograd import Kernels, _apply_fused, _apply_once
+from . import _checks, _dispatch
+from ._autograd import apply_composed, apply_several, call_operator
+from ._backends import Kernels
+from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
-from ._ops import operator_name, traced
+from ._dtypes import working_dtype
+from ._tracing import traced, transformed
 from .reference.refilled import distances
 from .registry import LossSpec
 
@@ -69,7 +72,7 @@ def in_range(target: Tensor, classes: int) -> None:
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Bring all to the working dtype: float64 if any is, else float32."""
-    dtype = _ops_embedding.working_dtype(*tensors)
+    dtype = working_dtype(*tensors)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -97,22 +100,25 @@ def composed(
         and student.device.type == "cpu"
         and not traced(student, teacher)
         and (backend or _dispatch._requested) is None
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
     ):
         code = _checks.batch_reduction(reduction)
-        evaluate = functools.partial(written, **options)
-        if student.requires_grad and torch.is_grad_enabled():
-            kernels = Kernels(evaluate, _recomputed, _scale_written_)
-            return _apply_fused(student, teacher, kernels, (loss_weight, code))
-        with torch.no_grad():
-            return evaluate(student, teacher, loss_weight, code, False)[0]
+        call = ComposedCall(functools.partial(written, **options), loss_weight, code)
+        return apply_composed(student, _WRITTEN, call, teacher)
+    if teacher.is_inference():  # which autograd does not keep
+        teacher = teacher.clone()
     name = "sum" if reduction == "sum" else "mean"
     loss = spec.reference(student, teacher, reduction=name, **options)
     return (loss_weight * loss).to(student.dtype)
 
 
-def _recomputed(*args: Any) -> Tensor:
-    raise AssertionError("the working dtypes store the gradient")
+def _written(student: Tensor, teacher: Tensor, call: ComposedCall, need: bool) -> Any:
+    with torch.no_grad():
+        return call.evaluate(student, teacher, call.scale, call.reduction, need)
+
+
+def _recomputed(upstream: Tensor, student: Tensor, teacher: Tensor, call: ComposedCall) -> Tensor:
+    return _scale_written_(_written(student, teacher, call, True)[1], upstream)
 
 
 def _scale_written_(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -120,71 +126,11 @@ def _scale_written_(gradient: Tensor, upstream: Tensor) -> Tensor:
         return gradient if upstream == 1 else gradient.mul_(upstream)
 
 
-def _operator(backend: str, name: str) -> Callable[..., Any]:
-    return getattr(torch.ops.kdkernels, operator_name(backend, name)).default
+_WRITTEN = Kernels(_written, _recomputed, _scale_written_)
 
 
-def _scale_(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if backend == "native":
-        return native.scale_
-    from . import triton
-
-    return triton.scale_
-
-
-class _Factors(torch.autograd.Function):
-    """IE-KD in eager mode; see ``_autograd._Fused``, whose scheme this is with two gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inh: Tensor, exp: Tensor, teacher: Tensor, backend: str, args: Any
-    ) -> Tensor:
-        needs = ctx.needs_input_grad[:2]
-        ctx.stored = stored = _stores(inh, exp)
-        wanted = needs if stored else (False, False)
-        loss, *gradients = _operator(backend, "iekd")(inh, exp, teacher, *args, *wanted)
-        ctx.gradients = gradients if stored else None
-        ctx.backend = backend
-        ctx.args = args
-        ctx.save_for_backward(inh, exp, teacher)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:2]
-        if ctx.stored:
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:
-                operator = _operator(ctx.backend, "iekd")
-                gradients = operator(*ctx.saved_tensors, *ctx.args, *needs)[1:]
-            scale_ = _scale_(ctx.backend)
-            gradients = [scale_(g, upstream) if g.numel() else g for g in gradients]
-        else:
-            operator = _operator(ctx.backend, "iekd_backward")
-            gradients = operator(upstream, *ctx.saved_tensors, *ctx.args, *needs)
-        if torch.is_grad_enabled():  # create_graph=True must not be silent
-            saved = ctx.saved_tensors
-            gradients = [
-                _apply_once(g, upstream, x) for g, x in zip(gradients, saved, strict=False)
-            ]
-        return (
-            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
-            None,
-            None,
-            None,
-        )
-
-
-_apply_factors: Callable[..., Tensor] = _Factors.apply
-
-
-def _stores(inh: Tensor, exp: Tensor) -> bool:
-    """Whether the gradients are computed in the forward pass (see ``_ops.stores_gradient``)."""
-    return torch.float16 not in (inh.dtype, exp.dtype)
-
-
-def factors(backend: str, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    """IE-KD's kernel on (B, ...) factors; ``args`` are the numbers of its schema.
+def factors(backend: str, inh: Tensor, exp: Tensor, teacher: Tensor, call: FactorCall) -> Tensor:
+    """IE-KD's kernel on (B, ...) factors.
 
     Any strides; a factor whose samples do not flatten to one stride is copied.
     """
@@ -195,31 +141,17 @@ def factors(backend: str, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any)
         if all(x.is_contiguous(memory_format=last) for x in three):
             three = tuple(x.permute(0, 2, 3, 1) for x in three)
     inh, exp, teacher = (x.flatten(1) for x in three)
-    needs = inh.requires_grad, exp.requires_grad
-    if not torch.is_grad_enabled() or not any(needs):
-        return _operator(backend, "iekd")(inh, exp, teacher, *args, False, False)[0]
-    if traced(inh, exp, teacher):
-        wanted = needs if _stores(inh, exp) else (False, False)
-        return _operator(backend, "iekd")(inh, exp, teacher, *args, *wanted)[0]
-    return _apply_factors(inh, exp, teacher, backend, args)
+    return apply_several(backend, "iekd", (inh, exp), call, teacher)
 
 
 def tuples(
-    backend: str,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    margin: float,
-    temperature: float,
-    scale: float,
-    reduction: int,
+    backend: str, student: Tensor, teacher: Tensor, target: Tensor, call: TupleCall
 ) -> Tensor:
     """REFILLED's tuples: distances by torch in float64, everything about tuples in the kernel."""
-    dtype = _ops_embedding.working_dtype(student, teacher)
+    dtype = working_dtype(student, teacher)
     d_student = distances(student).to(dtype)
     with torch.no_grad():
         d_teacher = distances(teacher).to(dtype)
     need_gradient = d_student.requires_grad and torch.is_grad_enabled()
-    return _operator(backend, "tuple_matching")(
-        d_student, d_teacher, target, margin, temperature, scale, reduction, need_gradient
-    )[0]
+    constants = d_teacher, target
+    return call_operator(backend, "tuple_matching", (d_student,), constants, call, (need_gradient,))

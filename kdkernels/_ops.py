@@ -1,9 +1,10 @@
 """The operators: schemas once, with fake kernels and autograd, whoever implements them.
 
-Each family has two operators, a forward that returns ``(loss, gradient)`` and a backward that
-recomputes; each exists twice, ``kdkernels::row`` (compiled code, registered by the extension for
-its devices) and ``kdkernels::triton_row``. ``torch.compile`` and ``torch.library.opcheck`` see
-these operators; the eager path of ``_autograd`` calls the same kernels with less host time.
+A family (``_calls``) has a forward operator, which returns the loss and a gradient for each
+student, and a backward operator, which recomputes; each exists twice, ``kdkernels::row`` (compiled
+code, registered by the extension for its devices) and ``kdkernels::triton_row``. Whoever traces
+(``torch.compile``, ``torch.library.opcheck``) sees these operators; the eager path of ``_autograd``
+calls the same kernels with less host time.
 
 The schemas stand here and not in C++ because a pure-Python installation needs them too, and because
 they must not exist twice; the extension only adds implementations.
@@ -17,29 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+from . import _backends
+from ._calls import FAMILIES, Family
+from ._dtypes import working_dtype
 
-
-def traced(*tensors: Tensor) -> bool:
-    """Whether someone looks on who must see operators: the compiler, a mode that records or fakes,
-    a subclass of Tensor. Addresses and values are hidden from them, or not there at all."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    for tensor in tensors:  # noqa: SIM110 - `any` would take twice the time, on every call
-        if type(tensor) not in _PLAIN_TYPES:
-            return True
-    return False
-
-
-_ROW = (
-    "Tensor student, Tensor teacher, Tensor? target, str rule, float[] options, float temperature,"
-    " float scale, bool standardize, int ignore_index, int class_dim, int reduction"
-)
-_CORRELATION = (
-    "Tensor student, Tensor teacher, str rule, float inter, float intra, float tau, float eps,"
-    " int class_dim, int reduction"
-)
-FAMILIES = {"row": _ROW, "correlation": _CORRELATION}
+_library = torch.library.Library("kdkernels", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_SECOND = "kdkernels losses cannot be differentiated twice, but by backend='reference'"
 
 
 def operator_name(backend: str, family: str) -> str:
@@ -47,108 +32,145 @@ def operator_name(backend: str, family: str) -> str:
     return family if backend == "native" else f"{backend}_{family}"
 
 
-_library = torch.library.Library("kdkernels", "DEF")
-
-
-def stores_gradient(student: Tensor, reduction: int) -> bool:
-    """Whether the forward pass computes the gradient and the backward pass only scales it.
-
-    float16 recomputes instead, because a gradient stored before the loss scale is applied would
-    underflow; so does ``reduction='none'``, because the upstream gradient differs by row.
-    """
-    return reduction != 0 and student.dtype != torch.float16
-
-
-def loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 if either input is, else float32."""
-    if student.dtype == torch.float64 or teacher.dtype == torch.float64:
-        return torch.float64
-    return torch.float32
-
-
-def _fake_forward(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    class_dim, reduction, need_gradient = args[-3:]
-    shape = list(student.shape)
-    del shape[class_dim]
-    loss = student.new_empty(shape if reduction == 0 else [], dtype=loss_dtype(student, teacher))
-    gradient = torch.empty_like(student) if need_gradient else student.new_empty([0])
-    return loss, gradient
-
-
-def _fake_backward(upstream: Tensor, student: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(student)
+def operator(backend: str, family: str, suffix: str = "") -> Any:
+    """The operator of a family, or with ``_backward`` the one that recomputes."""
+    return getattr(torch.ops.kdkernels, operator_name(backend, family) + suffix).default
 
 
 def no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("kdkernels losses cannot be differentiated twice")
+    raise RuntimeError(_SECOND)
 
 
-def _define(forward: str, schema: str) -> None:
-    backward = f"{forward}_backward"
-    _library.define(
-        f"{forward}({schema}, bool need_gradient) -> (Tensor loss, Tensor gradient)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _library.define(
-        f"{backward}(Tensor upstream, {schema}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    torch.library.register_fake(f"kdkernels::{forward}", _fake_forward, lib=_library)
-    torch.library.register_fake(f"kdkernels::{backward}", _fake_backward, lib=_library)
+class _Once(torch.autograd.Function):
+    """Passes a gradient through and raises if it is differentiated."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        student, teacher, *rest = inputs
-        ctx.mark_non_differentiable(output[1])
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, upstream: Tensor, student: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    backward = staticmethod(no_double_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_SECOND)
+
+
+once: Callable[[Tensor, Tensor, Tensor], Tensor] = _Once.apply  # typed: torch leaves it untyped
+
+
+def _fake_loss(family: Family, args: tuple[Any, ...]) -> Tensor:
+    tensors = args[: family.tensors]
+    students = len(family.students)
+    floats = tensors[: students + 1]  # the teacher follows the students
+    call = family.call(*args[family.tensors : family.tensors + len(family.call._fields)])
+    shape: list[Any] = []
+    if call.reduction == 0:
+        shape = list(tensors[0].shape)
+        del shape[call.class_dim]
+    return tensors[0].new_empty(shape, dtype=working_dtype(*floats))
+
+
+def _gradients(students: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor]:
+    return [
+        torch.empty_like(x) if wanted else x.new_empty([0])
+        for x, wanted in zip(students, needs, strict=True)
+    ]
+
+
+def _define(backend: str, family: Family) -> None:
+    count = len(family.students)
+    name = operator_name(backend, family.name)
+    fields = family.tensors + len(family.call._fields)
+
+    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+        return (_fake_loss(family, args), *_gradients(args[:count], args[fields:]))
+
+    def fake_backward(upstream: Tensor, *args: Any) -> Any:
+        if count == 1:
+            return torch.empty_like(args[0])
+        return tuple(_gradients(args[:count], args[fields:]))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.need_gradient = rest[-1]
-        tensors = [student, teacher, output[1]]
-        ctx.rest = rest[:-1]
-        if isinstance(rest[0], Tensor):
-            tensors.append(rest[0])
-            ctx.rest = (None, *rest[1:-1])
-        ctx.save_for_backward(*tensors)
+        ctx.stored = any(inputs[fields:]) or not family.recomputes
+        call = family.call(*inputs[family.tensors : fields])
+        ctx.call = call._replace(symbolic=None)
+        if ctx.stored:
+            ctx.save_for_backward(*output[1:], *inputs[:count])
+        else:
+            ctx.save_for_backward(*inputs[: family.tensors], call.symbolic)
 
-    def differentiate(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        nothing = (None,) * (len(ctx.rest) + 2)
+    def differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        nothing = (None,) * (fields + len(family.needs) - count)
         if upstream is None:
-            return (None, *nothing)
-        student, teacher, gradient, *target = ctx.saved_tensors
-        if ctx.need_gradient:
-            return (torch.ops.kdkernels.scale(gradient, upstream), *nothing)
-        rest = (target[0], *ctx.rest[1:]) if target else ctx.rest
-        op = getattr(torch.ops.kdkernels, backward)
-        return (op(upstream, student, teacher, *rest), *nothing)
+            return (*(None,) * count, *nothing)
+        needs = tuple(ctx.needs_input_grad[:count])
+        if ctx.stored:
+            gradients, students = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+            by_row = ctx.call.reduction == 0
+            factor = upstream.unsqueeze(ctx.call.class_dim) if by_row else upstream
+            # Plain operations, which a compiler fuses with their neighbours.
+            made = [(g * factor).to(g.dtype) for g in gradients]
+        else:
+            *tensors, symbolic = ctx.saved_tensors
+            students = tensors[:count]
+            call = ctx.call._replace(symbolic=symbolic)
+            several = needs if count > 1 else ()
+            recompute = operator(backend, family.name, "_backward")
+            given = recompute(upstream, *tensors, *call, *several)
+            made = list(given) if count > 1 else [given]
+        if torch.is_grad_enabled():  # create_graph=True: to differentiate again must not be silent
+            made = [once(g, upstream, x) for g, x in zip(made, students, strict=True)]
+        return (*(g if need else None for g, need in zip(made, needs, strict=True)), *nothing)
 
+    _library.define(name + family.forward_schema(), tags=_TAGS)
+    torch.library.register_fake(f"kdkernels::{name}", fake_forward, lib=_library)
     torch.library.register_autograd(
-        f"kdkernels::{forward}", differentiate, setup_context=setup_context, lib=_library
+        f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=_library
     )
-    torch.library.register_autograd(f"kdkernels::{backward}", no_double_backward, lib=_library)
-
-
-def _define_scale() -> None:
-    _library.define(
-        "scale(Tensor gradient, Tensor upstream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    if not family.recomputes:
+        return
+    _library.define(f"{name}_backward{family.backward_schema()}", tags=_TAGS)
+    torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=_library)
+    torch.library.register_autograd(
+        f"kdkernels::{name}_backward", no_double_backward, lib=_library
     )
 
-    def scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-        return (gradient * upstream).to(gradient.dtype)
 
-    _library.impl("scale", scale, "CompositeExplicitAutograd")
-    torch.library.register_autograd("kdkernels::scale", no_double_backward, lib=_library)
+def _implement_triton(family: Family) -> None:
+    """Triton's kernels as implementations, found when they are first called."""
+    fields = family.tensors + len(family.call._fields)
+
+    def forward(*args: Any) -> Any:
+        kernels = _backends.kernels("triton", family.name)
+        call = family.call(*args[family.tensors : fields])
+        loss, *gradients = kernels.forward(*args[: family.tensors], call, *args[fields:])
+        students = args[: len(family.students)]
+        return (
+            loss,
+            *(x.new_empty([0]) if g is None else g for g, x in zip(gradients, students, strict=True)),
+        )
+
+    def backward(upstream: Tensor, *args: Any) -> Any:
+        kernels = _backends.kernels("triton", family.name)
+        call = family.call(*args[family.tensors : fields])
+        return kernels.backward(upstream, *args[: family.tensors], call, *args[fields:])
+
+    name = operator_name("triton", family.name)
+    for key in ("CPU", "CUDA", "XPU"):
+        _library.impl(name, forward, key)
+        if family.recomputes:
+            _library.impl(f"{name}_backward", backward, key)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from . import triton as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return call
-
-
-for _family, _schema in FAMILIES.items():
+for _family in FAMILIES.values():
     for _backend in ("native", "triton"):
-        _define(operator_name(_backend, _family), _schema)
-    for _suffix in ("", "_backward"):
-        for _key in ("CPU", "CUDA", "XPU"):
-            _library.impl(f"triton_{_family}{_suffix}", _triton(_family + _suffix), _key)
-_define_scale()
+        _define(_backend, _family)
+    _implement_triton(_family)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import _checks, _reduce
 from ._autograd import apply
+from ._calls import RowCall
 from ._dispatch import choose
-from ._ops import traced
+from ._tracing import traced, transformed
 from .registry import LossSpec
 
 
@@ -66,24 +67,12 @@ def row_loss(
         )
     if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
         target = target.to(torch.int64).contiguous()
-    return apply(
-        chosen,
-        "row",
-        student,
-        teacher,
-        target,
-        spec.name,
-        list(options.values()),
-        temperature,
-        scale,
-        standardize,
-        ignore_index,
-        class_dim,
-        code,
-    )
+    numbers = [temperature, scale, *options.values()]
+    call = RowCall(spec.name, numbers, None, standardize, ignore_index, class_dim, code)
+    return apply(chosen, "row", student, call, teacher, target)
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
-    if target.device.type == "cpu" and not traced(target):
+    if target.device.type == "cpu" and not traced(target) and not transformed():
         _checks.target_range(target, classes, ignore_index)

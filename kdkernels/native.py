@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS
-from ._ops import loss_dtype
+from . import _backends
+from ._calls import FAMILIES, CorrelationCall, RowCall
+from ._dtypes import FLOATS, working_dtype
 
 
 def build_command() -> str:
@@ -142,8 +144,8 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOAT
 """Patterns for the loss: ``empty_like`` costs less host time than ``empty``."""
 
 
-def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
-    """Whether the addresses may be handed over; ``_ops.traced`` has been asked before."""
+def _addressable(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
+    """Whether the addresses may be handed over; ``_tracing.traced`` has been asked before."""
     return (
         class_dim == student.dim() - 1
         and student.is_contiguous()
@@ -170,39 +172,15 @@ def _empty_loss(student: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
-    need_gradient: bool,
+    student: Tensor, teacher: Tensor, target: Tensor | None, call: RowCall, need_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::row``, past the operator machinery where the tensors are plain."""
-    if not _plain(student, teacher, class_dim):
-        return torch.ops.kdkernels.row.default(
-            student,
-            teacher,
-            target,
-            rule,
-            options,
-            temperature,
-            scale,
-            standardize,
-            ignore_index,
-            class_dim,
-            reduction,
-            need_gradient,
-        )
+    if not _addressable(student, teacher, call.class_dim):
+        return torch.ops.kdkernels.row.default(student, teacher, target, *call, need_gradient)
     shape = student.shape
     classes = shape[-1]
-    dtype = loss_dtype(student, teacher)
-    one = reduction != 0
+    dtype = working_dtype(student, teacher)
+    one = call.reduction != 0
     loss = _empty_loss(student, dtype) if one else student.new_empty(shape[:-1], dtype=dtype)
     gradient = torch.empty_like(student) if need_gradient else None
     module, where = _where(student)
@@ -216,36 +194,19 @@ def row(
         _CODES[teacher.dtype],
         student.numel() // classes,
         classes,
-        rule,
-        options,
-        temperature,
-        scale,
-        standardize,
-        ignore_index,
-        reduction,
+        call,
         *where,
     )
     return loss, gradient
 
 
 def correlation(
-    student: Tensor,
-    teacher: Tensor,
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    class_dim: int,
-    reduction: int,
-    need_gradient: bool,
+    student: Tensor, teacher: Tensor, call: CorrelationCall, need_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::correlation``, past the operator machinery where the tensors are plain."""
-    if not _plain(student, teacher, class_dim):
-        return torch.ops.kdkernels.correlation.default(
-            student, teacher, rule, inter, intra, tau, eps, class_dim, reduction, need_gradient
-        )
-    loss = _empty_loss(student, loss_dtype(student, teacher))
+    if not _addressable(student, teacher, call.class_dim):
+        return torch.ops.kdkernels.correlation.default(student, teacher, *call, need_gradient)
+    loss = _empty_loss(student, working_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
     classes = student.shape[-1]
     module, where = _where(student)
@@ -258,12 +219,30 @@ def correlation(
         _CODES[teacher.dtype],
         student.numel() // classes,
         classes,
-        rule,
-        inter,
-        intra,
-        tau,
-        eps,
-        reduction,
+        call,
         *where,
     )
     return loss, gradient
+
+
+def _through_operator(family: str, suffix: str = "") -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        """The operator: its arguments are the tensors, the call's fields and the flags."""
+        tensors = FAMILIES[family].tensors + (suffix == "_backward")
+        operator = getattr(torch.ops.kdkernels, family + suffix).default
+        return operator(*args[:tensors], *args[tensors], *args[tensors + 1 :])
+
+    return run
+
+
+_EAGER: dict[str, Callable[..., Any]] = {"row": row, "correlation": correlation}
+for _name, _family in FAMILIES.items():
+    _backends.register(
+        "native",
+        _name,
+        _backends.Kernels(
+            _EAGER.get(_name) or _through_operator(_name),
+            _through_operator(_name, "_backward"),
+            scale_,
+        ),
+    )

@@ -16,15 +16,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels import _autograd
-from kdkernels._ops import loss_dtype
+from kdkernels import _backends
+from kdkernels._calls import CorrelationCall, RowCall as Call
+from kdkernels._dtypes import working_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
@@ -165,7 +166,7 @@ def row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    options: list[float],
+    options: Sequence[float],
     *,
     temperature: float = 4.0,
     scale: float = 1.0,
@@ -183,7 +184,7 @@ def row_loss(
     class_dim %= student.dim()
     student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    dtype = loss_dtype(student, teacher)
+    dtype = working_dtype(student, teacher)
     loss = torch.full(shape if reduction == 0 else (), float("nan"), dtype=dtype)
     gradient = torch.full_like(student, float("nan")) if need_gradient else None
     call = RowCall(
@@ -257,7 +258,7 @@ def correlation_loss(
     """Loss, gradient and traversal; arguments as those of ``kdkernels::correlation``."""
     class_dim %= student.dim()
     student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
-    total = torch.full((), float("nan"), dtype=loss_dtype(student, teacher))
+    total = torch.full((), float("nan"), dtype=working_dtype(student, teacher))
     gradient = torch.full_like(student, float("nan")) if need_gradient else None
     call = CorrelationCall(
         student=view(student, class_dim),
@@ -295,75 +296,80 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient
 
 
-ROW_ARGUMENTS = (
-    *("rule", "options", "temperature", "scale", "standardize", "ignore_index", "class_dim"),
-    *("reduction", "need_gradient"),
-)
-CORRELATION_ARGUMENTS = (
-    *("rule", "inter", "intra", "tau", "eps", "class_dim", "reduction", "need_gradient"),
-)
-"""The arguments of the operators' schemas after the logits and the target."""
-
-
-def _row(student: Tensor, teacher: Tensor, target: Tensor | None, *args: Any) -> Any:
-    named = dict(zip(ROW_ARGUMENTS, args, strict=True))
+def _row(student: Tensor, teacher: Tensor, target: Tensor | None, call: Call, need: bool) -> Any:
     if student.numel() == 0:
-        return _nothing(student, teacher, named)
-    rule, options = named.pop("rule"), named.pop("options")
-    return row_loss(rule, student, teacher, target, options, **named)[:2]
+        return _nothing(student, teacher, call)
+    return row_loss(
+        call.rule, student, teacher, target, **_row_options(call), need_gradient=need
+    )[:2]
 
 
-def _row_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    target, *rest = args
-    named = dict(zip(ROW_ARGUMENTS[:-1], rest, strict=True))
+def _row_options(call: Call) -> dict[str, Any]:
+    temperature, scale, *options = call.numbers
+    named = {"temperature": temperature, "scale": scale, "options": options}
+    same = ("standardize", "ignore_index", "class_dim", "reduction")
+    return named | {name: getattr(call, name) for name in same}
+
+
+def _row_backward(
+    upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None, call: Call
+) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
-    rule, options = named.pop("rule"), named.pop("options")
-    upstream = upstream.to(loss_dtype(student, teacher)).contiguous()
-    gradient = row_loss(rule, student, teacher, target, options, upstream=upstream, **named)[1]
+    upstream = upstream.to(working_dtype(student, teacher)).contiguous()
+    options = _row_options(call)
+    gradient = row_loss(call.rule, student, teacher, target, upstream=upstream, **options)[1]
     assert gradient is not None
     return gradient
 
 
-def _correlation(student: Tensor, teacher: Tensor, *args: Any) -> Any:
-    named = dict(zip(CORRELATION_ARGUMENTS, args, strict=True))
+def _correlation_options(call: CorrelationCall) -> dict[str, Any]:
+    named = dict(zip(("inter", "intra", "tau", "eps"), call.numbers, strict=True))
+    return {**named, "class_dim": call.class_dim, "reduction": call.reduction}
+
+
+def _correlation(student: Tensor, teacher: Tensor, call: CorrelationCall, need: bool) -> Any:
     if student.numel() == 0:
-        return _nothing(student, teacher, named)
-    return correlation_loss(named.pop("rule"), student, teacher, **named)[:2]
+        return _nothing(student, teacher, call)
+    options = _correlation_options(call)
+    return correlation_loss(call.rule, student, teacher, **options, need_gradient=need)[:2]
 
 
-def _correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    named = dict(zip(CORRELATION_ARGUMENTS[:-1], args, strict=True))
+def _correlation_backward(
+    upstream: Tensor, student: Tensor, teacher: Tensor, call: CorrelationCall
+) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
-    upstream = upstream.to(loss_dtype(student, teacher)).contiguous()
-    rule = named.pop("rule")
-    gradient = correlation_loss(rule, student, teacher, upstream=upstream, **named)[1]
+    upstream = upstream.to(working_dtype(student, teacher)).contiguous()
+    options = _correlation_options(call)
+    gradient = correlation_loss(call.rule, student, teacher, upstream=upstream, **options)[1]
     assert gradient is not None
     return gradient
 
 
-def _nothing(student: Tensor, teacher: Tensor, named: dict[str, Any]) -> Any:
-    class_dim, reduction = named["class_dim"], named["reduction"]
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    loss = torch.zeros(shape if reduction == 0 else (), dtype=loss_dtype(student, teacher))
+def _nothing(student: Tensor, teacher: Tensor, call: Any) -> Any:
+    shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
+    loss = torch.zeros(
+        shape if call.reduction == 0 else (), dtype=working_dtype(student, teacher)
+    )
     return loss, torch.empty_like(student)
 
 
 @contextlib.contextmanager
 def instead_of_native() -> Iterator[None]:
     """Inside, eager calls with ``backend='native'`` run the CUDA kernels on the emulated device."""
-    before = dict(_autograd._loaded)
-    kernels = {
-        "row": _autograd.Kernels(_row, _row_backward, scale_),
-        "correlation": _autograd.Kernels(_correlation, _correlation_backward, scale_),
+    before = {family: _backends.kernels("native", family) for family in ("row", "correlation")}
+    instead = {
+        "row": _backends.Kernels(_row, _row_backward, scale_),
+        "correlation": _backends.Kernels(_correlation, _correlation_backward, scale_),
     }
-    _autograd._loaded.update({("native", family): k for family, k in kernels.items()})
+    for family, kernels in instead.items():
+        _backends.register("native", family, kernels)
     try:
         yield
     finally:
-        _autograd._loaded.clear()
-        _autograd._loaded.update(before)
+        for family, kernels in before.items():
+            _backends.register("native", family, kernels)
 
 
 def raise_error(text: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from cuda_emulator import CODES, SMALL, library, raise_error
 from torch import Tensor
 
-from kdkernels._ops_embedding import working_dtype
+from kdkernels._dtypes import working_dtype
 
 TRAVERSALS = ("lanes", "block", "stream", "general")
 _DEVICE = [(n, ctypes.c_int64) for n in ("arch", "multiprocessors", "block_shared", "seed")]

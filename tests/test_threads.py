@@ -12,7 +12,7 @@ from cases import Case, each, each_sample, reductions, same_bits, value_and_grad
 from inputs import make
 from torch import Tensor
 
-from kdkernels import _autograd, _dispatch
+from kdkernels import _dispatch
 
 WORKERS = 8
 
@@ -41,7 +41,6 @@ def test_eight_threads_give_the_bits_of_one(case: Case) -> None:
 
     expected = [run(batch) for batch in inputs]
     _dispatch.clear_cache()
-    _autograd._loaded.clear()
     start = Barrier(WORKERS)
 
     def worker(batch: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:

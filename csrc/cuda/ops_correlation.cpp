@@ -1,8 +1,10 @@
 // kdkernels::correlation and its backward on CUDA tensors; schemas in kdkernels/_ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "correlation.h"
 #include "ops_bridge.h"
@@ -10,55 +12,41 @@
 namespace kdkernels::cuda {
 namespace {
 
-struct CorrelationArguments {
-  const Tensor& student;
-  const Tensor& teacher;
-  const std::string& rule;
-  double inter, intra, tau, eps;
-  int64_t class_dim, reduction;
-};
-
 // The loss into `total`, and the gradient where one is given.
-void run(const CorrelationArguments& a, const Logits& logits, const Tensor* upstream, Tensor& total,
-         Tensor* gradient, const Context& context) {
-  STD_TORCH_CHECK(a.reduction != kNone, "reduction must be 'mean' or 'sum', got 'none'");
-  CorrelationProblem problem{};
-  problem.student = rows_of(a.student, a.class_dim, a.student.const_data_ptr());
-  problem.teacher = rows_of(a.teacher, a.class_dim, a.teacher.const_data_ptr());
-  problem.gradient = gradient ? rows_of(*gradient, a.class_dim, gradient->mutable_data_ptr())
-                              : rows_of(a.student, a.class_dim, nullptr);
-  problem.rows = logits.rows;
-  problem.classes = logits.classes;
-  problem.inter = a.inter;
-  problem.intra = a.intra;
-  problem.tau = a.tau;
-  problem.eps = a.eps;
-  const CorrelationRun work{problem, upstream ? upstream->const_data_ptr() : nullptr, a.reduction,
-                            total.mutable_data_ptr()};
+void run(const CorrelationCall& call, const Tensor& student, const Tensor& teacher,
+         const Logits& logits, const Tensor* upstream, Tensor& total, Tensor* gradient,
+         const Context& context) {
+  STD_TORCH_CHECK(call.reduction != kNone, "reduction must be 'mean' or 'sum', got 'none'");
+  CorrelationProblem problem = correlation_problem(call, student, teacher, logits);
+  if (gradient)
+    problem.gradient = rows_of(*gradient, call.class_dim, gradient->mutable_data_ptr());
+  const CorrelationRun work{problem, upstream ? upstream->const_data_ptr() : nullptr,
+                            call.reduction, total.mutable_data_ptr()};
   const CorrelationPlan plan = plan_correlation(shape_of(problem), context.device);
-  Tensor memory = workspace(a.student, workspace_bytes(work, plan));
-  run_correlation(a.rule, work, plan, static_cast<char*>(memory.mutable_data_ptr()),
+  Tensor memory = workspace(student, workspace_bytes(work, plan));
+  run_correlation(call.rule, work, plan, static_cast<char*>(memory.mutable_data_ptr()),
                   context.stream);
 }
 
 std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teacher,
-                                       std::string rule, double inter, double intra, double tau,
-                                       double eps, int64_t class_dim, int64_t reduction,
-                                       bool need_gradient) {
+                                       std::string rule, std::vector<double> numbers,
+                                       std::optional<Tensor> symbolic, int64_t class_dim,
+                                       int64_t reduction, bool need_gradient) {
+  const CorrelationCall call{rule, numbers_of(numbers, symbolic), class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher});
   Tensor gradient = empty_gradient(student, need_gradient);
   if (logits.rows == 0)
     return {torch::stable::new_zeros(student, {}, logits.loss_type()), gradient};
   Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());
-  run({student, teacher, rule, inter, intra, tau, eps, class_dim, reduction}, logits, nullptr, loss,
-      need_gradient ? &gradient : nullptr, context);
+  run(call, student, teacher, logits, nullptr, loss, need_gradient ? &gradient : nullptr, context);
   return {loss, gradient};
 }
 
 Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                            std::string rule, double inter, double intra, double tau, double eps,
-                            int64_t class_dim, int64_t reduction) {
+                            std::string rule, std::vector<double> numbers,
+                            std::optional<Tensor> symbolic, int64_t class_dim, int64_t reduction) {
+  const CorrelationCall call{rule, numbers_of(numbers, symbolic), class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher, &upstream});
   Tensor gradient = torch::stable::empty_like(student);
@@ -66,8 +54,7 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
   STD_TORCH_CHECK(upstream.numel() == 1, "upstream must be one number");
   const Tensor factor = factors(upstream, logits.loss_type());
   Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());  // not wanted
-  run({student, teacher, rule, inter, intra, tau, eps, class_dim, reduction}, logits, &factor, loss,
-      &gradient, context);
+  run(call, student, teacher, logits, &factor, loss, &gradient, context);
   return gradient;
 }
 

@@ -2,10 +2,9 @@
 // machinery, which would be half of a small loss's time. kdkernels/native.py checks and allocates.
 #include "ops_eager.h"
 
-#include <pybind11/stl.h>
-
 #include <string>
 
+#include "../calls_eager.h"
 #include "correlation.h"
 #include "ops_bridge.h"
 #include "rows.h"
@@ -41,68 +40,46 @@ struct Launches {
   int index_;
 };
 
-template <class Problem>
-void fill(Problem& problem, std::uintptr_t student, std::uintptr_t teacher,
-          std::uintptr_t gradient, int student_type, int teacher_type, int64_t rows,
-          int64_t classes) {
-  const auto view = [&](std::uintptr_t data, int type) {
-    return contiguous_rows(reinterpret_cast<void*>(data), Scalar(type), rows, classes);
-  };
-  problem.student = view(student, student_type);
-  problem.teacher = view(teacher, teacher_type);
-  problem.gradient = view(gradient, student_type);
-  problem.rows = rows;
-  problem.classes = classes;
-}
-
 void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
          std::uintptr_t target, std::uintptr_t loss, int student_type, int teacher_type,
-         int64_t rows, int64_t classes, const std::string& rule, const py::list& options,
-         double temperature, double scale, bool standardize, int64_t ignore_index,
-         int64_t reduction, int device, std::uintptr_t stream) {
+         int64_t rows, int64_t classes, const py::tuple& given, int device, std::uintptr_t stream) {
+  const RowCall call = row_call(given);
   RowRun run{};
   RowProblem& problem = run.problem;
-  fill(problem, student, teacher, gradient, student_type, teacher_type, rows, classes);
+  Pair{student, teacher, gradient, student_type, teacher_type}.fill(problem, rows, classes);
+  call.fill(problem);
   problem.target = reinterpret_cast<const int64_t*>(target);
-  problem.temperature = temperature;
-  problem.scale = scale;
-  problem.standardize = standardize;
-  problem.ignore_index = ignore_index;
-  for (size_t i = 0; i < options.size() && i < 4; ++i)
-    problem.options.value[i] = options[i].cast<double>();
-  if (reads_target(rule) && !problem.target)
+  if (reads_target(call.rule) && !problem.target)
     throw std::invalid_argument("target must be a Tensor of class indices, got None");
-  run.reduction = reduction;
-  (reduction == kNone ? problem.loss : run.total) = reinterpret_cast<void*>(loss);
+  run.reduction = call.reduction;
+  (call.reduction == kNone ? problem.loss : run.total) = reinterpret_cast<void*>(loss);
   const py::gil_scoped_release release;
   Launches launches(device, stream);
   const RowPlan plan = plan_rows(shape_of(problem), launches.device);
-  run_rows(rule, run, plan, launches.workspace(workspace_bytes(run, plan)), launches.stream);
+  run_rows(call.rule, run, plan, launches.workspace(workspace_bytes(run, plan)), launches.stream);
 }
 
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
                  std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
-                 int64_t classes, const std::string& rule, double inter, double intra, double tau,
-                 double eps, int64_t reduction, int device, std::uintptr_t stream) {
+                 int64_t classes, const py::tuple& given, int device, std::uintptr_t stream) {
+  const CorrelationCall call = correlation_call(given);
   CorrelationRun run{};
   CorrelationProblem& problem = run.problem;
-  fill(problem, student, teacher, gradient, student_type, teacher_type, rows, classes);
-  problem.inter = inter;
-  problem.intra = intra;
-  problem.tau = tau;
-  problem.eps = eps;
-  run.reduction = reduction;
+  Pair{student, teacher, gradient, student_type, teacher_type}.fill(problem, rows, classes);
+  call.fill(problem);
+  run.reduction = call.reduction;
   run.total = reinterpret_cast<void*>(loss);
   const py::gil_scoped_release release;
   Launches launches(device, stream);
   const CorrelationPlan plan = plan_correlation(shape_of(problem), launches.device);
-  run_correlation(rule, run, plan, launches.workspace(workspace_bytes(run, plan)),
+  run_correlation(call.rule, run, plan, launches.workspace(workspace_bytes(run, plan)),
                   launches.stream);
 }
 
 // gradient *= upstream for a dense gradient.
 void scale_by_address(std::uintptr_t gradient, int type, int64_t size, std::uintptr_t upstream,
                       int upstream_type, int device, std::uintptr_t stream) {
+  const py::gil_scoped_release release;
   const Launches launches(device, stream);
   scale(reinterpret_cast<void*>(gradient), Scalar(type), size,
         reinterpret_cast<const void*>(upstream), Scalar(upstream_type), launches.device,

@@ -6,62 +6,59 @@
 #include <tuple>
 #include <vector>
 
-#include "../row_arguments.h"
 #include "ops_bridge.h"
 #include "rows.h"
 
 namespace kdkernels::cuda {
 namespace {
 
-RowProblem checked_problem(const RowArguments& a, const Logits& logits) {
-  STD_TORCH_CHECK(!a.target || (a.target->is_cuda() &&
-                                a.target->get_device_index() == a.student.get_device_index()),
+// Everything but outputs and upstream; the target is where the student is.
+RowProblem checked_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
+                           const std::optional<Tensor>& target, const Logits& logits) {
+  STD_TORCH_CHECK(!target || (target->is_cuda() &&
+                              target->get_device_index() == student.get_device_index()),
                   "target must be on the student's device");
-  const RowProblem problem = row_problem(a, logits);
-  STD_TORCH_CHECK(problem.target || !reads_target(a.rule) || logits.rows == 0,
+  const RowProblem problem = row_problem(call, student, teacher, target, logits);
+  STD_TORCH_CHECK(problem.target || !reads_target(call.rule) || logits.rows == 0,
                   "target must be a Tensor of class indices, got None");
   return problem;
 }
 
-void run(const RowArguments& a, const RowRun& run, const Context& context) {
+void run(const RowCall& call, const Tensor& like, const RowRun& run, const Context& context) {
   const RowPlan plan = plan_rows(shape_of(run.problem), context.device);
-  Tensor memory = workspace(a.student, workspace_bytes(run, plan));
-  run_rows(a.rule, run, plan, static_cast<char*>(memory.mutable_data_ptr()), context.stream);
+  Tensor memory = workspace(like, workspace_bytes(run, plan));
+  run_rows(call.rule, run, plan, static_cast<char*>(memory.mutable_data_ptr()), context.stream);
 }
 
 std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
                                std::optional<Tensor> target, std::string rule,
-                               std::vector<double> options, double temperature, double scale,
+                               std::vector<double> numbers, std::optional<Tensor> symbolic,
                                bool standardize, int64_t ignore_index, int64_t class_dim,
                                int64_t reduction, bool need_gradient) {
-  const RowArguments a{student, teacher, target, rule, options, temperature, scale,
-                       standardize, ignore_index, class_dim, reduction};
+  const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
+                     ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher});
   Tensor gradient = empty_gradient(student, need_gradient);
+  const auto shape =
+      reduction == kNone ? row_shape(student, class_dim) : std::vector<int64_t>{};
   if (logits.rows == 0)
-    return {torch::stable::new_zeros(
-                student,
-                reduction == kNone ? row_shape(student, class_dim) : std::vector<int64_t>{},
-                logits.loss_type()),
-            gradient};
-  Tensor loss = torch::stable::new_empty(
-      student, reduction == kNone ? row_shape(student, class_dim) : std::vector<int64_t>{},
-      logits.loss_type());
-  RowRun work{checked_problem(a, logits), 0, reduction, nullptr};
+    return {torch::stable::new_zeros(student, shape, logits.loss_type()), gradient};
+  Tensor loss = torch::stable::new_empty(student, shape, logits.loss_type());
+  RowRun work{checked_problem(call, student, teacher, target, logits), 0, reduction, nullptr};
   (reduction == kNone ? work.problem.loss : work.total) = loss.mutable_data_ptr();
   if (need_gradient)
     work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
-  run(a, work, context);
+  run(call, student, work, context);
   return {loss, gradient};
 }
 
 Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                    std::optional<Tensor> target, std::string rule, std::vector<double> options,
-                    double temperature, double scale, bool standardize, int64_t ignore_index,
+                    std::optional<Tensor> target, std::string rule, std::vector<double> numbers,
+                    std::optional<Tensor> symbolic, bool standardize, int64_t ignore_index,
                     int64_t class_dim, int64_t reduction) {
-  const RowArguments a{student, teacher, target, rule, options, temperature, scale,
-                       standardize, ignore_index, class_dim, reduction};
+  const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
+                     ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher, &upstream});
   Tensor gradient = torch::stable::empty_like(student);
@@ -69,10 +66,11 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   const Tensor by_row = factors(upstream, logits.loss_type());
   const bool one = reduction != kNone;
   STD_TORCH_CHECK(by_row.numel() == (one ? 1 : logits.rows), "upstream must be of the loss's shape");
-  RowRun work{checked_problem(a, logits), one ? 0 : 1, reduction, nullptr};
+  RowRun work{checked_problem(call, student, teacher, target, logits), one ? 0 : 1, reduction,
+              nullptr};
   work.problem.upstream = by_row.const_data_ptr();
   work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
-  run(a, work, context);
+  run(call, student, work, context);
   return gradient;
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._calls import FactorCall
 from .._dispatch import choose
 from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
@@ -97,10 +98,12 @@ def iekd_loss(
         inheritance_factor,
         exploration_factor,
         teacher_factor,
-        inheritance_weight * loss_weight,
-        exploration_weight * loss_weight,
-        similarity == "cosine",
-        code,
+        FactorCall(
+            [inheritance_weight * loss_weight, exploration_weight * loss_weight],
+            None,
+            similarity == "cosine",
+            code,
+        ),
     )
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._calls import TupleCall
 from .._dispatch import choose
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
@@ -92,10 +93,7 @@ def tuple_matching_loss(
         student_embeddings,
         teacher_embeddings,
         target,
-        margin,
-        temperature,
-        loss_weight,
-        code,
+        TupleCall([margin, temperature, loss_weight], None, code),
     )
 
 

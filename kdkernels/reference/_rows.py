@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STANDARDIZE_EPS = 1e-7
-"""Added to the standard deviation of a row, as in the published logit standardisation."""
-
+from .._dtypes import STANDARDIZE_EPS
 
 def rescale(
     student: Tensor, teacher: Tensor, temperature: float, standardize: bool

@@ -13,10 +13,13 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+from .. import _backends
 
 
 @functools.cache
@@ -40,59 +43,16 @@ def rules(family: str) -> frozenset[str]:
     return frozenset(name for name in families if families[name] == family)
 
 
-def row(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """A row loss and, if asked, its gradient: the operator ``kdkernels::triton_row``."""
-    from . import rowwise
+def _resolved(module: str, function: str) -> Callable[..., Any]:
+    """A traversal's host function, imported when it is first called, whose tensors are no lazily
+    negated views: a kernel would read what lies below them."""
 
-    return rowwise.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
+    def run(*args: Any) -> Any:
+        host = importlib.import_module(f"{__name__}.{module}")
+        plain = (x.resolve_neg() if isinstance(x, Tensor) else x for x in args)
+        return getattr(host, function)(*plain)
 
-
-def row_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    """The gradient of a row loss, recomputed: ``kdkernels::triton_row_backward``."""
-    from . import rowwise
-
-    resolved = (upstream.resolve_neg(), student.resolve_neg(), teacher.resolve_neg())
-    return rowwise.backward(*resolved, *args)
-
-
-def correlation(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """A correlation loss and, if asked, its gradient: ``kdkernels::triton_correlation``."""
-    from . import crosswise
-
-    return crosswise.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
-
-
-def correlation_backward(upstream: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
-    """The gradient of a correlation loss: ``kdkernels::triton_correlation_backward``."""
-    from . import crosswise
-
-    resolved = (upstream.resolve_neg(), student.resolve_neg(), teacher.resolve_neg())
-    return crosswise.backward(*resolved, *args)
-
-
-def factors(inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """IE-KD and, if asked, its gradients: the operator ``kdkernels::triton_iekd``."""
-    from . import embedding_factors
-
-    resolved = (inh.resolve_neg(), exp.resolve_neg(), teacher.resolve_neg())
-    return embedding_factors.forward(*resolved, *args)
-
-
-def factors_backward(
-    upstream: Tensor, inh: Tensor, exp: Tensor, teacher: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    """The gradients of IE-KD, recomputed: ``kdkernels::triton_iekd_backward``."""
-    from . import embedding_factors
-
-    resolved = (inh.resolve_neg(), exp.resolve_neg(), teacher.resolve_neg())
-    return embedding_factors.backward(upstream.resolve_neg(), *resolved, *args)
-
-
-def tuples(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """REFILLED's tuples and, if asked, the gradient: ``kdkernels::triton_tuple_matching``."""
-    from . import embedding_tuples
-
-    return embedding_tuples.forward(student.resolve_neg(), teacher.resolve_neg(), *args)
+    return run
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -100,3 +60,16 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     from . import scale
 
     return scale.scale_(gradient, upstream)
+
+
+for _family, _module in (
+    ("row", "rowwise"),
+    ("correlation", "crosswise"),
+    ("iekd", "embedding_factors"),
+    ("tuple_matching", "embedding_tuples"),
+):
+    _backends.register(
+        "triton",
+        _family,
+        _backends.Kernels(_resolved(_module, "forward"), _resolved(_module, "backward"), scale_),
+    )

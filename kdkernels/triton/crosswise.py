@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._ops import loss_dtype
+from .._calls import CorrelationCall, numbers_of
+from .._dtypes import working_dtype
 from . import column_kernels, cross_kernels, launch, rule_module
 from .layout import rows_of
 
@@ -14,55 +15,36 @@ from .layout import rows_of
 def forward(
     student: Tensor,  # (rows..., classes) in any order and strides
     teacher: Tensor,  # as student
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    class_dim: int,
-    reduction: int,
+    call: CorrelationCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d, and gradient, like student or empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """Loss, 0-d, and gradient, like student or None."""
     gradient = torch.empty_like(student) if need_gradient else None
-    loss = _run(
-        student, teacher, None, gradient, rule, inter, intra, tau, eps, class_dim, reduction
-    )
-    return loss, student.new_empty([0]) if gradient is None else gradient
+    return _run(student, teacher, call, None, gradient), gradient
 
 
 def backward(
     upstream: Tensor,  # ()
     student: Tensor,
     teacher: Tensor,
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    class_dim: int,
-    reduction: int,
+    call: CorrelationCall,
 ) -> Tensor:
     """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
     gradient = torch.empty_like(student)
-    _run(student, teacher, upstream, gradient, rule, inter, intra, tau, eps, class_dim, reduction)
+    _run(student, teacher, call, upstream, gradient)
     return gradient
 
 
 def _run(
     student: Tensor,
     teacher: Tensor,
+    call: CorrelationCall,
     upstream: Tensor | None,
     gradient: Tensor | None,
-    rule: str,
-    inter: float,
-    intra: float,
-    tau: float,
-    eps: float,
-    class_dim: int,
-    reduction: int,
 ) -> Tensor:
-    dtype = loss_dtype(student, teacher)
+    inter, intra, tau, eps = numbers_of(call)
+    class_dim, reduction = call.class_dim, call.reduction
+    dtype = working_dtype(student, teacher)
     if student.numel() == 0:
         return student.new_zeros([], dtype=dtype)
     written = gradient
@@ -96,7 +78,7 @@ def _run(
     row_statistics = student.new_empty([6, rows], dtype=dtype)
     column_statistics = student.new_empty([4, classes], dtype=dtype)
     partial = student.new_empty([5, by_column.chunks, classes], dtype=dtype)
-    rule_function = rule_module(rule).rule
+    rule_function = rule_module(call.rule).rule
     with launch.on_device(student):
         cross_kernels.correlation_row_kernel[row_grid](
             student, teacher, losses, row_statistics, rows, classes, inner,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ops_embedding import working_dtype
+from .._calls import FactorCall, numbers_of
+from .._dtypes import working_dtype
 from . import launch, rule_module
 from .blocks import block_columns
 
@@ -188,20 +189,15 @@ def forward(
     inheritance: Tensor,  # (B, D), any strides
     exploration: Tensor,
     teacher: Tensor,
-    inheritance_weight: float,
-    exploration_weight: float,
-    cosine: bool,
-    reduction: int,
+    call: FactorCall,
     need_inheritance: bool,
     need_exploration: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, 0-d, and the students' gradients, each like its student or empty."""
     dtype = working_dtype(inheritance, exploration, teacher)
     losses = teacher.new_empty(teacher.shape[0], dtype=dtype)
-    gradients = _run(
-        inheritance, exploration, teacher, None, losses, inheritance_weight, exploration_weight,
-        cosine, reduction, need_inheritance, need_exploration,
-    )  # fmt: skip
+    three = inheritance, exploration, teacher
+    gradients = _run(*three, call, None, losses, need_inheritance, need_exploration)
     return losses.sum(), *gradients
 
 
@@ -210,33 +206,27 @@ def backward(
     inheritance: Tensor,
     exploration: Tensor,
     teacher: Tensor,
-    inheritance_weight: float,
-    exploration_weight: float,
-    cosine: bool,
-    reduction: int,
+    call: FactorCall,
     need_inheritance: bool,
     need_exploration: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients times upstream, multiplied before they are rounded to the students' dtypes."""
-    return _run(
-        inheritance, exploration, teacher, upstream, None, inheritance_weight, exploration_weight,
-        cosine, reduction, need_inheritance, need_exploration,
-    )  # fmt: skip
+    three = inheritance, exploration, teacher
+    return _run(*three, call, upstream, None, need_inheritance, need_exploration)
 
 
 def _run(
     inheritance: Tensor,
     exploration: Tensor,
     teacher: Tensor,
+    call: FactorCall,
     upstream: Tensor | None,
     losses: Tensor | None,
-    inheritance_weight: float,
-    exploration_weight: float,
-    cosine: bool,
-    reduction: int,
     need_inheritance: bool,
     need_exploration: bool,
 ) -> tuple[Tensor, Tensor]:
+    inheritance_weight, exploration_weight = numbers_of(call)
+    cosine, reduction = call.cosine, call.reduction
     wanted = ((inheritance, need_inheritance), (exploration, need_exploration))
     gradients = [torch.empty_like(x) if need else None for x, need in wanted]
     samples, width = teacher.shape

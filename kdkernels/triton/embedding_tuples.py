@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._calls import TupleCall, numbers_of
 from . import launch, rule_module
 from .blocks import add_to_normaliser, block_columns
 from .row_kernel import terms
@@ -127,13 +128,11 @@ def forward(
     student: Tensor,  # (B, B) distances, float32 or float64, any strides
     teacher: Tensor,  # likewise
     target: Tensor,  # (B,)
-    margin: float,
-    temperature: float,
-    scale: float,
-    reduction: int,
+    call: TupleCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d, and its gradient by the student's distances, like student or empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """Loss, 0-d, and its gradient by the student's distances, like student or None."""
+    margin, temperature, scale = numbers_of(call)
     batch = len(target)
     accumulator = launch.accumulator(student.dtype)
     config = _launch(batch, accumulator.primitive_bitwidth // 8)
@@ -163,6 +162,6 @@ def forward(
                 **launch.OPTIONS,
             )
     # The number of tuples is known on the device only, where it stays.
-    factor = scale / counts.sum().clamp(min=1).to(losses.dtype) if reduction == 1 else scale
+    factor = scale / counts.sum().clamp(min=1).to(losses.dtype) if call.reduction == 1 else scale
     loss = losses.sum() * factor
-    return loss, student.new_empty([0]) if gradient is None else gradient.mul_(factor)
+    return loss, None if gradient is None else gradient.mul_(factor)

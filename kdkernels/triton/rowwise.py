@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._ops import loss_dtype
-from ..reference._rows import STANDARDIZE_EPS
+from .._calls import RowCall, numbers_of
+from .._dtypes import STANDARDIZE_EPS, working_dtype
 from . import launch, rule_module
 from .layout import rows_of
 from .row_kernel import row_kernel
@@ -17,26 +17,15 @@ def forward(
     student: Tensor,  # (rows..., classes) in any order and strides
     teacher: Tensor,  # as student
     target: Tensor | None,  # (rows...)
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
+    call: RowCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d or (rows...), and gradient, like student or empty."""
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    losses = student.new_empty(shape, dtype=loss_dtype(student, teacher))
+) -> tuple[Tensor, Tensor | None]:
+    """Loss, 0-d or (rows...), and gradient, like student or None."""
+    shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
+    losses = student.new_empty(shape, dtype=working_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
-    _run(
-        student, teacher, target, None, losses, gradient, rule, options, temperature, scale,
-        standardize, ignore_index, class_dim, reduction,
-    )  # fmt: skip
-    loss = losses.sum() if reduction else losses
-    return loss, student.new_empty([0]) if gradient is None else gradient
+    _run(student, teacher, target, call, None, losses, gradient)
+    return losses.sum() if call.reduction else losses, gradient
 
 
 def backward(
@@ -44,21 +33,11 @@ def backward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
+    call: RowCall,
 ) -> Tensor:
     """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
     gradient = torch.empty_like(student)
-    _run(
-        student, teacher, target, upstream, None, gradient, rule, options, temperature, scale,
-        standardize, ignore_index, class_dim, reduction,
-    )  # fmt: skip
+    _run(student, teacher, target, call, upstream, None, gradient)
     return gradient
 
 
@@ -66,20 +45,17 @@ def _run(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    call: RowCall,
     upstream: Tensor | None,
     losses: Tensor | None,
     gradient: Tensor | None,
-    rule: str,
-    options: list[float],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
 ) -> None:
     if student.numel() == 0:
         return
+    temperature, scale, *options = numbers_of(call)
+    if len(options) > 4:
+        raise ValueError(f"numbers must be at most 6, got {len(options) + 2}")
+    class_dim = call.class_dim
     written = gradient
     rows = rows_of(class_dim, student, teacher, student if written is None else written)
     if rows is None:
@@ -87,13 +63,13 @@ def _run(
         written = None if gradient is None else torch.empty_like(student)
         rows = rows_of(class_dim, student, teacher, student)
         assert rows is not None  # a contiguous tensor has at most two levels
-    module = rule_module(rule)
+    module = rule_module(call.rule)
     count = None
-    if reduction == 1:
+    if call.reduction == 1:
         if target is None:
             scale /= rows.rows
         else:
-            count = (target.long() != ignore_index).sum()
+            count = (target.long() != call.ignore_index).sum()
     if target is not None:
         target = target.reshape(-1)
     upstream_stride = 0
@@ -121,7 +97,7 @@ def _run(
             *rows.strides[2],
             0 if target is None else target.stride(0),
             upstream_stride,
-            ignore_index,
+            call.ignore_index,
             1.0 / temperature,
             scale,
             first,
@@ -131,7 +107,7 @@ def _run(
             RULE=module.rule,
             EXPLICIT=getattr(module, "explicit", None),
             CENTRED=module.CENTRED,
-            STANDARDIZE=standardize,
+            STANDARDIZE=call.standardize,
             EPS=STANDARDIZE_EPS,
             TWO_LEVEL=rows.two_level,
             RESIDENT=config.resident,

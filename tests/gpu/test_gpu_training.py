@@ -12,7 +12,7 @@ from cases import LOSSES, ROW_LOSSES, Case, value_and_grad
 from gpu_support import DEVICE, REHEARSAL, each_case, inputs, needs_gpu, pick, shrink
 from torch import Tensor
 
-from kdkernels import _ops
+from kdkernels._dtypes import working_dtype
 
 pytestmark = needs_gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -102,14 +102,14 @@ def test_row_operators_pass_opcheck(case: Case) -> None:
     options = {"kd": [], "dkd": [1.0, 8.0], "aekt": [1.0, 8.0, 1.0, 10.0]}[case.spec.name]
     student, teacher, target = inputs((12, 40), F32)
     target[1] = -100
-    args = (target, case.spec.name, options, 2.0, 4.0, False, -100, 1)
+    args = (target, case.spec.name, [2.0, 4.0, *options], None, False, -100, 1)
     leaf = student.requires_grad_()
     operators = torch.ops.kdkernels
     for reduction in (0, 1, 2):
         for wanted in (True, False) if reduction else (False,):
             torch.library.opcheck(operators.row.default, (leaf, teacher, *args, reduction, wanted))
         shape = (12,) if reduction == 0 else ()
-        upstream = torch.full(shape, 1.5, device=DEVICE, dtype=_ops.loss_dtype(leaf, teacher))
+        upstream = torch.full(shape, 1.5, device=DEVICE, dtype=working_dtype(leaf, teacher))
         torch.library.opcheck(
             operators.row_backward.default, (upstream, student.detach(), teacher, *args, reduction)
         )
@@ -118,7 +118,7 @@ def test_row_operators_pass_opcheck(case: Case) -> None:
 @each_case([spec for spec in LOSSES if not spec.by_row], ["native"])
 def test_correlation_operators_pass_opcheck(case: Case) -> None:
     student, teacher, _ = inputs((12, 40), F32)
-    args = (case.spec.name, 1.0, 1.0, 2.0, 1e-8, 1)
+    args = (case.spec.name, [1.0, 1.0, 2.0, 1e-8], None, 1)
     operators = torch.ops.kdkernels
     upstream = torch.tensor(1.5, device=DEVICE)
     for reduction in (1, 2):

@@ -1,0 +1,62 @@
+"""What a loss keeps for its backward pass: seen when it changes, allowed to come from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from every import every, example, gradient
+
+from kdkernels.registry import LossSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def _change(tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.mul_(0.5)
+    else:
+        tensor.copy_((tensor + 1) % (int(tensor.max()) + 1))
+
+
+@every()
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "second"])
+def test_a_changed_input_is_no_wrong_gradient(
+    spec: LossSpec, backend: str | None, dtype: torch.dtype, again: bool
+) -> None:
+    """Any tensor changed between the passes: the old gradient (it was stored) or torch's error."""
+    for reduction in ("mean", "none") if spec.by_row else ("mean",):
+        for index in range(len(example(spec).tensors)):
+            case = example(spec, dtype)
+            options: dict[str, Any] = {"reduction": reduction, "backend": backend}
+            expected = gradient(case.function(**options), case.student)
+            leaf = case.student.clone().requires_grad_()
+            given = leaf * 1  # not a leaf, so that it may be changed in place
+            loss = case.of(given, **options).sum()
+            if again:
+                torch.autograd.grad(loss, leaf, retain_graph=True)
+            with torch.no_grad():
+                _change(given if index == 0 else case.tensors[index])
+            with contextlib.suppress(RuntimeError):  # "modified by an inplace operation"
+                (found,) = torch.autograd.grad(loss, leaf)
+                torch.testing.assert_close(found, expected)
+
+
+@every()
+def test_constants_made_in_inference_mode(spec: LossSpec, backend: str | None) -> None:
+    """A cached teacher is a tensor of ``torch.inference_mode()``; so may be the labels."""
+    for dtype in DTYPES.values():
+        for reduction in ("mean", "none") if spec.by_row else ("mean",):
+            case = example(spec, dtype)
+            options: dict[str, Any] = {"reduction": reduction, "backend": backend}
+            leaf = case.student.clone().requires_grad_()
+            expected = gradient(case.function(**options), case.student)
+            with torch.inference_mode():
+                case.tensors[1:] = [x.clone() for x in case.tensors[1:]]
+            loss = case.of(leaf, **options).sum()
+            for _ in range(2):
+                (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+                torch.testing.assert_close(found, expected)
