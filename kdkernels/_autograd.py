@@ -206,12 +206,12 @@ def call_operator(
     if symbolic is not None:
         call = call._replace(numbers=[], symbolic=symbolic)
     if not any(needs) and torch.is_grad_enabled() and any([x.requires_grad for x in students]):
-        # The backward pass reads the inputs again, and autograd keeps no tensor of inference mode.
-        constants = tuple([_keepable(x) for x in constants])
+        constants = tuple([None if x is None else keepable(x) for x in constants])  # read again
     return operator(backend, family)(*students, *constants, *call, *needs)[0]
 
 
-def _keepable(constant: Tensor | None) -> Tensor | None:
-    if constant is not None and constant.is_inference():
+def keepable(constant: Tensor) -> Tensor:
+    """A copy of a tensor of inference mode, which autograd does not keep; a compiler cannot ask."""
+    if not torch.compiler.is_compiling() and constant.is_inference():
         return constant.clone()
     return constant

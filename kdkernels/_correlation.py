@@ -8,9 +8,11 @@ from . import _checks, _reduce
 from ._autograd import apply
 from ._calls import CorrelationCall
 from ._dispatch import choose
+from ._dtensor import gathered
 from .registry import LossSpec
 
 
+@gathered
 def correlation_loss(
     spec: LossSpec,
     student: Tensor,

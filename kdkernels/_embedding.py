@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
-from ._autograd import apply_composed, apply_several, call_operator
+from ._autograd import apply_composed, apply_several, call_operator, keepable
 from ._backends import Kernels
 from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
@@ -105,8 +105,7 @@ def composed(
         code = _checks.batch_reduction(reduction)
         call = ComposedCall(functools.partial(written, **options), loss_weight, code)
         return apply_composed(student, _WRITTEN, call, teacher)
-    if teacher.is_inference():  # which autograd does not keep
-        teacher = teacher.clone()
+    teacher = keepable(teacher)
     name = "sum" if reduction == "sum" else "mean"
     loss = spec.reference(student, teacher, reduction=name, **options)
     return (loss_weight * loss).to(student.dtype)

@@ -7,11 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _checks, _reduce
+from . import _checks, _dtensor, _reduce
 from ._autograd import apply
 from ._calls import RowCall
 from ._dispatch import choose
-from ._tracing import traced, transformed
+from ._dtensor import any_sharded
+from ._tracing import plain, traced, transformed
 from .registry import LossSpec
 
 
@@ -46,6 +47,32 @@ def row_loss(
     if standardize and student.shape[class_dim] < 2:
         raise _checks.fail(
             "student_logits", "of at least two classes with standardize=True", student.shape
+        )
+    if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
+
+        def local(s: Tensor, t: Tensor, y: Tensor | None, reduction: str) -> Tensor:
+            return row_loss(
+                spec,
+                s,
+                t,
+                y,
+                options=options,
+                temperature=temperature,
+                scale=scale,
+                standardize=standardize,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                backend=backend,
+            )
+
+        return _dtensor.row_loss(
+            local,
+            student,
+            teacher,
+            target,
+            class_dim=class_dim,
+            ignore_index=ignore_index,
+            reduction=reduction,
         )
     chosen = choose(spec, student, backend)
     if target is not None and chosen != "native" and spec.needs_target:

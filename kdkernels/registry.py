@@ -58,9 +58,17 @@ class LossSpec:
 SPECS: dict[str, LossSpec] = {}
 
 
+def _no_script(*_: Any) -> Any:
+    raise RuntimeError(
+        "torch.jit.script cannot compile kdkernels losses: use torch.compile, or torch.jit.trace"
+    )
+
+
 def register(spec: LossSpec) -> LossSpec:
     """Add a loss to the table; called once, at the end of its file in ``kdkernels/losses``."""
     if spec.name in SPECS:
         raise ValueError(f"name must be unused, got {spec.name!r}")
+    for scripted in (spec.function, spec.module):  # torch.jit.script asks both for it
+        scripted.__prepare_scriptable__ = _no_script  # type: ignore[attr-defined,union-attr]
     SPECS[spec.name] = spec
     return spec

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks, _embedding
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
+from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 
@@ -21,6 +22,7 @@ def _power(value: float) -> float:
     return value
 
 
+@gathered
 def attention_transfer_loss(
     student_features: Tensor,
     teacher_features: Tensor,

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import _checks, _embedding
 from ..reference.hint import hint as reference
+from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 
 _RANKS = {2: "(B, D)", 3: "(B, S, D)", 4: "(B, C, H, W)"}
 
 
+@gathered
 def hint_loss(
     student_features: Tensor,
     teacher_features: Tensor,

@@ -11,6 +11,7 @@ from .. import _checks, _embedding
 from .._calls import FactorCall
 from .._dispatch import choose
 from ..reference.iekd import iekd as reference
+from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 
@@ -23,6 +24,7 @@ def _similarity(value: Any) -> str:
     return str(value)
 
 
+@gathered
 def iekd_loss(
     inheritance_factor: Tensor,
     exploration_factor: Tensor,

@@ -8,12 +8,14 @@ from torch import Tensor
 from .. import _checks, _embedding
 from ..composed.pkd import pkd as composed
 from ..reference.pkd import pkd as reference, resize
+from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 
 _RANKS = {4: "(N, C, H, W)"}
 
 
+@gathered
 def pkd_loss(
     student_features: Tensor,
     teacher_features: Tensor,

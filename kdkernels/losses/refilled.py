@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _checks, _embedding
 from .._calls import TupleCall
 from .._dispatch import choose
+from .._dtensor import gathered
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
@@ -20,6 +21,7 @@ _MATRIX = {2: "(B, D)"}
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
 
 
+@gathered
 def tuple_matching_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -133,6 +135,7 @@ class TupleMatchingLoss(LossModule):
         )
 
 
+@gathered
 def local_classifier_loss(
     student_logits: Tensor,
     teacher_embeddings: Tensor,
@@ -192,8 +195,8 @@ def local_classifier_loss(
         _checks.constant(name, value)
     target = _embedding.labels(target, samples, student_logits.device)
     _embedding.in_range(target, classes)
-    absent = torch.ones(classes, dtype=torch.bool, device=target.device)
-    absent = absent.index_fill(0, target, False)
+    present = torch.arange(classes, device=target.device) == target.unsqueeze(1)
+    absent = ~present.any(0)
     embeddings, centers = _embedding.promote(teacher_embeddings, centers)
     teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
     return kd_loss(

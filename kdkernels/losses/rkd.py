@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import _checks, _embedding
 from ..reference.rkd import rkd as reference
+from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 
 _RANKS = {2: "(B, D)"}
 
 
+@gathered
 def rkd_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,

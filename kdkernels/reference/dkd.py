@@ -27,7 +27,7 @@ from .kd import divergence
 def decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Split a row at its target: log [p_t, p_n] of shape (rows, 2), and log p^ (rows, classes)."""
     index = target.unsqueeze(-1)
-    excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    excluded = torch.arange(logits.shape[-1], device=logits.device) == index
     log_others, lse_others = masked_log_softmax(logits, excluded)
     pair = torch.stack([logits.gather(-1, index).squeeze(-1), lse_others], -1)
     # A row that is all -inf is NaN through its pair, which hangs on the target's logit alone there.

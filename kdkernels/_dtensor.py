@@ -1,0 +1,116 @@
+"""DTensors: rows that are sharded stay sharded for row losses, everything else is gathered.
+
+The losses run on local tensors; a row loss of a shard needs no other shard, and only the count of a
+mean is summed over the mesh. Losses that couple rows, and classes that are sharded, are
+redistributed to every rank first: right, but with the communication and memory of a gather.
+Nothing here is imported before a subclass of Tensor is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._tracing import plain
+
+
+def any_sharded(*tensors: Any) -> bool:
+    """Whether one of them is a DTensor."""
+    others = [x for x in tensors if isinstance(x, Tensor) and not plain(x)]
+    if not others or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any([isinstance(x, DTensor) for x in others])
+
+
+def _mesh(tensors: dict[str, Any]) -> Any:
+    """The mesh of all tensors, which must be DTensors of one."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if not isinstance(tensor, DTensor):
+            raise _checks.fail_type(name, "a DTensor, as the others are", type(tensor).__name__)
+        mesh = mesh or tensor.device_mesh
+        if tensor.device_mesh != mesh:
+            raise _checks.fail(name, f"on the mesh {mesh}", tensor.device_mesh)
+    return mesh
+
+
+def _local(tensor: Any, mesh: Any, placements: Any) -> Tensor:
+    """The local part of a tensor redistributed; its gradient lies likewise."""
+    return tensor.redistribute(mesh, placements).to_local(grad_placements=placements)
+
+
+def row_loss(
+    run: Callable[[Tensor, Tensor, Tensor | None, str], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    class_dim: int,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """``run(student, teacher, target, reduction)`` on each rank's rows, as a DTensor."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    named = {"student_logits": student, "teacher_logits": teacher, "target": target}
+    mesh = _mesh(named)
+    given: Any = student
+    by_row = [p.is_shard() and p.dim != class_dim for p in given.placements]
+    placements = [
+        p if own else Replicate() for p, own in zip(given.placements, by_row, strict=True)
+    ]
+    of_rows = [
+        Shard(p.dim - (p.dim > class_dim)) if own else Replicate()
+        for p, own in zip(given.placements, by_row, strict=True)
+    ]
+    of_sums = [Partial() if own else Replicate() for own in by_row]
+    rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    s, t = (_local(x, mesh, placements) for x in (student, teacher))
+    y: Any = None if target is None else _local(target, mesh, of_rows)
+    if reduction == "none":
+        losses = run(s, t, y, "none")
+        strides = torch.empty(rows, device="meta").stride()
+        return DTensor.from_local(
+            losses, mesh, of_rows, run_check=False, shape=rows, stride=strides
+        )
+    total = run(s, t, y, "sum")
+    if reduction != "sum":
+        count: Any = max(rows.numel(), 1)
+        if y is not None:
+            valid = DTensor.from_local((y != ignore_index).sum(), mesh, of_sums, run_check=False)
+            count = valid.full_tensor().clamp(min=1)
+        total = total / count
+    return DTensor.from_local(total, mesh, of_sums, run_check=False)
+
+
+def gathered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that couples its inputs: on DTensors every rank computes the whole."""
+
+    @functools.wraps(function)
+    def loss(*args: Any, **kwargs: Any) -> Tensor:
+        if not any_sharded(*args, *kwargs.values()):
+            return function(*args, **kwargs)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        named = {f"input {i}": x for i, x in enumerate(args)} | kwargs
+        mesh = _mesh(named)
+        everywhere = [Replicate()] * mesh.ndim
+
+        def whole(x: Any) -> Any:
+            return _local(x, mesh, everywhere) if isinstance(x, Tensor) else x
+
+        value = function(*map(whole, args), **{k: whole(x) for k, x in kwargs.items()})
+        return DTensor.from_local(value, mesh, everywhere, run_check=False)
+
+    return loss

@@ -1,0 +1,86 @@
+"""DTensor logits on processes of this machine: values and gradients of one process, however sharded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from every import example, gradient
+
+from kdkernels.registry import SPECS, LossSpec
+
+WORLD = 2
+
+
+def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    case = example(spec, rows=5)  # uneven shards
+    options: dict[str, Any] = {"reduction": reduction}
+    if ignored and spec.takes_target and spec.by_row:
+        labels = torch.tensor([-100, 2, -100, 3, 1])  # more on one rank than on the other
+        case.tensors[2:] = []
+        options["target"] = labels
+    expected = case.of(case.student, **options)
+    slope = gradient(case.function(**options), case.student)
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        at = Shard(dim) if dim < x.dim() else Replicate()
+        return distribute_tensor(x, mesh, [at])
+
+    leaf = place(case.student.clone()).requires_grad_()
+    rest = [place(x) for x in case.tensors[1:]]
+    loss = spec.function(leaf, *rest, **{k: place(v) for k, v in options.items()})
+    assert isinstance(loss, DTensor)
+    torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+    loss.sum().backward()
+    given: Any = leaf.grad
+    torch.testing.assert_close(given.full_tensor(), slope, rtol=1e-5, atol=1e-7)
+    if spec.by_row and dim == 0 and reduction == "none":
+        assert loss.placements == (Shard(0),)  # rows that are sharded stay sharded
+    with pytest.raises(TypeError, match="must be a DTensor"):
+        spec.function(leaf, *case.tensors[1:], **options)
+
+
+def _worker(rank: int, port_file: str, failures: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=WORLD)
+    try:
+        for spec in SPECS.values():
+            for reduction in ("mean", "sum", "none") if spec.by_row else ("mean", "sum"):
+                for dim in (0, 1):
+                    for ignored in (False, True):
+                        name = f"{spec.name} {reduction} Shard({dim}) ignored={ignored}"
+                        try:
+                            _check(spec, reduction, dim, ignored)
+                        except Exception:
+                            failures.put(f"rank {rank}, {name}:\n{traceback.format_exc()}")
+                            return
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not dist.is_available() or sys.platform != "linux", reason="torch.distributed is not available"
+)
+def test_every_loss_of_sharded_tensors() -> None:
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "rendezvous")
+        mp.spawn(_worker, (path, failures), nprocs=WORLD)
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    assert not found, "\n".join(found)
