@@ -125,9 +125,7 @@ class Family:
 ROW = Family("row", ("student",), ("teacher", "target?"), RowCall)
 CORRELATION = Family("correlation", ("student",), ("teacher",), CorrelationCall)
 FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCall)
-TUPLES = Family(
-    "tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False
-)
+TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)
 FAMILIES = {family.name: family for family in (ROW, CORRELATION, FACTORS, TUPLES)}
 
 

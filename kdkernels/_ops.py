@@ -139,9 +139,7 @@ def _define(backend: str, family: Family) -> None:
         return
     _library.define(f"{name}_backward{family.backward_schema()}", tags=_TAGS)
     torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=_library)
-    torch.library.register_autograd(
-        f"kdkernels::{name}_backward", no_double_backward, lib=_library
-    )
+    torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=_library)
 
 
 def _implement_triton(family: Family) -> None:
@@ -155,7 +153,10 @@ def _implement_triton(family: Family) -> None:
         students = args[: len(family.students)]
         return (
             loss,
-            *(x.new_empty([0]) if g is None else g for g, x in zip(gradients, students, strict=True)),
+            *(
+                x.new_empty([0]) if g is None else g
+                for g, x in zip(gradients, students, strict=True)
+            ),
         )
 
     def backward(upstream: Tensor, *args: Any) -> Any:

@@ -299,9 +299,9 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
 def _row(student: Tensor, teacher: Tensor, target: Tensor | None, call: Call, need: bool) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
-    return row_loss(
-        call.rule, student, teacher, target, **_row_options(call), need_gradient=need
-    )[:2]
+    return row_loss(call.rule, student, teacher, target, **_row_options(call), need_gradient=need)[
+        :2
+    ]
 
 
 def _row_options(call: Call) -> dict[str, Any]:
@@ -349,9 +349,7 @@ def _correlation_backward(
 
 def _nothing(student: Tensor, teacher: Tensor, call: Any) -> Any:
     shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
-    loss = torch.zeros(
-        shape if call.reduction == 0 else (), dtype=working_dtype(student, teacher)
-    )
+    loss = torch.zeros(shape if call.reduction == 0 else (), dtype=working_dtype(student, teacher))
     return loss, torch.empty_like(student)
 
 

@@ -290,11 +290,15 @@ def test_nan_distances_follow_the_cpu() -> None:
     student, teacher, target = batch(24, 3, torch.float32)
     student[3, 7] = student[5, :] = student[:, 9] = float("nan")
     clean = tuples(student, teacher, target)
-    ours = torch.ops.kdkernels.tuple_matching(student, teacher, target, [0.2, 4.0, 1.0], None, 1, True)
+    ours = torch.ops.kdkernels.tuple_matching(
+        student, teacher, target, [0.2, 4.0, 1.0], None, 1, True
+    )
     torch.testing.assert_close(clean[0], ours[0], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(clean[1], ours[1], rtol=1e-5, atol=1e-7)
     teacher[2, 4] = teacher[6, :] = float("nan")
     got = tuples(student, teacher, target, reduction=2)
-    ours = torch.ops.kdkernels.tuple_matching(student, teacher, target, [0.2, 4.0, 1.0], None, 2, True)
+    ours = torch.ops.kdkernels.tuple_matching(
+        student, teacher, target, [0.2, 4.0, 1.0], None, 2, True
+    )
     torch.testing.assert_close(got[0], ours[0], equal_nan=True)
     torch.testing.assert_close(got[1], ours[1], rtol=1e-5, atol=1e-7, equal_nan=True)

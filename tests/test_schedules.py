@@ -29,7 +29,9 @@ def _cases() -> Any:
         if backend is None:
             continue
         for name in _schedules(spec):
-            grid.append(pytest.param(spec, backend, name, id=f"{param.id}-{name}", marks=param.marks))
+            grid.append(
+                pytest.param(spec, backend, name, id=f"{param.id}-{name}", marks=param.marks)
+            )
     return pytest.mark.parametrize(("spec", "backend", "name"), grid)
 
 

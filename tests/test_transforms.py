@@ -113,7 +113,9 @@ def test_double_backward_is_right_or_raises(spec: LossSpec, backend: str | None)
         leaf = case.student.clone().requires_grad_()
         loss = case.of(leaf, backend=name)
         (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        (second,) = torch.autograd.grad((first * torch.arange(first.numel()).view_as(first)).sum(), leaf)
+        (second,) = torch.autograd.grad(
+            (first * torch.arange(first.numel()).view_as(first)).sum(), leaf
+        )
         return second
 
     expected = of_gradient("reference")

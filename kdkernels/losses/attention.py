@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._dtensor import gathered
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
-from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import _checks, _embedding
 from .._calls import FactorCall
 from .._dispatch import choose
-from ..reference.iekd import iekd as reference
 from .._dtensor import gathered
+from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
 

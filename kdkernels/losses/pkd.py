@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._dtensor import gathered
 from ..composed.pkd import pkd as composed
 from ..reference.pkd import pkd as reference, resize
-from .._dtensor import gathered
 from ..registry import LossSpec, register
 from ._base import LossModule
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _embedding
-from ..reference.rkd import rkd as reference
 from .._dtensor import gathered
+from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._dtypes import STANDARDIZE_EPS
 
+
 def rescale(
     student: Tensor, teacher: Tensor, temperature: float, standardize: bool
 ) -> tuple[Tensor, Tensor]:
