@@ -1,8 +1,8 @@
-"""What a call of each family of kernels consists of, once: the operators' schemas are made of it.
+"""What a call of each family of kernels consists of, once; the operators' schemas are made of it.
 
-A call is some tensors and one of the tuples below. ``numbers`` are the floats of a call in one list,
-so that they can travel as one tensor under a compiler (``_tracing.symbolic_numbers``), which then is
-``symbolic`` and counts instead of them. csrc/calls.h has the same fields for C++.
+A call is some tensors and one of the tuples below. ``numbers`` are the floats of a call in one
+list, so that they can travel as one tensor under a compiler (``_tracing.symbolic_numbers``), which
+then is ``symbolic`` and counts instead of them. csrc/calls.h has the same fields for C++.
 """
 
 from __future__ import annotations

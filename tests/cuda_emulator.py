@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import _backends
-from kdkernels._calls import CorrelationCall, RowCall as Call
+from kdkernels import _backends, _calls
 from kdkernels._dtypes import working_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,7 +295,9 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient
 
 
-def _row(student: Tensor, teacher: Tensor, target: Tensor | None, call: Call, need: bool) -> Any:
+def _row(
+    student: Tensor, teacher: Tensor, target: Tensor | None, call: _calls.RowCall, need: bool
+) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
     return row_loss(call.rule, student, teacher, target, **_row_options(call), need_gradient=need)[
@@ -304,7 +305,7 @@ def _row(student: Tensor, teacher: Tensor, target: Tensor | None, call: Call, ne
     ]
 
 
-def _row_options(call: Call) -> dict[str, Any]:
+def _row_options(call: _calls.RowCall) -> dict[str, Any]:
     temperature, scale, *options = call.numbers
     named = {"temperature": temperature, "scale": scale, "options": options}
     same = ("standardize", "ignore_index", "class_dim", "reduction")
@@ -312,7 +313,7 @@ def _row_options(call: Call) -> dict[str, Any]:
 
 
 def _row_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None, call: Call
+    upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None, call: _calls.RowCall
 ) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
@@ -323,12 +324,12 @@ def _row_backward(
     return gradient
 
 
-def _correlation_options(call: CorrelationCall) -> dict[str, Any]:
+def _correlation_options(call: _calls.CorrelationCall) -> dict[str, Any]:
     named = dict(zip(("inter", "intra", "tau", "eps"), call.numbers, strict=True))
     return {**named, "class_dim": call.class_dim, "reduction": call.reduction}
 
 
-def _correlation(student: Tensor, teacher: Tensor, call: CorrelationCall, need: bool) -> Any:
+def _correlation(student: Tensor, teacher: Tensor, call: _calls.CorrelationCall, need: bool) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
     options = _correlation_options(call)
@@ -336,7 +337,7 @@ def _correlation(student: Tensor, teacher: Tensor, call: CorrelationCall, need: 
 
 
 def _correlation_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, call: CorrelationCall
+    upstream: Tensor, student: Tensor, teacher: Tensor, call: _calls.CorrelationCall
 ) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)

@@ -1,4 +1,4 @@
-"""DTensor logits on processes of this machine: values and gradients of one process, however sharded."""
+"""DTensors on processes of this machine: values and gradients of one process, however sharded."""
 
 from __future__ import annotations
 
