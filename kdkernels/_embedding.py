@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,34 @@ def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
     if 0 in value.shape[1:]:
         raise _checks.fail(name, "of at least one element a sample", f"shape {tuple(value.shape)}")
     return value
+
+
+VECTORS = {2: "(B, D)", 4: "(B, C, H, W)"}
+MAPS = {3: "(B, N, D)", 4: "(B, C, H, W)"}
+
+
+def embeddings(name: str, value: Any) -> Tensor:
+    """Check a batch of vectors, such as (B, C, 1, 1) of a pooling layer; returns them as (B, D)."""
+    return tensor(name, value, VECTORS).flatten(1)
+
+
+def maps(name: str, value: Any) -> Tensor:
+    """Check maps of features; returns tokens (B, N, D) as maps (B, D, N, 1) of N positions."""
+    value = tensor(name, value, MAPS)
+    return value.mT.unsqueeze(3) if value.dim() == 3 else value
+
+
+def shape_of_maps(rank: int, samples: Any, channels: Any, *positions: Any) -> str:
+    """The shape that ``maps`` were given with, in words."""
+    order = (samples, *positions, channels) if rank == 3 else (samples, channels, *positions)
+    return "(" + ", ".join(map(str, order)) + ")"
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast out of a loss: its products and resizings are in the dtype they are given."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def beside(name: str, value: Tensor, student: Tensor) -> None:
@@ -91,6 +120,19 @@ def composed(
     """
     choose(spec, student, backend)  # raises where a backend is asked for that is not there
     student, teacher = promote(student, teacher)
+    with full_precision(student.device):
+        return _composed(spec, student, teacher, reduction, loss_weight, backend, options)
+
+
+def _composed(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: str,
+    loss_weight: float,
+    backend: str | None,
+    options: dict[str, Any],
+) -> Tensor:
     written = spec.composed
     if (
         written is not None
@@ -216,9 +258,10 @@ def tuples(
 ) -> Tensor:
     """REFILLED's tuples: distances by torch in float64, everything about tuples in the kernel."""
     dtype = _ops_embedding.working_dtype(student, teacher)
-    d_student = distances(student).to(dtype)
-    with torch.no_grad():
-        d_teacher = distances(teacher).to(dtype)
+    with full_precision(student.device):
+        d_student = distances(student).to(dtype)
+        with torch.no_grad():
+            d_teacher = distances(teacher).to(dtype)
     need_gradient = d_student.requires_grad and torch.is_grad_enabled()
     return _operator(backend, "tuple_matching")(
         d_student, d_teacher, target, margin, temperature, scale, reduction, need_gradient
