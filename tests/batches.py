@@ -56,7 +56,7 @@ def names(spec: LossSpec) -> list[str]:
     """The arguments that ``batch`` fills."""
     parameters = inspect.signature(spec.function).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty]
-    return needed + ["target"] if spec.needs_target and "target" not in needed else needed
+    return [*needed, "target"] if spec.needs_target and "target" not in needed else needed
 
 
 @functools.cache

@@ -47,7 +47,8 @@ def rkd_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) over the pairs and over the triples, or
             ``'sum'``.
         loss_weight: multiplies the loss.
-        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. Can be
+            differentiated twice, with memory of order B^3 for the angles.
 
     Returns:
         0-d float32 (float64 if either input is).
