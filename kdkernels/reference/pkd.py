@@ -21,8 +21,9 @@ EPS = 1e-6
 def standardize(features: Tensor) -> Tensor:
     """Each channel of (N, C, H, W) to mean 0 and deviation 1."""
     over = (0, 2, 3)
-    x = features - features.mean(over, keepdim=True)
-    x = x - x.mean(over, keepdim=True)  # the mean's rounding, where it is large
+    # From its first value: a constant channel's mean is that constant, its deviation exactly 0.
+    x = features - features[:1, :, :1, :1].detach()
+    x = x - x.mean(over, keepdim=True)
     size = x.detach().abs().amax(over, keepdim=True).clamp(min=1e-30)
     x = x / size
     count = features.numel() // features.shape[1]
