@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,34 @@ def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
     if 0 in value.shape[1:]:
         raise _checks.fail(name, "of at least one element a sample", f"shape {tuple(value.shape)}")
     return value
+
+
+VECTORS = {2: "(B, D)", 4: "(B, C, H, W)"}
+MAPS = {3: "(B, N, D)", 4: "(B, C, H, W)"}
+
+
+def embeddings(name: str, value: Any) -> Tensor:
+    """Check a batch of vectors, such as (B, C, 1, 1) of a pooling layer; returns them as (B, D)."""
+    return tensor(name, value, VECTORS).flatten(1)
+
+
+def maps(name: str, value: Any) -> Tensor:
+    """Check maps of features; returns tokens (B, N, D) as maps (B, D, N, 1) of N positions."""
+    value = tensor(name, value, MAPS)
+    return value.mT.unsqueeze(3) if value.dim() == 3 else value
+
+
+def shape_of_maps(rank: int, samples: Any, channels: Any, *positions: Any) -> str:
+    """The shape that ``maps`` were given with, in words."""
+    order = (samples, *positions, channels) if rank == 3 else (samples, channels, *positions)
+    return "(" + ", ".join(map(str, order)) + ")"
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast out of a loss: its products and resizings are in the dtype they are given."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def beside(name: str, value: Tensor, student: Tensor) -> None:
@@ -62,7 +91,7 @@ def labels(value: Any, samples: int, device: torch.device) -> Tensor:
 
 def in_range(target: Tensor, classes: int) -> None:
     """Check the values of CPU targets; on a GPU this would synchronise."""
-    if target.device.type != "cpu" or traced(target):
+    if target.device.type != "cpu" or traced(target) or transformed():
         return
     bad = (target < 0) | (target >= classes)
     if bad.any():
@@ -93,6 +122,19 @@ def composed(
     """
     choose(spec, student, backend)  # raises where a backend is asked for that is not there
     student, teacher = promote(student, teacher)
+    with full_precision(student.device):
+        return _composed(spec, student, teacher, reduction, loss_weight, backend, options)
+
+
+def _composed(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: Tensor,
+    reduction: str,
+    loss_weight: float,
+    backend: str | None,
+    options: dict[str, Any],
+) -> Tensor:
     written = spec.composed
     if (
         written is not None
@@ -147,9 +189,10 @@ def tuples(
 ) -> Tensor:
     """REFILLED's tuples: distances by torch in float64, everything about tuples in the kernel."""
     dtype = working_dtype(student, teacher)
-    d_student = distances(student).to(dtype)
-    with torch.no_grad():
-        d_teacher = distances(teacher).to(dtype)
+    with full_precision(student.device):
+        d_student = distances(student).to(dtype)
+        with torch.no_grad():
+            d_teacher = distances(teacher).to(dtype)
     need_gradient = d_student.requires_grad and torch.is_grad_enabled()
     constants = d_teacher, target
     return call_operator(backend, "tuple_matching", (d_student,), constants, call, (need_gradient,))

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _embedding
 
 __all__ = [
     "FactorAutoEncoder",
@@ -121,11 +121,15 @@ class FactorAutoEncoder(nn.Module):
 
 
 def reconstruction_loss(features: Tensor, reconstruction: Tensor) -> Tensor:
-    """mean |features - reconstruction|, as the published code has it (the paper squares)."""
+    """mean |features - reconstruction|, as the published code has it (the paper squares).
+
+    Two tensors of one shape; 0-d float32 (float64 if either input is).
+    """
     if features.shape != reconstruction.shape:
         raise _checks.fail(
             "reconstruction", f"of shape {tuple(features.shape)}", tuple(reconstruction.shape)
         )
+    reconstruction, features = _embedding.promote(reconstruction, features)
     return torch.nn.functional.l1_loss(reconstruction, features)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Call, batch, calls, leaves
 from cases import (
     LOSSES,
     Case,
@@ -108,3 +109,57 @@ def test_double_backward_raises(case: Case) -> None:
         assert gradient.requires_grad
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             gradient.square().sum().backward()
+
+
+@calls()
+def test_second_derivatives_are_right_or_refused(call: Call) -> None:
+    """From the reference they are right; elsewhere right or an error, never silently wrong."""
+    spec = call.spec
+    off = {spec.constant_weight: 0.0} if spec.constant_weight else {}
+    count = leaves(spec)
+    for seed, sample in enumerate(spec.samples):
+        options = {**sample, **off}
+        tensors = batch(spec, torch.float64, seed)
+        students = tuple(x.clone().requires_grad_() for x in tensors[:count])
+
+        def function(
+            *args: Tensor,
+            held: tuple[Tensor, ...] = tensors[count:],
+            options: dict[str, Any] = options,
+        ) -> Tensor:
+            return call(*args, *held, **options)
+
+        once = torch.autograd.grad(function(*students).sum(), students)
+        again = torch.autograd.grad(function(*students).sum(), students, create_graph=True)
+        for a, b in zip(once, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        try:
+            torch.autograd.grad(sum(g.square().sum() for g in again), students)
+        except RuntimeError as error:
+            assert "cannot be differentiated twice" in str(error)
+            assert call.backend != "reference", f"{spec.name}: the reference must not refuse"
+            continue
+        # Of a function of the gradient and of the upstream gradient, in all directions.
+        assert torch.autograd.gradgradcheck(function, students, fast_mode=False)
+
+
+@calls()
+def test_the_upstream_gradient_is_not_forgotten(call: Call) -> None:
+    """A loss inside a function: the second derivative by way of the first, or an error."""
+    spec = call.spec
+    count = leaves(spec)
+    tensors = batch(spec, torch.float64, 1)
+    options = {spec.constant_weight: 0.0} if spec.constant_weight else {}
+    students = tuple(x.clone().requires_grad_() for x in tensors[:count])
+
+    def function(*args: Tensor) -> Tensor:
+        loss = call(*args, *tensors[count:], **options).sum()
+        return (loss / 100).sin() * args[0].mean()
+
+    gradients = torch.autograd.grad(function(*students), students, create_graph=True)
+    try:
+        torch.autograd.grad(sum(g.sum() for g in gradients), students)
+    except RuntimeError as error:
+        assert "cannot be differentiated twice" in str(error) and call.backend != "reference"
+    else:
+        assert torch.autograd.gradgradcheck(function, students)

@@ -1,8 +1,8 @@
 """Attention transfer: the energies block by block of samples, the gradient in one pass.
 
-With the energy e = mean_c |F_c|^p, n = max(||e||, 1e-12), Q = e / n and G = dL / dQ:
+With the energy e = mean_c |F_c|^p, n = ||e||, Q = e / n and G = dL / dQ:
 
-    dL/de = (G - Q <Q, G>) / n      (without the second term where the norm is below 1e-12)
+    dL/de = (G - Q <Q, G>) / n
     dL/dF_c = dL/de  p / C  |F_c|^(p - 1) sign(F_c)
 """
 
@@ -13,7 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-EPS = 1e-12
+from ..reference.attention import attention_transfer as reference
+from ._wide import wide
+
+SMALLEST, LARGEST = 1e-10, 1e15
+"""Energies whose powers, squares and gradients float32 holds; others take the reference."""
 BLOCK = 1 << 17
 """Elements of a block: large beside the cost of a call, and in the cache."""
 
@@ -27,16 +31,18 @@ def attention(
     *,
     p: float,
 ) -> tuple[Tensor, Tensor | None]:
-    energy = _energy(student, p)
+    energy, energy_t = _energy(student, p), _energy(teacher, p)
+    if not (_ordinary(energy) and _ordinary(energy_t)):
+        return wide(reference, student, teacher, scale, reduction, need_gradient, p=p)
     weight = scale / (max(energy.numel(), 1) if reduction == 1 else 1)
     q, norm = _normalise(energy)
-    gap = q - _normalise(_energy(teacher, p))[0]
+    gap = q - _normalise(energy_t)[0]
     loss = gap.square().sum() * weight
     if not need_gradient:
         return loss, None
     slope = gap.mul_(2 * weight)
-    along = torch.where(norm >= EPS, (q * slope).sum((1, 2), keepdim=True), 0.0)
-    slope = (slope - q * along) * (p / student.shape[1]) / norm.clamp(min=EPS)
+    along = (q * slope).sum((1, 2), keepdim=True)
+    slope = (slope - q * along) * (p / student.shape[1]) / norm
     gradient = torch.empty_like(student)
     slope = slope.unsqueeze(1)
     if p == 2:
@@ -71,4 +77,10 @@ def _energy(features: Tensor, p: float) -> Tensor:
 def _normalise(energy: Tensor) -> tuple[Tensor, Tensor]:
     """The map of norm 1, and the norm of each sample, (B, 1, 1)."""
     norm = torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True)
-    return energy / norm.clamp(min=EPS), norm
+    return energy / norm, norm
+
+
+def _ordinary(energy: Tensor) -> bool:
+    """Whether every sample's largest energy is in range; not where one is NaN."""
+    largest = energy.amax((1, 2))
+    return bool(((largest >= SMALLEST) & (largest <= LARGEST)).all())

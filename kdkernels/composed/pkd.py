@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference.pkd import EPS, pkd as reference
+from ._wide import wide
 
 BLOCK = 1 << 18
 """Elements of a block: large beside the cost of some twenty calls. Four are held at once."""
@@ -26,11 +27,13 @@ def pkd(
 ) -> tuple[Tensor, Tensor | None]:
     channels = student.shape[1]
     count = student.numel() // channels
+    if count < 2:
+        return wide(reference, student, teacher, scale, reduction, need_gradient)
     weight = scale / (student.numel() if reduction == 1 else 1)
     gradient = torch.empty_like(student) if need_gradient else None
     step = min(max(BLOCK // count, 1), channels)
     buffers = student.new_empty(2, 2, step, count)
-    total = torch.zeros((), dtype=torch.float64)
+    total = student.new_zeros((), dtype=torch.float64)
     deviations = []
     for begin in range(0, channels, step):
         block = slice(begin, begin + step)
@@ -54,16 +57,5 @@ def pkd(
         slope = a.mul_(weight)[:, :, None, None]
         torch.mul(gap.view(ours.shape), slope, out=gradient[:, block].transpose(0, 1))
     if not torch.cat(deviations, 1).isfinite().all():
-        return _wide(student, teacher, scale, reduction, need_gradient)
+        return wide(reference, student, teacher, scale, reduction, need_gradient)
     return (total * (weight / 2)).to(student.dtype), gradient
-
-
-def _wide(
-    student: Tensor, teacher: Tensor, scale: float, reduction: int, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The reference, whose moments are in float64: for squares beyond float32, infinity and NaN."""
-    with torch.enable_grad():
-        leaf = student.detach().requires_grad_(need_gradient)
-        loss = scale * reference(leaf, teacher, reduction="mean" if reduction == 1 else "sum")
-    gradient = torch.autograd.grad(loss, leaf)[0] if need_gradient else None
-    return loss.detach(), gradient

@@ -7,8 +7,6 @@ from torch import Tensor
 from .. import _checks, _embedding
 from ..reference import refilled as reference
 
-_MATRIX = {2: "(B, D)"}
-
 
 def semihard_tuples(embeddings: Tensor, target: Tensor, margin: float = 0.2) -> Tensor:
     r"""Mine the semi-hard triplets of a batch: same class for a and p, another for n, and
@@ -19,7 +17,7 @@ def semihard_tuples(embeddings: Tensor, target: Tensor, margin: float = 0.2) -> 
     without synchronisation. A tuple is a pair (a, p) with all its negatives.
 
     Args:
-        embeddings: (B, D); float64, float32, float16 or bfloat16.
+        embeddings: (B, D) or (B, C, 1, 1); float64, float32, float16 or bfloat16.
         target: (B,) integer class indices.
         margin: >= 0.
 
@@ -28,8 +26,10 @@ def semihard_tuples(embeddings: Tensor, target: Tensor, margin: float = 0.2) -> 
         triplets. The distances are computed in float64 and compared in float32 (float64 for float64
         embeddings), as in :func:`tuple_matching_loss`, whose kernel never builds this tensor.
     """
-    _embedding.tensor("embeddings", embeddings, _MATRIX)
+    embeddings = _embedding.embeddings("embeddings", embeddings)
     margin = _checks.non_negative("margin", margin)
     target = _embedding.labels(target, len(embeddings), embeddings.device)
     dtype = _embedding.promote(embeddings.detach()[:0])[0].dtype
-    return reference.semihard(reference.distances(embeddings.detach()).to(dtype), target, margin)
+    with _embedding.full_precision(embeddings.device):
+        distances = reference.distances(embeddings.detach())
+    return reference.semihard(distances.to(dtype), target, margin)

@@ -12,8 +12,6 @@ from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
 
-_RANKS = {4: "(B, C, H, W)"}
-
 
 def _power(value: float) -> float:
     value = _checks.number("p", value)
@@ -38,12 +36,13 @@ def attention_transfer_loss(
               L = \tfrac1{B H W} \sum (Q_S - Q_T)^2
 
     Channels may differ, positions must not. One call a stage; the published weight is 1000 / 2 on
-    the sum of three stages. A sample of zeros has the map 0.
-
+    the sum of three stages. A sample of zeros has the map 0. Powers are taken of features over the
+    size of their sample, so that any p does with features of any size.
 
     Args:
-        student_features: (B, C, H, W); float64, float32, float16 or bfloat16.
-        teacher_features: (B, C', H, W) on the same device; own dtype; a constant.
+        student_features: (B, C, H, W), or tokens (B, N, D) of N positions and D channels; float64,
+            float32, float16 or bfloat16.
+        teacher_features: (B, C', H, W), or (B, N, D'), on the same device; own dtype; a constant.
         p: power >= 1 (published: 2).
         reduction: ``'mean'`` (alias ``'batchmean'``) over samples and positions, or ``'sum'``.
         loss_weight: multiplies the loss.
@@ -59,18 +58,21 @@ def attention_transfer_loss(
     p = _power(p)
     _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
-    _embedding.tensor("student_features", student_features, _RANKS)
-    _embedding.tensor("teacher_features", teacher_features, _RANKS)
-    _embedding.beside("teacher_features", teacher_features, student_features)
-    batch, _, height, width = student_features.shape
-    got = tuple(teacher_features.shape)
-    if (got[0], *got[2:]) != (batch, height, width):
-        raise _checks.fail("teacher_features", f"({batch}, C, {height}, {width})", f"shape {got}")
-    _checks.constant("teacher_features", teacher_features)
+    student = _embedding.maps("student_features", student_features)
+    teacher = _embedding.maps("teacher_features", teacher_features)
+    _embedding.beside("teacher_features", teacher, student)
+    rank, got = student_features.dim(), teacher_features.shape
+    batch, _, *positions = student.shape
+    if teacher_features.dim() != rank or (batch, *positions) != (len(teacher), *teacher.shape[2:]):
+        positions = positions[: rank - 2]
+        channels = "D" if rank == 3 else "C"
+        expected = _embedding.shape_of_maps(rank, batch, channels, *positions)
+        raise _checks.fail("teacher_features", expected, f"shape {tuple(got)}")
+    _checks.constant("teacher_features", teacher)
     return _embedding.composed(
         ATTENTION,
-        student_features,
-        teacher_features,
+        student,
+        teacher,
         reduction=reduction,
         loss_weight=loss_weight,
         backend=backend,

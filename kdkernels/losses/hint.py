@@ -30,13 +30,14 @@ def hint_loss(
     The regressor (:class:`kdkernels.nn.HintRegressor`, a 1x1 convolution) is the caller's, because
     its parameters must be given to an optimiser. The paper has one half of the squared error's sum.
 
-
     Args:
-        student_features: of any shape, after the regressor; float64, float32, float16 or bfloat16.
+        student_features: (B, D), tokens (B, S, D) or (B, C, H, W), after the regressor; float64,
+            float32, float16 or bfloat16.
         teacher_features: same shape and device; own dtype; a constant.
         reduction: ``'mean'`` (alias ``'batchmean'``) over all elements, or ``'sum'``.
         loss_weight: multiplies the loss.
-        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. Can be
+            differentiated twice.
 
     Returns:
         0-d float32 (float64 if either input is).

@@ -15,7 +15,7 @@ from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
 
-_RANKS = {2: "(B, D)", 4: "(B, C, H, W)"}
+_RANKS = {2: "(B, D)", 3: "(B, N, D)", 4: "(B, C, H, W)"}
 
 
 def _similarity(value: Any) -> str:
@@ -53,12 +53,11 @@ def iekd_loss(
     under n; its gradient is the published code's, of the order :math:`10^{12}`.
 
     Quirks: the paper writes the distances as sums, the published code takes means over B and D,
-        which
-    its weights of 50 fit; that is what this is. The paper's best similarity is L1.
+    which its weights of 50 fit; that is what this is. The paper's best similarity is L1.
 
     Args:
-        inheritance_factor: (B, D) or (B, C, H, W); float64, float32, float16 or bfloat16; any
-            strides.
+        inheritance_factor: (B, D), (B, C, H, W) or tokens (B, N, D), flattened to one vector a
+            sample; float64, float32, float16 or bfloat16; any strides.
         exploration_factor: same shape and device, own dtype and strides.
         teacher_factor: likewise; a constant.
         inheritance_weight: lambda_inh >= 0.
@@ -88,13 +87,14 @@ def iekd_loss(
     _checks.constant("teacher_factor", teacher_factor)
     chosen = choose(IEKD, inheritance_factor, backend)
     if chosen == "reference":
-        return loss_weight * reference(
-            *_embedding.promote(inheritance_factor, exploration_factor, teacher_factor),
-            inheritance_weight=inheritance_weight,
-            exploration_weight=exploration_weight,
-            similarity=similarity,
-            reduction=reduction,
-        )
+        with _embedding.full_precision(inheritance_factor.device):
+            return loss_weight * reference(
+                *_embedding.promote(inheritance_factor, exploration_factor, teacher_factor),
+                inheritance_weight=inheritance_weight,
+                exploration_weight=exploration_weight,
+                similarity=similarity,
+                reduction=reduction,
+            )
     return _embedding.factors(
         chosen,
         inheritance_factor,

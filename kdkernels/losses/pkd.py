@@ -12,8 +12,6 @@ from ..reference.pkd import pkd as reference, resize
 from ..registry import LossSpec, register
 from ._base import LossModule
 
-_RANKS = {4: "(N, C, H, W)"}
-
 
 @gathered
 def pkd_loss(
@@ -33,12 +31,13 @@ def pkd_loss(
 
     A student of another height and width is resized to the teacher's, bilinearly. One call a level;
     published weights are 10 (RetinaNet) and 6, on the sum of the levels. A constant channel becomes
-    zeros.
-
+    zeros; so does one of a single value, (1, C, 1, 1), where the published code gives NaN: the loss
+    is 0, and so is its gradient. No samples: 0.
 
     Args:
-        student_features: (N, C, H, W); float64, float32, float16 or bfloat16.
-        teacher_features: (N, C, H', W') on the same device, N H' W' >= 2; own dtype; a constant.
+        student_features: (B, C, H, W), or tokens (B, N, D) of N positions and D channels; float64,
+            float32, float16 or bfloat16.
+        teacher_features: (B, C, H', W'), or (B, N, D), on the same device; own dtype; a constant.
         reduction: ``'mean'`` (alias ``'batchmean'``) over all elements, or ``'sum'``.
         loss_weight: multiplies the loss.
         backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. None
@@ -52,22 +51,24 @@ def pkd_loss(
     """
     _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
-    _embedding.tensor("student_features", student_features, _RANKS)
-    _embedding.tensor("teacher_features", teacher_features, _RANKS)
-    _embedding.beside("teacher_features", teacher_features, student_features)
-    expected, got = student_features.shape[:2], tuple(teacher_features.shape)
-    if got[:2] != expected:
-        raise _checks.fail("teacher_features", f"{(*expected, 'H', 'W')}", f"shape {got}")
-    if teacher_features.numel() < 2 * expected[1]:
-        raise _checks.fail("teacher_features", "of at least two values a channel", f"shape {got}")
-    _checks.constant("teacher_features", teacher_features)
-    if student_features.shape != teacher_features.shape:
-        student_features, teacher_features = _embedding.promote(student_features, teacher_features)
-        student_features = resize(student_features, teacher_features)
+    student = _embedding.maps("student_features", student_features)
+    teacher = _embedding.maps("teacher_features", teacher_features)
+    _embedding.beside("teacher_features", teacher, student)
+    rank, got = student_features.dim(), teacher_features.shape
+    same = student.shape if rank == 3 else student.shape[:2]
+    if teacher_features.dim() != rank or same != teacher.shape[: len(same)]:
+        positions = (student.shape[2],) if rank == 3 else ("H", "W")
+        expected = _embedding.shape_of_maps(rank, *student.shape[:2], *positions)
+        raise _checks.fail("teacher_features", expected, f"shape {tuple(got)}")
+    _checks.constant("teacher_features", teacher)
+    if student.shape != teacher.shape:
+        student, teacher = _embedding.promote(student, teacher)
+        with _embedding.full_precision(student.device):
+            student = resize(student, teacher)
     return _embedding.composed(
         PKD,
-        student_features,
-        teacher_features,
+        student,
+        teacher,
         reduction=reduction,
         loss_weight=loss_weight,
         backend=backend,

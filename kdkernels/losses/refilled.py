@@ -17,7 +17,6 @@ from ._centers import ClassCenters as ClassCenters, class_centers as class_cente
 from ._tuples import semihard_tuples as semihard_tuples
 from .kd import kd_loss
 
-_MATRIX = {2: "(B, D)"}
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
 
 
@@ -52,8 +51,9 @@ def tuple_matching_loss(
     mean.
 
     Args:
-        student_embeddings: (B, D); float64, float32, float16 or bfloat16.
-        teacher_embeddings: (B, D') on the same device; own dtype; a constant.
+        student_embeddings: (B, D), or (B, C, H, W) such as (B, C, 1, 1), which is flattened;
+            float64, float32, float16 or bfloat16.
+        teacher_embeddings: likewise, of any width, on the same device; own dtype; a constant.
         target: (B,) integer class indices, of any classes.
         temperature: tau > 0.
         margin: width of the semi-hard band, >= 0.
@@ -72,8 +72,8 @@ def tuple_matching_loss(
     margin = _checks.non_negative("margin", margin)
     code = _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
-    _embedding.tensor("student_embeddings", student_embeddings, _MATRIX)
-    _embedding.tensor("teacher_embeddings", teacher_embeddings, _MATRIX)
+    student_embeddings = _embedding.embeddings("student_embeddings", student_embeddings)
+    teacher_embeddings = _embedding.embeddings("teacher_embeddings", teacher_embeddings)
     _embedding.beside("teacher_embeddings", teacher_embeddings, student_embeddings)
     samples = len(student_embeddings)
     if len(teacher_embeddings) != samples:
@@ -82,14 +82,15 @@ def tuple_matching_loss(
     target = _embedding.labels(target, samples, student_embeddings.device)
     chosen = choose(TUPLE_MATCHING, student_embeddings, backend)
     if chosen == "reference":
-        return loss_weight * reference.tuple_matching(
-            student_embeddings,
-            teacher_embeddings,
-            target,
-            temperature=temperature,
-            margin=margin,
-            reduction=reduction,
-        )
+        with _embedding.full_precision(student_embeddings.device):
+            return loss_weight * reference.tuple_matching(
+                student_embeddings,
+                teacher_embeddings,
+                target,
+                temperature=temperature,
+                margin=margin,
+                reduction=reduction,
+            )
     return _embedding.tuples(
         chosen,
         student_embeddings,
@@ -165,7 +166,8 @@ def local_classifier_loss(
 
     Args:
         student_logits: (B, C); float64, float32, float16 or bfloat16.
-        teacher_embeddings: (B, D); a constant.
+        teacher_embeddings: (B, D), or (B, C, H, W) such as (B, C, 1, 1), which is flattened; a
+            constant.
         centers: (C, D), L2-normalised; a constant.
         target: (B,) class indices in [0, C).
         temperature: T > 0.
@@ -174,7 +176,7 @@ def local_classifier_loss(
         backend: as for :func:`kd_loss`; None chooses.
 
     Returns:
-        float32 (float64 for float64 inputs); 0-d, or (B,) for ``'none'``.
+        float32 (float64 if any input is); 0-d, or (B,) for ``'none'``.
 
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
@@ -182,7 +184,7 @@ def local_classifier_loss(
     temperature = _checks.positive("temperature", temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     _embedding.tensor("student_logits", student_logits, {2: "(B, C)"})
-    _embedding.tensor("teacher_embeddings", teacher_embeddings, _MATRIX)
+    teacher_embeddings = _embedding.embeddings("teacher_embeddings", teacher_embeddings)
     _embedding.tensor("centers", centers, {2: "(C, D)"})
     samples, classes = student_logits.shape
     if len(teacher_embeddings) != samples:
@@ -197,8 +199,9 @@ def local_classifier_loss(
     _embedding.in_range(target, classes)
     present = torch.arange(classes, device=target.device) == target.unsqueeze(1)
     absent = ~present.any(0)
-    embeddings, centers = _embedding.promote(teacher_embeddings, centers)
-    teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
+    embeddings, centers, _ = _embedding.promote(teacher_embeddings, centers, student_logits)
+    with _embedding.full_precision(student_logits.device):
+        teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
     return kd_loss(
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),

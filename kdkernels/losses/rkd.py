@@ -11,8 +11,6 @@ from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule
 
-_RANKS = {2: "(B, D)"}
-
 
 @gathered
 def rkd_loss(
@@ -42,16 +40,17 @@ def rkd_loss(
     Quirks: the weights are mdistiller's; the metric-learning code of the authors has 1 and 2, and
     other ports normalise the embeddings first (do so outside).
 
-
     Args:
-        student_embeddings: (B, D); float64, float32, float16 or bfloat16.
-        teacher_embeddings: (B, D') on the same device; own dtype; a constant.
+        student_embeddings: (B, D), or (B, C, H, W) such as (B, C, 1, 1), which is flattened;
+            float64, float32, float16 or bfloat16.
+        teacher_embeddings: likewise, of any width, on the same device; own dtype; a constant.
         distance_weight: lambda_D >= 0.
         angle_weight: lambda_A >= 0; 0 skips the angles.
         reduction: ``'mean'`` (alias ``'batchmean'``) over the pairs and over the triples, or
             ``'sum'``.
         loss_weight: multiplies the loss.
-        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own.
+        backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. Can be
+            differentiated twice, with memory of order B^3 for the angles.
 
     Returns:
         0-d float32 (float64 if either input is).
@@ -63,8 +62,8 @@ def rkd_loss(
     angle_weight = _checks.non_negative("angle_weight", angle_weight)
     _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
-    _embedding.tensor("student_embeddings", student_embeddings, _RANKS)
-    _embedding.tensor("teacher_embeddings", teacher_embeddings, _RANKS)
+    student_embeddings = _embedding.embeddings("student_embeddings", student_embeddings)
+    teacher_embeddings = _embedding.embeddings("teacher_embeddings", teacher_embeddings)
     _embedding.beside("teacher_embeddings", teacher_embeddings, student_embeddings)
     samples = len(student_embeddings)
     if len(teacher_embeddings) != samples:

@@ -2,19 +2,29 @@
 
 Q = n(mean_c |F_c|^p) of each sample, flattened over positions, n(x) = x / max(||x||_2, 1e-12)
 loss = mean over samples and positions of (Q_S - Q_T)^2      ('sum': the sum)
+
+The features are divided by a size s of their sample before the power is taken, which neither
+overflows nor underflows then, at any p:
+
+    e = mean_c |F_c / s|^p,  s = max(max |F|, 1e-12^(1/p)),  Q = e / max(||e||_2, 1e-12 / s^p)
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from ._norms import EPS, over_norm
 
 
 def attention_map(features: Tensor, p: float) -> Tensor:
     """(B, C, H, W) -> (B, H W) of norm 1."""
-    powers = features.square() if p == 2 else features.abs().pow(p)
-    energy = powers.mean(1)
-    return F.normalize(energy.flatten(1), dim=1, eps=1e-12)
+    smallest = EPS ** (1 / p)
+    # Q is the same for every s: a constant for all derivatives.
+    size = features.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=smallest)
+    scaled = features / size
+    powers = scaled.square() if p == 2 else scaled.abs().pow(p)
+    energy = powers.mean(1).flatten(1)
+    return over_norm(energy, (smallest / size).flatten(1).pow(p))
 
 
 def attention_transfer(

@@ -34,7 +34,8 @@ def decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # This term carries the NaN to the gradient of every class; in other rows both are exact zeros.
     dead = (pair == -torch.inf).all(-1, keepdim=True)
     row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
-    return torch.log_softmax(pair, -1) + row_sum * torch.where(dead, torch.nan, 1.0), log_others
+    lost = torch.where(dead, torch.nan, torch.ones_like(row_sum))
+    return torch.log_softmax(pair, -1) + row_sum * lost, log_others
 
 
 def dkd(

@@ -12,10 +12,9 @@ gives. No samples: 0.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12
+from ._norms import unit
 
 
 def iekd(
@@ -28,11 +27,9 @@ def iekd(
     similarity: str = "l1",
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of a whole batch: three (B, D) or (B, C, H, W) factors -> scalar."""
+    """The loss of a whole batch: three (B, ...) factors -> scalar."""
     samples = max(inheritance.shape[0], 1)
-    inh, exp, t = (
-        F.normalize(x.flatten(1), dim=1, eps=EPS) for x in (inheritance, exploration, teacher)
-    )
+    inh, exp, t = (unit(x.flatten(1)) for x in (inheritance, exploration, teacher))
     if similarity == "l1":
         inherit = (inh - t).abs().mean(1)
         explore = -(exp - t).abs().mean(1)

@@ -4,8 +4,9 @@
     loss = mean over all elements of (n(S) - n(T))^2 / 2      ('sum': the sum)
 
 which is (1 - Pearson correlation) of a channel, averaged, times (M - 1) / M for M values a channel.
-A constant channel becomes zeros; the derivative of its std is 0. A student of another size is
-resized to the teacher's, bilinearly.
+A constant channel, and one of a single value, becomes zeros; the derivative of its std is 0. No
+values: 0. A student of another size is resized to the teacher's, bilinearly. Deviations are divided
+by the largest of their channel before they are squared, so that no square leaves the dtype.
 """
 
 from __future__ import annotations
@@ -19,8 +20,17 @@ EPS = 1e-6
 
 def standardize(features: Tensor) -> Tensor:
     """Each channel of (N, C, H, W) to mean 0 and deviation 1."""
-    std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
-    return (features - mean) / (std + EPS)
+    over = (0, 2, 3)
+    # From its first value: a constant channel's mean is that constant, its deviation exactly 0.
+    x = features - features[:1, :, :1, :1].detach()
+    x = x - x.mean(over, keepdim=True)
+    size = x.detach().abs().amax(over, keepdim=True).clamp(min=1e-30)
+    x = x / size
+    count = features.numel() // features.shape[1]
+    variance = x.square().sum(over, keepdim=True) / max(count - 1, 1)
+    constant = variance == 0
+    std = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())
+    return x / (std + EPS / size)
 
 
 def resize(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,4 +43,6 @@ def resize(student: Tensor, teacher: Tensor) -> Tensor:
 def pkd(student: Tensor, teacher: Tensor, *, reduction: str = "mean") -> Tensor:
     """(N, C, H, W) x (N, C, H', W') -> scalar."""
     student = resize(student, teacher)
+    if student.numel() == 0:
+        return student.sum()
     return F.mse_loss(standardize(student), standardize(teacher), reduction=reduction) / 2

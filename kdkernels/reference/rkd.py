@@ -8,7 +8,8 @@
 
 No samples: 0. The relations come from the Gram matrix of the centred embeddings, in float64 because
 it cancels: <e_j - e_i, e_k - e_i> = G_jk - G_ij - G_ik + G_ii. The B^3 angles are never held at
-once: anchors pass in blocks that also leave their gradient by G.
+once: anchors pass in blocks that also leave their gradient by G. To differentiate that again
+(``create_graph=True``) holds them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .._tracing import transformed
 
 BLOCK = 1 << 20
 """Angles held at once."""
@@ -59,46 +61,63 @@ def _dots(g: Tensor, begin: int, end: int) -> Tensor:
     return g[None] - rows[:, :, None] - rows[:, None, :] + own[:, None, None]
 
 
+def _angles(student: Tensor, teacher: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum over ijk of h(A^S - A^T) from two Gram matrices, and its gradient by the student's.
+
+    Both may be differentiated themselves.
+    """
+    samples = len(student)
+    inverse, inverse_t = _inverse_distances(student), _inverse_distances(teacher)
+    total = student.new_zeros(())
+    gradient = torch.zeros_like(student)
+    by_inverse = []
+    size = max(BLOCK // max(samples * samples, 1), 1)
+    for begin in range(0, samples, size):
+        end = min(begin + size, samples)
+        r, q = inverse[begin:end], inverse_t[begin:end]
+        outer = r[:, :, None] * r[:, None, :]
+        dots = _dots(student, begin, end)
+        gap = dots * outer - _dots(teacher, begin, end) * (q[:, :, None] * q[:, None, :])
+        slope = gap.clamp(-1, 1)
+        total = total + (slope * (gap - 0.5 * slope)).sum()
+        if not need_gradient:
+            continue
+        by_dot = slope * outer
+        by_row = by_dot.sum(2)
+        gradient += by_dot.sum(0)
+        gradient[begin:end] -= 2 * by_row
+        gradient.diagonal()[begin:end] += by_row.sum(1)
+        by_inverse.append(2 * torch.einsum("ijk,ik->ij", slope * dots, r))
+    if need_gradient:
+        by_square = -0.5 * torch.cat(by_inverse) * inverse**3
+        gradient = gradient - 2 * by_square + torch.diag(by_square.sum(0) + by_square.sum(1))
+    return total, gradient
+
+
 class _Angles(torch.autograd.Function):
-    """Sum over ijk of h(A^S - A^T) from two Gram matrices."""
+    """The sum of the angles, with the gradient that its blocks leave."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        samples = len(student)
-        inverse, inverse_t = _inverse_distances(student), _inverse_distances(teacher)
-        total = student.new_zeros(())
-        gradient = torch.zeros_like(student)
-        by_inverse = torch.zeros_like(student)
-        size = max(BLOCK // max(samples * samples, 1), 1)
-        for begin in range(0, samples, size):
-            end = min(begin + size, samples)
-            r, q = inverse[begin:end], inverse_t[begin:end]
-            outer = r[:, :, None] * r[:, None, :]
-            dots = _dots(student, begin, end)
-            gap = dots * outer - _dots(teacher, begin, end) * (q[:, :, None] * q[:, None, :])
-            slope = gap.clamp(-1, 1)
-            total = total + (slope * (gap - 0.5 * slope)).sum()
-            if not ctx.needs_input_grad[0]:
-                continue
-            by_dot = slope * outer
-            by_row = by_dot.sum(2)
-            gradient += by_dot.sum(0)
-            gradient[begin:end] -= 2 * by_row
-            gradient.diagonal()[begin:end] += by_row.sum(1)
-            by_inverse[begin:end] = 2 * torch.einsum("ijk,ik->ij", slope * dots, r)
-        by_square = -0.5 * by_inverse * inverse**3
-        gradient -= 2 * by_square
-        gradient.diagonal().add_(by_square.sum(0) + by_square.sum(1))
-        ctx.save_for_backward(gradient)
+        total, gradient = _angles(student, teacher, ctx.needs_input_grad[0])
+        ctx.save_for_backward(student, teacher, gradient)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * upstream, None
+        student, teacher, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _, gradient = _angles(student, teacher, True)  # create_graph=True: as a function
+        return gradient * upstream, None
 
 
-_sum_of_angles: Callable[..., Tensor] = _Angles.apply
+_apply: Callable[..., Tensor] = _Angles.apply
+
+
+def _sum_of_angles(student: Tensor, teacher: Tensor) -> Tensor:
+    if transformed():
+        return _angles(student, teacher, False)[0]  # every transform knows the operations
+    return _apply(student, teacher)
 
 
 def rkd(
