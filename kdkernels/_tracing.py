@@ -68,3 +68,11 @@ def symbolic_numbers(numbers: Sequence[float]) -> Tensor | None:
         return None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * x for x in numbers])
+
+
+def operand(number: float) -> float | Tensor:
+    """A number for an operation that would make a constant of it under a compiler, and so compile
+    again for its next value: a power, a bound. There it becomes a 0-d tensor."""
+    if not torch.compiler.is_compiling():
+        return number
+    return torch.ones((), dtype=torch.float64, device="cpu") * number

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tracing import operand
 from ._rows import rescale
 from .dkd import decouple
 from .kd import divergence
@@ -42,6 +43,6 @@ def aekt(
     log_p, log_p_others = decouple(teacher, target)
     log_p_t, log_q_t = log_p[:, 0], log_q[:, 0].detach()
     log_ratio = torch.where(log_p_t == -torch.inf, log_p_t, log_p_t - log_q_t)
-    weight = log_ratio.exp().clamp(max=ratio_max) ** kappa
+    weight = log_ratio.exp().clamp(max=operand(ratio_max)) ** operand(kappa)
     explicit = weight * divergence(log_p, log_q)
     return alpha * explicit + beta * divergence(log_p_others, log_q_others)

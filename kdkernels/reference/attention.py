@@ -13,18 +13,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._tracing import operand
 from ._norms import EPS, over_norm
 
 
 def attention_map(features: Tensor, p: float) -> Tensor:
     """(B, C, H, W) -> (B, H W) of norm 1."""
-    smallest = EPS ** (1 / p)
+    power = operand(p)
+    smallest = EPS ** (1 / power)
     # Q is the same for every s: a constant for all derivatives.
     size = features.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=smallest)
     scaled = features / size
-    powers = scaled.square() if p == 2 else scaled.abs().pow(p)
+    powers = scaled.square() if p == 2 else scaled.abs().pow(power)
     energy = powers.mean(1).flatten(1)
-    return over_norm(energy, (smallest / size).flatten(1).pow(p))
+    return over_norm(energy, (smallest / size).flatten(1).pow(power))
 
 
 def attention_transfer(
