@@ -144,7 +144,9 @@ def test_units_of_a_tree(tmp_path: Path) -> None:
     macros = build.host_macros(tmp_path)
     assert "KDK_ROW_RULES(X)=X(a)" in macros
     assert "KDK_FACTOR_RULES(X)=" in macros
-    text = "static constexpr Family family = Family::divergence; static constexpr bool cuda = false;"
+    text = (
+        "static constexpr Family family = Family::divergence; static constexpr bool cuda = false;"
+    )
     (tmp_path / "rules" / "d.h").write_text(text)
     assert [unit.name for unit in build.units(tmp_path)] == names
     assert build.without_kernels(tmp_path) == {"d"}

@@ -22,10 +22,17 @@ a row is the sum of the values, and slope = d value / d log q.
 
 ``CENTRED``: whether the slopes of a row sum to 0 by construction.
 
-A rule of the family ``decoupled`` has ``CENTRED`` and ``rule`` for the classes other than the target
-and ``explicit(log_p_target, log_p_rest, log_q_target, log_q_rest, first, second, third, fourth)``,
-which returns the explicit term, its derivative by the student's log-odds of the target, and the
-weight of the other term. ``numerics`` has functions that keep their accuracy near 0.
+A rule of the family ``decoupled`` has ``CENTRED`` and ``rule`` for the classes other than the
+target, and::
+
+    @triton.jit
+    def explicit(
+        log_p_target, log_p_rest, log_q_target, log_q_rest, first, second, third, fourth
+    ):
+        return value, slope, weight
+
+the explicit term, its derivative by the student's log-odds of the target, and the weight of the
+other term. ``numerics`` has functions that keep their accuracy near 0.
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ def check(module: ModuleType) -> None:
     name = module.__name__
     if not isinstance(getattr(module, "CENTRED", None), bool):
         raise TypeError(f"{name}.CENTRED must be a bool")
-    functions = {"rule": RULE}
+    functions: dict[str, tuple[str, ...]] = {"rule": RULE}
     if module.FAMILY == "decoupled":
         functions["explicit"] = EXPLICIT
     for function, leading in functions.items():
