@@ -7,8 +7,8 @@ succeeds as pure Python, and ``python -m kdkernels.info`` says what is missing. 
 CUDA kernels are built where nvcc is found and torch has CUDA, and their failure leaves the CPU's
 alone; ``KDKERNELS_CUDA=1`` and ``0`` likewise. csrc/cuda/build.py has the facts of that build.
 
-Sources are found by name: each ``csrc/rules/*.h`` but ``math.h`` is a loss, compiled once for each
-instruction set. A new loss edits nothing here.
+Sources are found by name: each rule of ``csrc/rules`` is compiled once for each instruction set. A
+new loss edits nothing here.
 """
 
 from __future__ import annotations

@@ -50,6 +50,10 @@ def build_facts() -> Any:
     return module
 
 
+TOYS = ("toy", "toy_decoupled")
+"""The rules of tests/rules: ``../rules/toy.h`` is found by way of tests/emulator."""
+
+
 def ninja_file(target: Path) -> str:
     """Every kernel of every rule, compiled as C++."""
     facts = build_facts()
@@ -71,7 +75,14 @@ def ninja_file(target: Path) -> str:
 
     for unit in facts.units():
         add(unit.name, unit.source, f"-DKDK_RULE={unit.rule}" if unit.rule else "")
-    macros = " ".join(f"'-D{macro}'" for macro in facts.host_macros())
+    for rule in TOYS:
+        for source in sorted(SOURCE.glob("row_*.cu")):
+            add(f"{source.stem}.{rule}", source, f"-DKDK_RULE={rule}")
+    toys = " ".join(f"X({rule})" for rule in TOYS)
+    macros = " ".join(
+        f"'-D{macro} {toys}'" if macro.startswith("KDK_ROW_") else f"'-D{macro}'"
+        for macro in facts.host_macros()
+    )
     # The operators need PyTorch and CUDA's headers; everything else is plain C++.
     hosts = [path for path in facts.host_sources() if not path.stem.startswith("ops")]
     harness = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
@@ -160,8 +171,7 @@ def view(x: Tensor | None, class_dim: int) -> View:
     return made
 
 
-def row_loss(
-    rule: str,
+def row_call(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
@@ -175,13 +185,11 @@ def row_loss(
     reduction: int = 1,
     upstream: Tensor | None = None,
     need_gradient: bool = True,
-    traversal: str | None = None,
     device: dict[str, int] | None = None,
     seed: int = 1,
-) -> tuple[Tensor, Tensor | None, str]:
-    """Loss, gradient and traversal; arguments as those of ``kdkernels::row``."""
+) -> tuple[RowCall, Tensor, Tensor | None]:
+    """A call with the loss and the gradient that it is to fill."""
     class_dim %= student.dim()
-    student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     dtype = working_dtype(student, teacher)
     loss = torch.full(shape if reduction == 0 else (), float("nan"), dtype=dtype)
@@ -206,6 +214,22 @@ def row_loss(
         seed=seed,
         **(device or SMALL),
     )
+    return call, loss, gradient
+
+
+def row_loss(
+    rule: str,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    options: list[float],
+    *,
+    traversal: str | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None, str]:
+    """Loss, gradient and traversal; arguments as those of ``kdkernels::row``."""
+    student, teacher = student.resolve_neg(), teacher.resolve_neg()  # as the dispatcher does
+    call, loss, gradient = row_call(student, teacher, target, options, **arguments)
     call.plan[0] = -1 if traversal is None else TRAVERSALS.index(traversal)
     raise_error(library().emulate_row(rule.encode(), ctypes.byref(call)))
     return loss, gradient, TRAVERSALS[call.plan[0]]

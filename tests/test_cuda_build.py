@@ -105,11 +105,11 @@ def kernels() -> dict[str, Kernel]:
 
 def test_every_rule_is_compiled_or_excused() -> None:
     rules = build.rules()
-    headers = {path.stem for path in (ROOT / "csrc" / "rules").glob("*.h")} - {"math"}
-    assert set(rules) == headers
-    assert set(build.WITHOUT_KERNELS) <= headers
+    headers = {path.stem for path in (ROOT / "csrc" / "rules").glob("*.h")}
+    assert set(rules) == headers - set(build.NOT_RULES)
     compiled = {unit.rule for unit in build.units() if unit.rule}
-    assert compiled | set(build.WITHOUT_KERNELS) == headers
+    assert compiled | build.without_kernels() == set(rules)
+    assert not compiled & build.without_kernels()
     macros = " ".join(build.host_macros())
     assert {match for match in re.findall(r"X\((\w+)\)", macros)} == compiled
 
@@ -144,6 +144,12 @@ def test_units_of_a_tree(tmp_path: Path) -> None:
     macros = build.host_macros(tmp_path)
     assert "KDK_ROW_RULES(X)=X(a)" in macros
     assert "KDK_FACTOR_RULES(X)=" in macros
+    text = (
+        "static constexpr Family family = Family::divergence; static constexpr bool cuda = false;"
+    )
+    (tmp_path / "rules" / "d.h").write_text(text)
+    assert [unit.name for unit in build.units(tmp_path)] == names
+    assert build.without_kernels(tmp_path) == {"d"}
     (tmp_path / "rules" / "c.h").touch()
     with pytest.raises(RuntimeError, match=r"c\.h must state one"):
         build.units(tmp_path)

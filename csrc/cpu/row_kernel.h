@@ -6,6 +6,7 @@
 // them. The exponentials are kept in scratch, so that each class costs two.
 #pragma once
 
+#include "../rules/contract.h"
 #include "modes.h"
 #include "problem.h"
 #include "sources.h"
@@ -40,6 +41,7 @@ struct RowState {
   S mean_s, deviation_s, spread_s;
   S target_s, target_t;  // scaled logits of the target
   S z_s, z_t;            // sums of the exponentials
+  S pivot_gap;           // gap of the student's most likely class, for rules that are not centred
 };
 
 // What does not change from row to row.
@@ -147,12 +149,13 @@ KDK_FN void find_maxima(RowState<M>& row, const RowProblem& problem,
   }
 }
 
-// Stage 2: exponentials and their sums.
+// Stage 2: exponentials and their sums; and the gap of the class (any of them) at the student's maximum.
 template <class Rule, class M, class R = typename M::Real>
 KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
                          const Temperature<R>& temperature) {
   using V = typename M::V;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
+  constexpr bool kCentred = rules::PointwiseOf<Rule>::type::centred;
   const R fill = -kInfinity<R>;
   const M mode = row.mode;
   const V origin_s = M::spread(row.max_s), origin_t = M::spread(row.max_t);
@@ -165,6 +168,7 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
     exp_t = Exponential<R>(factor_t);
   }
   Blocked<V> sum_s, sum_t;
+  V pivot_gap = splat<R>(fill);
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
@@ -180,7 +184,9 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
         const V e = exp_s(a), f = exp_t(b);
         mode.template put<kPart>(to_s, i, e);
         store<R>(to_t + i * kLanes<R>, f);
-        store<R>(to_gap + i * kLanes<R>, V(b * factor_t - a * factor_s));
+        const V gap = b * factor_t - a * factor_s;
+        store<R>(to_gap + i * kLanes<R>, gap);
+        if constexpr (!kCentred) pivot_gap = rules::select(a == V{}, gap, pivot_gap);
         sum_s.add(e);
         sum_t.add(f);
       },
@@ -190,6 +196,18 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
       });
   row.z_s = M::sum(sum_s.total);
   row.z_t = M::sum(sum_t.total);
+  if constexpr (!kCentred) row.pivot_gap = M::max(pivot_gap);
+}
+
+// The pivot of a rule that is not centred; see csrc/rules/contract.h.
+template <class Pointwise, class M, class R = typename M::Real>
+KDK_FN typename M::S pivot(const RowState<M>& row, const Options& options,
+                           const typename M::S& inverse_s, const typename M::S& log_z_ratio) {
+  using S = typename M::S;
+  const S q = inverse_s, d = row.pivot_gap - log_z_ratio, p = q * exponential(d);
+  S value, slope;
+  Pointwise::pointwise(options, p, q, d, value, slope);
+  return rules::pivot_of(slope, q);
 }
 
 // The softmax's derivative takes the mean slope off: gradient -= pull * exp_s.
@@ -258,6 +276,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   using V = typename M::V;
   using S = typename M::S;
   using Pointwise = typename rules::PointwiseOf<Rule>::type;
+  static_assert(rules::keeps_contract<Rule>());
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
   const M mode = row.mode;
   const R *const from_s = row.exp_s, *const from_t = row.exp_t, *const from_gap = row.gap;
@@ -277,7 +296,11 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
     implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);
   }
 
-  const V log_z_ratio = M::spread(logarithm(S(row.z_t * inverse_s)));
+  const S log_ratio = logarithm(S(row.z_t * inverse_s));
+  const V log_z_ratio = M::spread(log_ratio);
+  V pivoted{};
+  if constexpr (!Pointwise::centred)
+    pivoted = M::spread(pivot<Pointwise>(row, problem.options, inverse_s, log_ratio));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
   const S g = row.coefficient * row.scale_s;
   const V g_implicit = M::spread(S(g * implicit_weight));
@@ -297,7 +320,10 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
         V v, slope;
         Pointwise::pointwise(problem.options, p, q, d, v, slope);
         total.add(v);
-        if constexpr (!Pointwise::centred) slopes.add(slope);
+        if constexpr (!Pointwise::centred) {
+          slope -= q * pivoted;
+          slopes.add(slope);
+        }
         if constexpr (kGradient) {
           V out = slope * g_implicit;
           if constexpr (kDecoupled && Pointwise::centred) {

@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../rules/math.h"
+#include "../rules/elementary.h"
 
 #if defined(KDK_NO_FORCED_INLINE)
 #define KDK_LAMBDA
@@ -215,17 +215,8 @@ struct Exponential {
 };
 
 // Per-row terms: a scalar where lanes are classes, a vector where lanes are rows.
-template <class S>
-KDK_FN S logarithm(const S& x) {
-  if constexpr (std::is_arithmetic_v<S>) {
-    return std::log(x);
-  } else {
-    S y{};
-    for (unsigned lane = 0; lane < sizeof(S) / sizeof(y[0]); ++lane) y[lane] = std::log(x[lane]);
-    return y;
-  }
-}
-
+using rules::exponential;
+using rules::logarithm;
 using rules::two_point;
 
 // The same for each lane of a vector.

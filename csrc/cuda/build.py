@@ -27,8 +27,8 @@ TRAVERSALS = {
 }
 """A unit's name begins with one of these words; it is compiled for each rule of these families."""
 
-WITHOUT_KERNELS: dict[str, str] = {}
-"""Rules that are not compiled for CUDA, with the reason."""
+NOT_RULES = ("math", "elementary", "contract")
+"""Headers of csrc/rules that rules are written in."""
 
 ARCHITECTURES = ("80", "90", "100")
 """Compiled by default. A cubin runs on later GPUs of the same generation: 80 on 86 and 89 too."""
@@ -150,26 +150,35 @@ def gencode(names: Sequence[str]) -> list[str]:
 def rules(csrc: Path = CSRC) -> dict[str, str]:
     """Name and family of each rule, which its header states."""
     found = {}
-    for path in sorted((csrc / "rules").glob("*.h")):
+    for path in headers(csrc):
         families = re.findall(r"family = Family::(\w+)", path.read_text(encoding="utf-8"))
-        if path.stem == "math":
-            continue
         if len(families) != 1:
             raise RuntimeError(f"{path} must state one 'family = Family::NAME'")
         found[path.stem] = families[0]
     return found
 
 
+def headers(csrc: Path = CSRC) -> list[Path]:
+    """The files of the rules."""
+    return [p for p in sorted((csrc / "rules").glob("*.h")) if p.stem not in NOT_RULES]
+
+
+def without_kernels(csrc: Path = CSRC) -> set[str]:
+    """Rules that CUDA does not compile: their headers say ``cuda = false``, and why."""
+    return {p.stem for p in headers(csrc) if "bool cuda = false" in p.read_text(encoding="utf-8")}
+
+
 def units(csrc: Path = CSRC) -> list[Unit]:
     """What nvcc compiles: each file, once for each rule if it is a traversal."""
     found = []
+    excused = without_kernels(csrc)
     for path in sorted((csrc / "cuda").glob("*.cu")):
         word, separator, _ = path.stem.partition("_")
         if not separator or word not in TRAVERSALS:
             found.append(Unit(path.stem, path, None))
             continue
         for rule, family in rules(csrc).items():
-            if family in TRAVERSALS[word] and rule not in WITHOUT_KERNELS:
+            if family in TRAVERSALS[word] and rule not in excused:
                 found.append(Unit(f"{path.stem}.{rule}", path, rule))
     return found
 

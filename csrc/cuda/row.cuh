@@ -3,8 +3,9 @@
 // With k = 1 / temperature, a = s - max s, b = t - max t:
 //   q = exp(k a) / Z_s,  p = exp(k b) / Z_t,  log p - log q = k (b - a) - log(Z_t / Z_s),
 // which is exact near p = q: the gap b - a is taken before anything is rounded by a factor. A rule's
-// value and slope follow (csrc/rules); the gradient by the logits is k (slope - q sum(slope)). Rules
-// whose slopes sum to 0, and rows without standardisation, need no sweep for that sum.
+// value and slope follow (csrc/rules/contract.h); the gradient by the logits is k (slope - q sum(slope)).
+// Rules whose slopes sum to 0, and rows without standardisation, need no sweep for that sum. Other rules
+// look for the student's most likely class in the first sweep, and take its slope per q off all others.
 //
 // Half logits leave half the time for a class: there 1 / Z goes into the exponent, which rounds q by
 // some 1e-6, far below the gradient's rounding.
@@ -12,6 +13,7 @@
 
 #include <type_traits>
 
+#include "../rules/contract.h"
 #include "groups.cuh"
 #include "sources.cuh"
 #include "task.h"
@@ -19,10 +21,7 @@
 
 namespace kdkernels::cuda {
 
-template <class R>
-KDK_DEVICE R logarithm(R x) {
-  return std::log(x);
-}
+using rules::logarithm;
 
 template <class R>
 struct RowValue {
@@ -122,13 +121,37 @@ KDK_DEVICE void moments(const Source& source, Group& group, R classes, R& mean_s
   deviation_t = std::sqrt(squares[1] / (classes - 1));
 }
 
+// The logits of the student's most likely class (any of them), found in the sweep that sums; -inf where
+// the row has none. Rules that are centred do not look.
+template <class R, bool kWanted>
+struct Likeliest {
+  R student = -R(INFINITY), teacher = -R(INFINITY);
+
+  KDK_DEVICE void look(R s, R t) {
+    if constexpr (kWanted) {
+      teacher = s > student ? t : teacher;
+      student = larger(student, s);
+    }
+  }
+  // Of this thread's classes before, of the group's after.
+  template <class Group>
+  KDK_DEVICE void join(Group& group) {
+    R most[1] = {student};
+    group.template reduce<Max>(most);
+    R its[1] = {student == most[0] ? teacher : -R(INFINITY)};
+    group.template reduce<Max>(its);
+    student = most[0];
+    teacher = its[0];
+  }
+};
+
 // An origin of the row, and sums of 2^(k (x - origin)): the maxima where the row is in registers. A long row
 // is not swept for them: a thread begins at its first classes, unless they are masked or the sum becomes
 // large, and fuses the product with the difference, k x - fl(k origin); what that rounding did, the same
 // factor for all of a thread's classes, is taken out of the sums. A group that has to meet does so once.
-template <class R, class Source, class Group>
+template <class R, class Source, class Group, class Look>
 KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k)[2], R (&origin)[2],
-                                 R (&z)[2]) {
+                                 R (&z)[2], Look& likeliest) {
   if constexpr (Source::kLong) {
     source.find_first(origin);
     if (origin[0] == -R(INFINITY) || origin[1] == -R(INFINITY)) source.find_maxima(origin);
@@ -145,6 +168,7 @@ KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k
       source.each([&](R s, R t) {
         z[0] += power_of_two(multiply_add(s, factor[0], -at[0]));
         z[1] += power_of_two(multiply_add(t, factor[1], -at[1]));
+        likeliest.look(s, t);
       });
       KDK_UNROLL
       for (int i = 0; i < 2; ++i) z[i] *= unrounded(multiply_add(origin[i], factor[i], -at[i]));
@@ -164,6 +188,7 @@ KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k
     source.each([&](R s, R t) {
       z[0] += power_of_two((s - from[0]) * k[0]);
       z[1] += power_of_two((t - from[1]) * k[1]);
+      likeliest.look(s, t);
     });
   }
   if constexpr (Group::kShares) group.reduce_exponentials(origin, z, k);
@@ -172,13 +197,13 @@ KDK_DEVICE void sum_exponentials(const Source& source, Group& group, const R (&k
 
 // The value of one row, and its gradient into the source. The sum over classes is that of all where the
 // rows' values are wanted, else of this thread's, which saves a reduction a row. kGeneral sources know
-// the class of each element and serve standardisation and rules that are not centred.
+// the class of each element and serve standardisation.
 template <class Rule, class R, bool kGeneral, class Source, class Group>
 KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename RowLoop<Rule, R>::Row& row,
                          R target_s, R target_t, Source& source, Group& group) {
   using Pointwise = typename rules::PointwiseOf<Rule>::type;
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
-  static_assert(kGeneral || Pointwise::centred);
+  static_assert(rules::keeps_contract<Rule>());
   const R infinity = R(INFINITY);
 
   R k_s = row.k, k_t = k_s;
@@ -197,7 +222,8 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   constexpr bool kHalf = Source::kHalf;
   const R two_s = k_s * R(kLog2E), two_t = k_t * R(kLog2E), two[2] = {two_s, two_t};
   R origin[2] = {-infinity, -infinity}, z[2] = {0, 0};
-  sum_exponentials(source, group, two, origin, z);
+  Likeliest<R, !Pointwise::centred> likeliest;
+  sum_exponentials(source, group, two, origin, z, likeliest);
   if constexpr (kDecoupled) {  // no class but the target: any finite origin will do
     for (int k = 0; k < 2; ++k) origin[k] = origin[k] == -infinity ? R(0) : origin[k];
   }
@@ -221,6 +247,7 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   const R shift_t = kHalf && z[1] != R(0) ? logarithm(z[1]) * R(kLog2E) : R(0);
   const R g = row.weight * row.upstream * k_s;
   const R g_implicit = g * implicit_weight, g_explicit = g * explicit_slope;
+  R pivot = 0;
   const auto terms = [&](R s, R t, R& q, R& v, R& slope) {
     const R a = s - origin[0], b = t - origin[1];
     R p;
@@ -234,9 +261,30 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
     const R gap = kGeneral && problem.standardize ? product(b, k_t) - product(a, k_s)
                                                   : (b - a) * k_s;
     Pointwise::pointwise(problem.options, p, q, R(gap - log_z_ratio), v, slope);
+    if constexpr (!Pointwise::centred) slope -= q * pivot;
   };
 
   R pull = 0, along = 0;
+  if constexpr (!Pointwise::centred) {
+    if (problem.gradient.data) {
+      R q, v, slope;
+      likeliest.join(group);
+      terms(likeliest.student, likeliest.teacher, q, v, slope);
+      pivot = rules::pivot_of(slope, q);
+    }
+  }
+  if constexpr (!kGeneral && !Pointwise::centred) {
+    if (problem.gradient.data) {
+      R sum[1] = {0};
+      source.each([&](R s, R t) {
+        R q, v, slope;
+        terms(s, t, q, v, slope);
+        sum[0] += slope;
+      });
+      group.template reduce<Sum>(sum);
+      pull = g_implicit * sum[0];
+    }
+  }
   if constexpr (kGeneral) {
     if (problem.gradient.data && (problem.standardize || !Pointwise::centred)) {
       // Of slope, slope (s - mean), q (s - mean), over the classes of the softmax.
@@ -265,7 +313,7 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
       terms(s, t, q, v, slope);
       divergence[0] += v;
       R out = slope * g_implicit;
-      if constexpr (kDecoupled || kGeneral) out -= (pull + g_explicit) * q;
+      if constexpr (kDecoupled || kGeneral || !Pointwise::centred) out -= (pull + g_explicit) * q;
       if (kGeneral && problem.standardize) out -= along * (s - mean_s);  // s may be -inf
       return out;
     };

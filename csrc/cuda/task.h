@@ -83,7 +83,9 @@ constexpr int kBlockThreads = 512;   // at most, elsewhere
 constexpr int kClusterThreads = 384;  // at most, in `cluster`; two such blocks have room for their registers
 constexpr int kBlockElements = 16;   // of a row in each thread of a `block`
 constexpr int kSingleRow = kBlockElements * kBlockThreads;  // most classes in one block's registers
-constexpr int kTeamReductions = 2;   // of a row by several blocks: softmaxes, value
+// Of a row by several blocks: softmaxes, value; the largest logit, its teacher's and the slopes of a rule
+// that is not centred.
+constexpr int kTeamReductions = 5;
 constexpr int kMostValues = 4;       // in one reduction
 constexpr int kBlockExchange = 2 * kMostValues * 32 * 8;      // bytes: of 32 warps
 constexpr int kClusterExchange = 2 * kMostValues * 256 * 4;   // of 256 warps

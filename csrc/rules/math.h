@@ -84,18 +84,6 @@ KDK_FN R quotient(R x, R y) {
   return x / y;
 }
 
-// exp of a per-row term (the exponentials of the classes belong to the traversals).
-template <class F>
-KDK_FN F exponential(const F& x) {
-  if constexpr (std::is_arithmetic_v<F>) {
-    return std::exp(x);
-  } else {
-    F y{};
-    for (unsigned lane = 0; lane < sizeof(F) / sizeof(y[0]); ++lane) y[lane] = std::exp(x[lane]);
-    return y;
-  }
-}
-
 // phi(d) / d^2 for |d| < 1/4, where phi(d) = exp(-d) - 1 + d: exact to the last bits where the closed
 // form would cancel. Float: minimax; double: Taylor.
 template <class F>

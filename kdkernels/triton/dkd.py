@@ -24,7 +24,8 @@ def explicit(
     p_target = tl.exp(log_p_target)
     q_target = tl.exp(log_q_target)
     d_target = log_p_target - log_q_target
-    on_target, slope = _binary(p_target, q_target, d_target, alpha, beta)
+    on_target, slope = _binary(p_target, q_target, d_target, alpha, beta, third, fourth)
     d_rest = log_p_rest - log_q_rest
-    on_rest, _ = _binary(tl.exp(log_p_rest), tl.exp(log_q_rest), d_rest, alpha, beta)
+    p_rest, q_rest = tl.exp(log_p_rest), tl.exp(log_q_rest)
+    on_rest, _ = _binary(p_rest, q_rest, d_rest, alpha, beta, third, fourth)
     return alpha * (on_target + on_rest), alpha * slope, beta

@@ -13,7 +13,7 @@ CENTRED = True
 
 
 @triton.jit
-def rule(p, q, d, first, second):
+def rule(p, q, d, first, second, third, fourth):
     """Value and d value / d log q - which is q - p - of each class; d = log p - log q.
 
     The value p phi(d) = p log(p / q) - p + q is never negative, term by term, and adds up to the

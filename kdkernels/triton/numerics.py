@@ -20,13 +20,24 @@ def phi(d):
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + exp(x)), relative error of a few ulp for any x, and exact at -inf, inf and NaN."""
-    small = tl.exp(-tl.abs(x))
-    # log(1 + y) = log(u) y / (u - 1) with u the rounded 1 + y: the two rounding errors cancel
+def expm1(x):
+    """exp(x) - 1, relative error of a few ulp; exact at -inf, inf and NaN."""
+    near = tl.abs(x) < 0.25
+    return tl.where(near, phi(tl.where(near, -x, 0.0)) + x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for finite x >= -1, relative error of a few ulp; exact at -1 and NaN."""
+    # log(1 + x) = log(u) x / (u - 1) with u the rounded 1 + x: the two rounding errors cancel
     # (Kahan). It needs the additions as written: see FUSE_MULTIPLY_ADD in launch.py.
-    rounded = 1.0 + small
+    rounded = 1.0 + x
     gap = rounded - 1.0
     exact = gap == 0
-    log1p = tl.where(exact, small, tl.log(rounded) * (small / tl.where(exact, 1.0, gap)))
-    return tl.where(x > 0, x, 0.0) + log1p
+    return tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, gap)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), relative error of a few ulp for any x, and exact at -inf, inf and NaN."""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))

@@ -1,15 +1,17 @@
 """The traversal of the row losses, families ``divergence`` and ``decoupled``: the kernel.
 
 With p, q the softmax of k t and k s, a rule gives each class a value and a slope, the derivative of
-the value by log q; the gradient by the logits is k (slope - q sum(slope)). A rule must be 0 at
-p = q = 0. In the decoupled family the target is left out of p and q (its logit counts as -inf), and
-an explicit rule of the log-odds of the target against the rest is added; those log-odds need no
-log(1 - x), only the normaliser of the rest.
+the value by log q (see ``contract.py``); the gradient by the logits is k (slope - q sum(slope)). In
+the decoupled family the target is left out of p and q (its logit counts as -inf), and an explicit
+rule of the log-odds of the target against the rest is added; those log-odds need no log(1 - x),
+only the normaliser of the rest.
 
 A row that fits one block is *resident*: the loops have one iteration, which the compiler unrolls,
 and then reads each logit once. A longer row is *streamed*: normalisers in a first sweep, values and
 gradient in a second, which runs backwards to find the end of the row in cache. Logit
-standardisation, and rules whose slopes do not sum to 0, add a sweep.
+standardisation, and rules whose slopes do not sum to 0, add a sweep. Such a rule's slopes are taken
+relative to those of the student's most likely class, in units of q: the projection does not feel
+it, and what cancels is small where the student is certain.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ def log_odds(target_ptr, target_mask, maximum, total, k, ACC: tl.constexpr):
 
 @triton.jit
 def terms(
-    student, teacher, student_k, teacher_k, student_sum, teacher_sum, log_ratio, first, second,
-    RULE: tl.constexpr, STANDARDIZE: tl.constexpr,
+    student, teacher, student_k, teacher_k, student_sum, teacher_sum, log_ratio, pivot,
+    first, second, third, fourth, RULE: tl.constexpr, CENTRED: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
 ):  # fmt: skip
     """q, and the rule's value and slope, of a block of logits from which the maxima are taken."""
     q = tl.exp(student * student_k) / student_sum
@@ -50,7 +53,9 @@ def terms(
     else:
         # Near p = q the difference is small and exact, before the factor rounds it.
         gap = (teacher - student) * student_k
-    value, slope = RULE(p, q, gap - log_ratio, first, second)
+    value, slope = RULE(p, q, gap - log_ratio, first, second, third, fourth)
+    if not CENTRED:
+        slope = slope - q * pivot
     return q, value, slope
 
 
@@ -152,6 +157,7 @@ def row_kernel(
 
     student_max = tl.full([ROWS, 1], -float("inf"), ACC)
     teacher_max = student_max
+    likeliest_teacher = student_max  # the teacher's logit where the student's is largest
     student_sum = tl.zeros([ROWS, 1], ACC)
     teacher_sum = student_sum
     for start in range(0, end, BLOCK):
@@ -162,6 +168,11 @@ def row_kernel(
         if EXPLICIT is not None:
             student = tl.where(columns == target, -float("inf"), student)
             teacher = tl.where(columns == target, -float("inf"), teacher)
+        if not CENTRED:
+            best = tl.max(student, axis=1, keep_dims=True)
+            there = tl.where(student == best, teacher, -float("inf"))
+            there = tl.max(there, axis=1, keep_dims=True)
+            likeliest_teacher = tl.where(best > student_max, there, likeliest_teacher)
         student_max, student_sum = add_to_normaliser(student_max, student_sum, student, student_k)
         teacher_max, teacher_sum = add_to_normaliser(teacher_max, teacher_sum, teacher, teacher_k)
     student_max = finite_max(student_max)
@@ -203,6 +214,15 @@ def row_kernel(
         )
     gradient_weight = weight * upstream * student_k
 
+    pivot = tl.zeros([ROWS, 1], ACC)
+    if not CENTRED:
+        q, value, slope = terms(
+            tl.zeros([ROWS, 1], ACC), likeliest_teacher - teacher_max, student_k, teacher_k,
+            student_sum, teacher_sum, log_ratio, pivot, first, second, third, fourth,
+            RULE, CENTRED, STANDARDIZE,
+        )  # fmt: skip
+        pivot = slope / q
+
     # Sums over the row that the gradient needs, if any: everything is linear in the slopes.
     slope_sum = tl.zeros([ROWS, 1], ACC)
     slope_h = tl.zeros([ROWS, 1], ACC)
@@ -221,7 +241,8 @@ def row_kernel(
                 teacher = tl.where(columns == target, -float("inf"), teacher)
             q, value, slope = terms(
                 student - student_max, teacher - teacher_max, student_k, teacher_k,
-                student_sum, teacher_sum, log_ratio, first, second, RULE, STANDARDIZE,
+                student_sum, teacher_sum, log_ratio, pivot, first, second, third, fourth,
+                RULE, CENTRED, STANDARDIZE,
             )  # fmt: skip
             slope_sum += tl.sum(slope, axis=1, keep_dims=True)
             if STANDARDIZE:
@@ -252,7 +273,8 @@ def row_kernel(
             teacher = tl.where(columns == target, -float("inf"), teacher)
         q, value, slope = terms(
             student - student_max, teacher - teacher_max, student_k, teacher_k,
-            student_sum, teacher_sum, log_ratio, first, second, RULE, STANDARDIZE,
+            student_sum, teacher_sum, log_ratio, pivot, first, second, third, fourth,
+            RULE, CENTRED, STANDARDIZE,
         )  # fmt: skip
         value_sum += tl.sum(value, axis=1, keep_dims=True)
         if gradient_ptr is not None:

@@ -5,41 +5,13 @@
 #include "../../csrc/cuda/common.h"
 #include "../../csrc/cuda/correlation.h"
 #include "../../csrc/cuda/rows.h"
+#include "calls.h"
 #include "harness.h"
 
 using namespace kdkernels;
 using namespace kdkernels::cuda;
 
 namespace {
-
-struct View {  // as tests/cuda_emulator.py packs it
-  void* data;
-  int64_t type, class_stride, dims;
-  int64_t size[kMaxRowDims], stride[kMaxRowDims];
-};
-
-Rows rows_of(const View& view) {
-  Rows rows{view.data, Scalar(view.type), view.class_stride, int32_t(view.dims), {}, {}};
-  for (int64_t dim = 0; dim < view.dims; ++dim) {
-    rows.size[dim] = view.size[dim];
-    rows.stride[dim] = view.stride[dim];
-  }
-  return rows;
-}
-
-struct RowCall {
-  View student, teacher, gradient;
-  const int64_t* target;
-  const void* upstream;
-  int64_t upstream_stride;
-  void *loss, *total;
-  int64_t rows, classes, ignore_index, reduction, standardize;
-  double temperature, scale;
-  double options[4];
-  int64_t arch, multiprocessors, block_shared, most_cluster;
-  int64_t seed;
-  int64_t plan[9];  // in: traversal or -1; out: the plan
-};
 
 RowPlan forced(const RowCall& call, const RowShape& shape, const Device& device) {
   RowPlan plan = plan_rows(shape, device);
@@ -55,20 +27,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_row(const 
                                                                            RowCall* call) {
   return answer([&] {
     emulator_seed = uint64_t(call->seed);
-    RowProblem problem{};
-    problem.student = rows_of(call->student);
-    problem.teacher = rows_of(call->teacher);
-    problem.gradient = rows_of(call->gradient);
-    problem.target = call->target;
-    problem.upstream = call->upstream;
-    problem.loss = call->loss;
-    problem.rows = call->rows;
-    problem.classes = call->classes;
-    problem.ignore_index = call->ignore_index;
-    problem.temperature = call->temperature;
-    problem.scale = call->scale;
-    problem.standardize = call->standardize != 0;
-    std::memcpy(problem.options.value, call->options, sizeof call->options);
+    const RowProblem problem = problem_of(*call);
     const Device device{int(call->arch), int(call->multiprocessors), int(call->block_shared),
                         int(call->most_cluster)};
     const RowRun run{problem, call->upstream_stride, call->reduction, call->total};
