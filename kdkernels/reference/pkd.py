@@ -19,6 +19,8 @@ EPS = 1e-6
 
 def standardize(features: Tensor) -> Tensor:
     """Each channel of (N, C, H, W) to mean 0 and deviation 1."""
+    # From its first value: a constant channel's mean is that constant, its deviation exactly 0.
+    features = features - features[:1, :, :1, :1].detach()
     std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
     return (features - mean) / (std + EPS)
 
