@@ -167,6 +167,19 @@ def mask_last_block(draw: Draw, target: Tensor) -> Logits:
 
 
 @_family
+def mask_target(draw: Draw, target: Tensor) -> Logits:
+    """The target is impossible for the teacher: p_t is exactly 0."""
+    mask = _classes(draw) == target.unsqueeze(1)
+    return draw.normal(3.0), _masked(draw.normal(3.0), mask)
+
+
+@_family
+def mask_target_same(draw: Draw, target: Tensor) -> Logits:
+    mask = _classes(draw) == target.unsqueeze(1)
+    return _masked(draw.normal(3.0), mask), _masked(draw.normal(3.0), mask)
+
+
+@_family
 def mask_all_but_one(draw: Draw, target: Tensor) -> Logits:
     mask = _classes(draw) != target.unsqueeze(1)
     return _masked(draw.normal(3.0), mask), _masked(draw.normal(3.0), mask)

@@ -1,9 +1,9 @@
 """Logit standardisation against formulas of its own, in extended precision.
 
-A row loss of standardised logits is the loss of z = d / (σ + 1e-7), with d the deviations from the mean
-of a row, so that value and gradient by z need no standardisation; the way on from z to the logits
-is written out here. The families are those whose mean is hard: far from 0, no number of the dtype,
-or the row's only number. PKD standardises channels, with the same difficulties.
+A row loss of standardised logits is the loss of z = d / (σ + 1e-7), with d the deviations from the
+mean of a row, so that value and gradient by z need no standardisation; the way on from z to the
+logits is written out here. The families are those whose mean is hard: far from 0, no number of the
+dtype, or the row's only number. PKD standardises channels, with the same difficulties.
 """
 
 from __future__ import annotations
