@@ -91,6 +91,13 @@ def nearly_equal(draw: Draw, target: Tensor) -> Logits:
 
 
 @_family
+def close(draw: Draw, target: Tensor) -> Logits:
+    """Log-probabilities some 0.2 apart, where every term of a series counts."""
+    student = draw.normal(2.0)
+    return student, student + 0.2 * draw.normal().clamp(-2, 2)
+
+
+@_family
 def offset(draw: Draw, target: Tensor) -> Logits:
     return draw.normal(2.0) + 1000.0, draw.normal(2.0) - 1000.0
 
