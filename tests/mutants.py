@@ -5,9 +5,9 @@
 The sources are copied to ``build/mutants`` first; nothing of the working tree is touched. There all
 C++ mutants are compiled into one library (and one of the CUDA kernels, for the emulator), each as
 ``(chosen ? wrong : right)``, and an environment variable chooses at run time; a Python or Triton
-mutant is a copy of the package with the text replaced. A mutant is *killed* if one of its named tests
-fails and the same test passes without it; if they all pass, a wide set of tests has a try. Survivors,
-and mutants whose text or tests no longer exist, make the exit status 1.
+mutant is a copy of the package with the text replaced. A mutant is *killed* if one of its tests in
+the table fails and the same test passes without it; if all pass, a wide set of tests has a try.
+Survivors, and mutants whose text or tests no longer exist, make the exit status 1.
 """
 
 from __future__ import annotations
@@ -188,7 +188,10 @@ def _pytest(folder: Path, output: Path, arguments: list[str], chosen: int) -> No
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
-    sys.path[:] = [str(folder), *(p for p in sys.path if p and ROOT not in (Path(p), Path(p).parent))]
+    sys.path[:] = [
+        str(folder),
+        *(p for p in sys.path if p and ROOT not in (Path(p), Path(p).parent)),
+    ]
     for name in [name for name in os.environ if name.startswith(("KDKERNELS_", "PYTEST"))]:
         del os.environ[name]
     if chosen:
@@ -285,7 +288,9 @@ def main() -> int:
     confirm(verdicts)
     shutil.rmtree(BUILD / "python", ignore_errors=True)
     bad = [verdict for verdict in verdicts if verdict.word in ("survived", "broken")]
-    print(f"{len(verdicts) - len(bad)} of {len(verdicts)} killed in {time.monotonic() - begun:.0f} s")
+    print(
+        f"{len(verdicts) - len(bad)} of {len(verdicts)} killed in {time.monotonic() - begun:.0f} s"
+    )
     for verdict in bad:
         print(f"{verdict.word}: {verdict.mutant.name} ({verdict.mutant.file})\n{verdict.test}")
     return 1 if bad else 0
