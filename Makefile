@@ -10,6 +10,7 @@ DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 CUDA_ARGS   ?=
 GPU_ARGS    ?=
+MUTANTS_ARGS ?=
 
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
@@ -20,15 +21,16 @@ SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
   $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench cuda-check gpu-check lint format clean
+.PHONY: help install demo test mutants bench cuda-check gpu-check lint format clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 	  awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS), and PIP_ARGS, PYTEST_ARGS,"
-	@echo "DEMO_ARGS, BENCH_ARGS, CUDA_ARGS, GPU_ARGS: what to add to a command (BENCH_ARGS=--quick,"
-	@echo "DEMO_ARGS='--seeds 0', CUDA_ARGS='--archs 90')."
+	@echo "DEMO_ARGS, BENCH_ARGS, CUDA_ARGS, GPU_ARGS, MUTANTS_ARGS: what to add to a command"
+	@echo "(BENCH_ARGS=--quick, DEMO_ARGS='--seeds 0', CUDA_ARGS='--archs 90',"
+	@echo "MUTANTS_ARGS='--only kd')."
 	@echo "No GPU? PIP_ARGS='--extra-index-url URL', with the URL of PyTorch's CPU wheels (see"
 	@echo "pytorch.org, Get Started), avoids gigabytes of CUDA libraries."
 
@@ -39,6 +41,9 @@ demo: $(VENV)/.installed  ## distil on real handwritten digits: table, figure; t
 
 test: $(VENV)/.installed  ## run the tests
 	$(PY) -m pytest -n $(JOBS) -rfEs --benchmark-disable tests $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes; ten minutes
+	$(PY) tests/mutants.py --jobs $(JOBS) $(MUTANTS_ARGS)
 
 bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)

@@ -91,6 +91,13 @@ def nearly_equal(draw: Draw, target: Tensor) -> Logits:
 
 
 @_family
+def close(draw: Draw, target: Tensor) -> Logits:
+    """Log-probabilities some 0.2 apart, where every term of a series counts."""
+    student = draw.normal(2.0)
+    return student, student + 0.2 * draw.normal().clamp(-2, 2)
+
+
+@_family
 def offset(draw: Draw, target: Tensor) -> Logits:
     return draw.normal(2.0) + 1000.0, draw.normal(2.0) - 1000.0
 
@@ -163,6 +170,19 @@ def mask_first_block(draw: Draw, target: Tensor) -> Logits:
 @_family
 def mask_last_block(draw: Draw, target: Tensor) -> Logits:
     mask = _classes(draw) > draw.classes // 2
+    return _masked(draw.normal(3.0), mask), _masked(draw.normal(3.0), mask)
+
+
+@_family
+def mask_target(draw: Draw, target: Tensor) -> Logits:
+    """The target is impossible for the teacher: p_t is exactly 0."""
+    mask = _classes(draw) == target.unsqueeze(1)
+    return draw.normal(3.0), _masked(draw.normal(3.0), mask)
+
+
+@_family
+def mask_target_same(draw: Draw, target: Tensor) -> Logits:
+    mask = _classes(draw) == target.unsqueeze(1)
     return _masked(draw.normal(3.0), mask), _masked(draw.normal(3.0), mask)
 
 

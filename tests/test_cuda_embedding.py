@@ -248,6 +248,16 @@ def test_tuple_options(options: dict[str, float]) -> None:
             check_tuples(student, teacher, target, **options)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("gap, found", [(0.0, False), (0.25, True), (0.5, True), (0.75, False)])
+def test_the_margin_belongs_to_the_band(gap: float, found: bool, dtype: torch.dtype) -> None:
+    """Distances whose differences are exact: 0 < D_an - D_ap <= 1/2."""
+    student = torch.tensor([[0, 1, 1 + gap], [1, 0, 2], [1 + gap, 2, 0]], dtype=dtype)
+    teacher, target = student.square(), torch.tensor([0, 0, 1])
+    check_tuples(student, teacher, target, margin=0.5)
+    assert bool(tuples(student, teacher, target, margin=0.5)[0] > 0) == found
+
+
 def test_large_batches_use_the_workspace() -> None:
     x = batch(70, 3, torch.float32)
     resident, gradient, plan = tuples(*x)

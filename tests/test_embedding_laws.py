@@ -89,12 +89,25 @@ def test_iekd_degenerate_samples(backend: str, similarity: str, dtype: torch.dty
 
 
 @backends
-def test_iekd_zero_student_matches_torch(backend: str) -> None:
-    inh, exp, teacher = torch.zeros(2, 9).requires_grad_(), draw(2, 9).float(), draw(2, 9).float()
-    (mine,) = gradients(K.iekd_loss(inh, exp, teacher, backend=backend), inh)
-    near = (F.normalize(inh) - F.normalize(teacher)).abs().mean() * 50
-    (theirs,) = gradients(near, inh)
-    assert torch.allclose(mine, theirs)
+@similarities
+@pytest.mark.parametrize("size", (0.0, 1e-14))
+@pytest.mark.parametrize("whose", (0, 1, 2))
+def test_iekd_short_factors_match_torch(
+    backend: str, similarity: str, size: float, whose: int
+) -> None:
+    """A norm below 1e-12 counts as 1e-12: no vector of norm 1, and no direction to project out."""
+    factors = [draw(2, 9, seed=s) for s in range(3)]
+    factors[whose][1] *= size
+    students, teacher = [x.requires_grad_() for x in factors[:2]], factors[2]
+    mine = K.iekd_loss(*students, teacher, similarity=similarity, backend=backend)
+    inh, exp, t = (F.normalize(x) for x in (*students, teacher))
+    if similarity == "l1":
+        theirs = 50 * ((inh - t).abs().mean() - (exp - t).abs().mean())
+    else:
+        theirs = 50 * (1 - (inh * t).sum(1) + (exp * t).sum(1).abs()).mean()
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    for a, b in zip(gradients(mine, *students), gradients(theirs, *students), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @backends

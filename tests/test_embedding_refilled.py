@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_embedding_laws import backends, draw, gradients, kernels, labels
+from test_embedding_losses import tuple_matching
 
 from kdkernels import functional as K
 from kdkernels._ops import operator_name
@@ -34,6 +35,27 @@ def test_tuples_are_the_miners(backend: str) -> None:
         K.tuple_matching_loss(s, t, y, reduction=r, backend=backend) for r in ("sum", "mean")
     )
     assert round((total / mean).item()) == K.semihard_tuples(s, y).any(-1).sum()
+
+
+@backends
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_the_margin_belongs_to_the_band_and_zero_does_not(backend: str, dtype: torch.dtype) -> None:
+    """Distances of exactly 0 and 2: the gap is 2 for equal positives, else 0 or -2."""
+    here, there = [1.0, 0.0], [-1.0, 0.0]
+    t, y = draw(3, 5).to(dtype), torch.tensor([0, 0, 1])
+    for embeddings, margin, tuples in (
+        ([here, here, there], 2.0, 2),
+        ([here, here, there], 2.0 - 1e-6, 0),
+        ([here, there, there], 2.0, 0),
+        ([there, here, here], 0.0, 0),
+    ):
+        s = torch.tensor(embeddings, dtype=dtype)
+        mined = K.semihard_tuples(s, y, margin)
+        loss = K.tuple_matching_loss(s, t, y, margin=margin, backend=backend)
+        expected = tuple_matching(s.double(), t.double(), y, margin=margin)
+        assert mined.any(-1).sum() == tuples
+        assert bool(loss > 0) == bool(tuples)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-12)
 
 
 @backends

@@ -57,7 +57,9 @@ def test_layouts(case: Case, layouts: tuple[str, str], dtype: torch.dtype) -> No
 
 
 @each_sample(kernels=True)
-@pytest.mark.parametrize("family", ["gaussian", "peaked"])
+@pytest.mark.parametrize(
+    "family", ["gaussian", "peaked", "disagreeing", "mask_target", "mask_target_same"]
+)
 def test_samples(case: Case, options: dict[str, Any], family: str) -> None:
     """The options of the registry, and a temperature whose division rounds."""
     inputs = make(family, *case.pick((5, 130), (3, 21)), device=case.device)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from cases import LOSSES, Case, each_emulated as each, reductions, same_bits, value_and_grad
 from inputs import DTYPES, dtype_id, make
+from layouts import LAYOUT_ROWS, LAYOUTS, as_rows, target_for
+from oracle import verify
 from torch import Tensor
 
 NAN, INF = float("nan"), float("inf")
@@ -42,6 +44,47 @@ def test_ignored_rows_are_exact_zeros(case: Case, ignore_index: int, whose: str)
         )
         torch.testing.assert_close(loss, without[0])
         torch.testing.assert_close(gradient[~ignored], without[1])
+
+
+ALIGNED = {name: layout for name, layout in LAYOUTS.items() if name != "expanded_rows"}
+"""Layouts in which a row can be bad alone."""
+
+
+def _dense(x: Tensor) -> Tensor:
+    """(1, C, rows, 1): every vector of rows is full but the last."""
+    return x.t().contiguous()[None, :, :, None]
+
+
+@each(
+    MASKABLE,
+    layout={**ALIGNED, "dense": _dense},
+    dtype={dtype_id(d): d for d in DTYPES},
+    keep=lambda case, layout, dtype: (
+        dtype == torch.float32 or not (case.interpreted or case.emulated)
+    ),
+)
+def test_ignored_rows_in_every_layout(case: Case, layout: Any, dtype: torch.dtype) -> None:
+    """Ignored rows processed side by side with others, as ordinary numbers and as NaN."""
+    rows, classes = 37 if layout is _dense else LAYOUT_ROWS, 9
+    flat = make("gaussian", rows, classes, dtype=dtype, device=case.device)
+    index = flat[2]
+    ignored = torch.arange(rows, device=case.device) % 3 == 1
+    index[ignored] = -100
+    for bad in (False, True):
+        if bad and layout is LAYOUTS["expanded_columns"]:
+            continue  # its rows are uniform
+        student, teacher = (x.clone() for x in flat[:2])
+        if bad:
+            student[1], student[7], teacher[4], teacher[7] = NAN, -INF, NAN, INF
+        student, teacher = layout(student), layout(teacher)
+        target = target_for(student, index)
+        for reduction in reductions(case.spec):
+            loss, gradient = verify(case, student, teacher, target=target, reduction=reduction)
+            gradient = as_rows(gradient)
+            assert same_bits(gradient[ignored], torch.zeros_like(gradient[ignored]))
+            if reduction == "none":
+                loss = loss.flatten()
+                assert same_bits(loss[ignored], torch.zeros_like(loss[ignored]))
 
 
 def _assert_attached_zero(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> None:

@@ -47,6 +47,7 @@ struct ByClass {
     gradient.set(excluded, value);
   }
   KDK_FN S pick_excluded(const R* p) const { return p[excluded]; }
+  KDK_FN S first(const R* p) const { return p[0]; }
   KDK_FN static V spread(const S& s) { return splat<R>(s); }
   KDK_FN static S sum(const V& v) { return reduce_sum<R>(v); }
   KDK_FN static S max(const V& v) { return reduce_max<R>(v); }
@@ -87,6 +88,7 @@ struct ByRow {
     for (int lane = 0; lane < kLanes<R>; ++lane) s[lane] = p[excluded[lane] * kLanes<R> + lane];
     return s;
   }
+  KDK_FN S first(const R* p) const { return load<R>(p); }
   KDK_FN static V spread(const S& s) { return s; }
   KDK_FN static S sum(const V& v) { return v; }
   KDK_FN static S max(const V& v) { return v; }

@@ -24,6 +24,13 @@ struct Ahead {
   }
 };
 
+// Mean and standard deviation (unbiased) of a row. The mean is centre + rest: rounded to one number it
+// would be off by as much as the logits are, and a constant row would seem to vary.
+template <class S>
+struct Moments {
+  S centre, rest, deviation;
+};
+
 // A row on its way through the stages. The first group is set by the driver.
 template <class M, class R = typename M::Real>
 struct RowState {
@@ -38,7 +45,8 @@ struct RowState {
 
   S max_s, max_t;        // origins of the exponentials
   S scale_s, scale_t;    // 1 / temperature, over the deviation if standardised
-  S mean_s, deviation_s, spread_s;
+  Moments<S> moments_s;
+  S spread_s;
   S target_s, target_t;  // scaled logits of the target
   S z_s, z_t;            // sums of the exponentials
   S pivot_gap;           // gap of the student's most likely class, for rules that are not centred
@@ -61,30 +69,39 @@ KDK_FN typename M::V mask_rest(const M& mode, const typename M::V& v) {
                        typename M::V{});
 }
 
-// Mean and standard deviation (unbiased) of a row.
+// Differences to the first logit give the centre, which is that logit where the row is constant;
+// differences to the centre give the rest, so that a first logit far from the others does no harm.
 template <class M, class R = typename M::Real>
-KDK_FN void moments(const M& mode, const R* x, typename M::S& mean, typename M::S& deviation) {
+KDK_FN Moments<typename M::S> moments(const M& mode, const R* x) {
   using V = typename M::V;
-  Blocked<V> sum;
-  sweep(
-      mode,
-      [&](int64_t i, auto part) KDK_LAMBDA {
-        sum.add(mode.template get<decltype(part)::value>(x, i, R(0)));
-      },
-      [&]() KDK_LAMBDA { sum.flush(); });
-  mean = M::sum(sum.total) * R(1.0 / double(mode.classes));
-  Blocked<V> squares;
-  const V centre = M::spread(mean);
-  sweep(
-      mode,
-      [&](int64_t i, auto part) KDK_LAMBDA {
-        constexpr bool kPart = decltype(part)::value;
-        V d = mode.template get<kPart>(x, i, R(0)) - centre;
-        if constexpr (kPart) d = mask_rest(mode, d);
-        squares.add(d * d);
-      },
-      [&]() KDK_LAMBDA { squares.flush(); });
-  deviation = square_root(typename M::S(M::sum(squares.total) * R(1.0 / double(mode.classes - 1))));
+  using S = typename M::S;
+  Moments<S> row{mode.first(x), S{}, S{}};
+  const auto sums = [&](Blocked<V>& sum, Blocked<V>& squares) KDK_LAMBDA {
+    const V centre = M::spread(row.centre);
+    sweep(
+        mode,
+        [&](int64_t i, auto part) KDK_LAMBDA {
+          constexpr bool kPart = decltype(part)::value;
+          V d = mode.template get<kPart>(x, i, R(0)) - centre;
+          if constexpr (kPart) d = mask_rest(mode, d);
+          sum.add(d);
+          squares.add(d * d);
+        },
+        [&]() KDK_LAMBDA {
+          sum.flush();
+          squares.flush();
+        });
+  };
+  const R inverse = R(1.0 / double(mode.classes));
+  Blocked<V> first, unused;
+  sums(first, unused);
+  row.centre += M::sum(first.total) * inverse;
+  Blocked<V> sum, squares;
+  sums(sum, squares);
+  row.rest = M::sum(sum.total) * inverse;
+  const S square = M::sum(squares.total) - M::sum(sum.total) * row.rest;
+  row.deviation = square_root(S(square * R(1.0 / double(mode.classes - 1))));
+  return row;
 }
 
 // Maxima of a row pair, two chains wide each to hide the latency.
@@ -134,12 +151,10 @@ KDK_FN void find_maxima(RowState<M>& row, const RowProblem& problem,
   }
   row.scale_s = row.scale_t = rules::broadcast<S>(temperature.inverse);
   if (problem.standardize) {
-    S mean_t{}, deviation_t{};
-    moments(row.mode, row.s, row.mean_s, row.deviation_s);
-    moments(row.mode, row.t, mean_t, deviation_t);
-    row.spread_s = row.deviation_s + R(rules::kStandardizeEps);
+    row.moments_s = moments(row.mode, row.s);
+    row.spread_s = row.moments_s.deviation + R(rules::kStandardizeEps);
     row.scale_s = row.scale_s / row.spread_s;
-    row.scale_t = row.scale_t / (deviation_t + R(rules::kStandardizeEps));
+    row.scale_t = row.scale_t / (moments(row.mode, row.t).deviation + R(rules::kStandardizeEps));
   }
   if constexpr (kDecoupled) {  // before stage 2 may overwrite the logits
     const S target_s = rules::logit_or_nan(S(row.mode.pick_excluded(row.s)));
@@ -236,25 +251,26 @@ KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink) {
   using S = typename M::S;
   const M mode = row.mode;
   Blocked<V> dot;
-  const V centre = M::spread(row.mean_s);
+  const V centre = M::spread(row.moments_s.centre), rest = M::spread(row.moments_s.rest);
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        V d = mode.template get<kPart>(row.s, i, R(0)) - centre;
+        V d = (mode.template get<kPart>(row.s, i, R(0)) - centre) - rest;
         if constexpr (kPart) d = mask_rest(mode, d);
         dot.add(mode.template get<kPart>(sink.to, i, R(0)) * d);
       },
       [&]() KDK_LAMBDA { dot.flush(); });
-  S pull = M::sum(dot.total) / (row.spread_s * row.deviation_s * R(mode.classes - 1));
-  pull = rules::select(row.deviation_s == R(0), S{}, pull);
+  const S deviation = row.moments_s.deviation;
+  S pull = M::sum(dot.total) / (row.spread_s * deviation * R(mode.classes - 1));
+  pull = rules::select(deviation == R(0), S{}, pull);
   const V factor = M::spread(pull);
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
         V out = mode.template get<kPart>(sink.to, i, R(0));
-        out -= factor * (mode.template get<kPart>(row.s, i, R(0)) - centre);
+        out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);
         sink.template put<kPart>(mode, i, out);
       },
       [&]() KDK_LAMBDA {});

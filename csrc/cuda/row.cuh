@@ -97,28 +97,41 @@ class RowLoop {
   double total_ = 0;
 };
 
-// Means and standard deviations (unbiased) of a row pair.
+// Mean and standard deviation (unbiased) of a row. The mean is centre + rest: rounded to one number it
+// would be off by as much as the logits are.
+template <class R>
+struct Moments {
+  R centre, rest, deviation;
+  KDK_DEVICE R from_mean(R x) const { return (x - centre) - rest; }
+};
+
+// Differences to the first class give the centre, which is that logit where the row is constant;
+// differences to the centre give the rest, so that a first logit far from the others does no harm.
 template <class R, class Source, class Group>
-KDK_DEVICE void moments(const Source& source, Group& group, R classes, R& mean_s, R& mean_t,
-                        R& deviation_s, R& deviation_t) {
+KDK_DEVICE void moments(const Source& source, Group& group, R classes, Moments<R>& of_s,
+                        Moments<R>& of_t) {
   R sum[2] = {0, 0};
-  // Deviations from the first class, so that an offset of the row costs no accuracy.
-  const R base_s = source.student(0), base_t = source.teacher(0);
+  const R first_s = source.student(0), first_t = source.teacher(0);
   source.each_class([&](int64_t, R s, R t) {
-    sum[0] += s - base_s;
-    sum[1] += t - base_t;
+    sum[0] += s - first_s;
+    sum[1] += t - first_t;
   });
   group.template reduce<Sum>(sum);
-  mean_s = base_s + sum[0] / classes;
-  mean_t = base_t + sum[1] / classes;
-  R squares[2] = {0, 0};
+  of_s.centre = first_s + sum[0] / classes;
+  of_t.centre = first_t + sum[1] / classes;
+  R sums[4] = {0, 0, 0, 0};  // of the differences, and of their squares
   source.each_class([&](int64_t, R s, R t) {
-    squares[0] += (s - mean_s) * (s - mean_s);
-    squares[1] += (t - mean_t) * (t - mean_t);
+    const R a = s - of_s.centre, b = t - of_t.centre;
+    sums[0] += a;
+    sums[1] += b;
+    sums[2] += a * a;
+    sums[3] += b * b;
   });
-  group.template reduce<Sum>(squares);
-  deviation_s = std::sqrt(squares[0] / (classes - 1));
-  deviation_t = std::sqrt(squares[1] / (classes - 1));
+  group.template reduce<Sum>(sums);
+  of_s.rest = sums[0] / classes;
+  of_t.rest = sums[1] / classes;
+  of_s.deviation = std::sqrt((sums[2] - sums[0] * of_s.rest) / (classes - 1));
+  of_t.deviation = std::sqrt((sums[3] - sums[1] * of_t.rest) / (classes - 1));
 }
 
 // The logits of the student's most likely class (any of them), found in the sweep that sums; -inf where
@@ -207,14 +220,15 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   const R infinity = R(INFINITY);
 
   R k_s = row.k, k_t = k_s;
-  R mean_s = 0, deviation_s = 1, spread_s = 1;
+  Moments<R> of_s{R(0), R(0), R(1)};
+  R spread_s = 1;
   if constexpr (kGeneral) {
     if (problem.standardize) {
-      R mean_t, deviation_t;
-      moments(source, group, R(problem.classes), mean_s, mean_t, deviation_s, deviation_t);
-      spread_s = deviation_s + R(rules::kStandardizeEps);
+      Moments<R> of_t;
+      moments(source, group, R(problem.classes), of_s, of_t);
+      spread_s = of_s.deviation + R(rules::kStandardizeEps);
       k_s = k_s / spread_s;
-      k_t = k_t / (deviation_t + R(rules::kStandardizeEps));
+      k_t = k_t / (of_t.deviation + R(rules::kStandardizeEps));
     }
   }
   if constexpr (kDecoupled) source.exclude(row.target);
@@ -293,15 +307,15 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
         R q, v, slope;
         terms(s, t, q, v, slope);
         sums[0] += slope;
-        sums[1] += slope * (s - mean_s);
-        sums[2] += q * (s - mean_s);
+        sums[1] += slope * of_s.from_mean(s);
+        sums[2] += q * of_s.from_mean(s);
       });
       group.template reduce<Sum>(sums);
       pull = Pointwise::centred ? R(0) : g_implicit * sums[0];
-      if (problem.standardize && deviation_s != R(0)) {
+      if (problem.standardize && of_s.deviation != R(0)) {
         along = g_implicit * sums[1] - (pull + g_explicit) * sums[2];
-        if constexpr (kDecoupled) along += g_explicit * (target_s - mean_s);
-        along /= spread_s * deviation_s * R(problem.classes - 1);
+        if constexpr (kDecoupled) along += g_explicit * of_s.from_mean(target_s);
+        along /= spread_s * of_s.deviation * R(problem.classes - 1);
       }
     }
   }
@@ -314,12 +328,12 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
       divergence[0] += v;
       R out = slope * g_implicit;
       if constexpr (kDecoupled || kGeneral || !Pointwise::centred) out -= (pull + g_explicit) * q;
-      if (kGeneral && problem.standardize) out -= along * (s - mean_s);  // s may be -inf
+      if (kGeneral && problem.standardize) out -= along * of_s.from_mean(s);  // s may be -inf
       return out;
     };
     source.emit(gradient);
     if constexpr (kDecoupled) {
-      const R pulled = kGeneral && problem.standardize ? along * (target_s - mean_s) : R(0);
+      const R pulled = kGeneral && problem.standardize ? along * of_s.from_mean(target_s) : R(0);
       source.put(row.target, g_explicit - pulled);
     }
   } else {

@@ -40,8 +40,9 @@ def pkd(
         ours, theirs = (x[:, block].transpose(0, 1) for x in (student, teacher))
         both, products = buffers[:, :, : len(ours)]
         s, t = both  # a channel's values together, wherever they lie in the inputs
-        s.view(ours.shape).copy_(ours)
-        t.view(ours.shape).copy_(theirs)
+        # From its first value: a constant channel's mean is that constant, its deviation exactly 0.
+        torch.sub(ours, ours[:, :1, :1, :1], out=s.view(ours.shape))
+        torch.sub(theirs, theirs[:, :1, :1, :1], out=t.view(ours.shape))
         both -= both.sum(2, keepdim=True).div_(count)
         sigma = torch.mul(both, both, out=products).sum(2, keepdim=True).div_(count - 1).sqrt_()
         deviations.append(sigma)

@@ -22,6 +22,8 @@ def rescale(
 
 
 def _standardize(logits: Tensor) -> Tensor:
+    # From the first logit: the mean of a constant row is that constant, its deviation exactly 0.
+    logits = logits - logits[..., :1].detach()
     mean = logits.mean(-1, keepdim=True)
     std = logits.std(-1, keepdim=True)
     return (logits - mean) / (std + STANDARDIZE_EPS)

@@ -1,0 +1,380 @@
+"""The mutants: small wrong changes, each with tests that must notice (see ``mutants.py``).
+
+``text`` stands once in ``file``, with the part that is replaced in «»; without the marks all of it
+is. In C++ that part is a whole statement, ending in a semicolon, or an expression. ``tests`` are
+files of this folder, cheap ones first, thinned by ``keep`` (pytest's -k).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    text: str
+    wrong: str
+    tests: str
+    keep: str
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it lies in C++, and is chosen at run time."""
+        return not self.file.endswith(".py")
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it needs the CUDA kernels on the emulated device."""
+        return "csrc/cuda/" in self.file
+
+    def parts(self) -> tuple[str, str, str]:
+        """What stands before the replaced text, the text, and what stands behind."""
+        if "«" not in self.text:
+            return "", self.text, ""
+        before, rest = self.text.split("«")
+        right, after = rest.split("»")
+        return before, right, after
+
+    def context(self) -> str:
+        return "".join(self.parts())
+
+    def arguments(self) -> list[str]:
+        return [*(f"tests/{test}" for test in self.tests.split()), "-k", self.keep]
+
+
+WIDE = [
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            *("golden", "masks", "contract", "losses", "standardize", "laws", "upstream"),
+            *(
+                "embedding_losses",
+                "embedding_laws",
+                "embedding_refilled",
+                "composed",
+                "triton_launch",
+            ),
+            *("errors", "gradcheck", "threads"),
+        )
+    )
+]
+"""The tests that have a try at what survives its own."""
+
+MUTANTS: list[Mutant] = []
+
+
+def _of(folder: str, file: str, tests: str, keep: str, *rows: tuple[str, ...]) -> None:
+    """Rows (name, text, wrong) or, with tests of their own, (name, text, wrong, tests, keep)."""
+    stem = PurePosixPath(file).stem
+    for name, text, wrong, *own in rows:
+        mine, thin = own or (tests, keep)
+        path = f"{folder}/{file}"
+        area = folder.rpartition("/")[2]
+        MUTANTS.append(Mutant(f"{area}-{stem}-{name}", path, text, wrong, mine, thin))
+
+
+# Rules of C++, on the CPU; the emulated CUDA kernels call the same.
+
+_of(
+    "csrc/rules", "math.h", "test_golden.py test_contract.py test_losses.py", "native",
+    ("slope_sign", "const F gap = «q - p»;", "p - q"),
+    ("series_too_far", "square < R(«0.0625»)", "4.0"),
+    ("impossible_class", "select(p == R(0), gap, F(gap + p * d))", "F(gap + p * d)"),
+    ("series_float", "sum = sum * d + R(«-1.6666642e-01»);", "-1.6766642e-01",
+     "test_losses.py", "native and kd and close"),
+    ("series_double", "sum = sum * d + R(«1.0 / 24.0»);", "1.0 / 25.0",
+     "test_losses.py", "native and kd and close"),
+    ("infinite_target", "return «select(x == infinity, broadcast<F>("
+     "std::numeric_limits<R>::quiet_NaN()), x)»;", "x",
+     "test_contract.py", "native and infinite_target"),
+    ("log_odds_swapped", "return «x > R(0)» ? TwoPoint<R>{rare", "x < R(0)"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "dkd.h", "test_golden.py test_losses.py", "native and dkd",
+    ("alpha_in_slope", "slope = slope * alpha;", ""),
+    ("beta_lost", "implicit_weight = broadcast<F>(«beta»);", "R(1)"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "aekt.h", "test_losses.py", "native and aekt and samples",
+    ("kappa_zero", "kappa == R(0) ? broadcast<F>(R(1)) : exponential(F(bounded * kappa))",
+     "exponential(F(bounded * kappa))"),
+    ("nothing_over_nothing", "select(p.log_t == none, none, F(p.log_t - q.log_t))",
+     "F(p.log_t - q.log_t)"),
+    ("ratio_unbounded", "smaller(log_ratio, broadcast<F>(std::log(ratio_max)))", "log_ratio"),
+    ("slope_unweighted", "slope = slope * weight * alpha;", "slope = slope * alpha;"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
+    ("norm_zero", "norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse",
+     "rho * quotient(norm_b, norm_a) * inverse"),
+    ("eps_lost", "norm_a * norm_b + eps", "norm_a * norm_b"),
+    ("own_term", "of_p = «-inverse»;", "inverse"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "iekd.h", "test_embedding_losses.py test_embedding_laws.py", "native",
+    ("cosine_half", "term = «R(0.5)» * d * d;", "R(1)"),
+    ("tie_direction", "select(d > F{}, one, F{}) - select(d < F{}, one, F{})",
+     "F(one - select(d < F{}, F(one + one), F{}))"),
+    ("short_vector", "unit ? sum : R(1) - projection", "sum"),
+    ("exploration_sign", "sign = inherits ? R(1) : R(«-1»);", "1"),
+)  # fmt: skip
+
+# Traversals of the CPU.
+
+_of(
+    "csrc/cpu", "row_kernel.h", "test_losses.py", "native and (kd or dkd) and float32-float32",
+    ("rest_of_moments", "return rules::select(lane_numbers<R>(0) < typename Simd<R>::Int("
+     "mode.rest()), v,\n                       typename M::V{});", "return v;",
+     "test_standardize.py", "native and contiguous"),
+    ("maximum_without_rest", "s1 = maximum(s1, fetch(s, whole, Part<true>{}));", "",
+     "test_losses.py", "native and kd and (gap or huge or offset)"),
+    ("only_the_target", "row.max_s = rules::select(row.max_s == -kInfinity<R>, S{}, row.max_s);",
+     "", "test_losses.py", "native and (dkd or aekt) and (mask_all or 3x1 or 1x1)"),
+    ("spread_eps", "row.moments_s.deviation + R(rules::kStandardizeEps)", "row.moments_s.deviation",
+     "test_standardize.py", "native"),
+    ("centre_from_zero", "Moments<S> row{«mode.first(x)», S{}, S{}};", "S{}",
+     "test_standardize.py", "native"),
+    ("no_rest_of_mean", "row.rest = M::sum(sum.total) * inverse;", "",
+     "test_standardize.py", "native"),
+    ("biased_deviation", "square * R(1.0 / double(«mode.classes - 1»))", "mode.classes",
+     "test_standardize.py", "native"),
+    ("constant_row", "pull = rules::select(deviation == R(0), S{}, pull);", "",
+     "test_standardize.py", "native"),
+    ("mean_slope", "out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);",
+     "", "test_standardize.py", "native"),
+    ("teacher_keeps_target", "mode.exclude(i, b, fill);", "",
+     "test_losses.py", "native and dkd and gaussian"),
+    ("gap_by_one_scale", "V(«b * factor_t - a * factor_s»)", "(b - a) * factor_t",
+     "test_standardize.py", "native"),
+    ("no_other_class_s", "inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);", "",
+     "test_losses.py test_contract.py", "native and (dkd or aekt)"),
+    ("no_other_class_t", "implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);",
+     "", "test_losses.py test_contract.py", "native and (dkd or aekt)"),
+    ("gradient_scale", "const S g = row.coefficient * «row.scale_s»;", "row.scale_t",
+     "test_standardize.py", "native"),
+    ("explicit_spread", "out -= g_explicit * q;", "",
+     "test_losses.py", "native and dkd and gaussian"),
+    ("target_by_row", "mode.set_excluded(i, out, g_explicit);", "",
+     "test_losses.py", "native and dkd and (transposed or image)"),
+    ("log_ratio", "«load<R>(from_gap + i * kLanes<R>) - log_z_ratio»;",
+     "load<R>(from_gap + i * kLanes<R>) + log_z_ratio"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_loss.h", "test_masks.py", "native",
+    ("mask_of_gradient_by_row",
+     "store<R>(sink.to + c * kW, «rules::select(ignored, Vec<R>{}, out)»);", "out"),
+    ("mask_of_value_by_row",
+     "value = «rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)))»;",
+     "Vec<R>(value * R(problem.scale))"),
+    ("mask_of_gradient_by_class", "std::memset(to.to, 0, sizeof(G) * classes);", ""),
+    ("mask_of_value_by_class", "loss[row] = R(«0»);", "1"),
+    ("upstream_of_first_row", "static_cast<const R*>(problem.upstream)[«row»]", "0",
+     "test_losses.py", "native and kd and gaussian"),
+    ("gradient_over_logits",
+     "return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;",
+     "return !rules::PointwiseOf<Rule>::type::centred;", "test_standardize.py", "native"),
+    ("scale_of_value", "loss[row] = «R(problem.scale)» * finish", "R(1)",
+     "test_losses.py", "native and kd and gaussian"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "convert.h", "test_losses.py", "native and kd and bfloat16",
+    ("bfloat16_truncated", "VecU rounded = «(bits + 0x7fff + ((bits >> 16) & 1)) >> 16»;",
+     "bits >> 16"),
+    ("rows_not_adjacent", "if («count == kW && x.adjacent(row, kW)») {\n      auto* from",
+     "count == kW", "test_losses.py test_masks.py", "native and (layout or cropped)"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "simd.h", "test_losses.py", "native and kd and (gaussian or gap)",
+    ("exponential", "y = y * r + «2.40226498e-01f»;", "2.40326498e-01f"),
+    ("underflow", "rules::select(n < -126.0f, VecF{}, VecF(y * power))", "VecF(y * power)"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "evaluate.cpp", "test_masks.py test_golden.py", "native",
+    ("mean_over_ignored", "«--valid»;", "valid"),
+    ("sum_without_tail", "sums[0] += double(values[i]);", "",
+     "test_losses.py", "native and gaussian"),
+    ("target_range", "target >= problem.classes", "target > problem.classes",
+     "test_errors.py", "native"),
+    ("columns_by_rows", "problem.intra /= double(«problem.classes»);", "problem.rows",
+     "test_golden.py test_losses.py", "native and dist"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "correlation.h", "test_losses.py", "native and dist",
+    ("merge_without_means", "a[kQP] += b[kQP] + dq * dp * weight;", "a[kQP] += b[kQP];"),
+    ("rest_of_row", "a = mask_rest(mode, a);", ""),
+    ("rest_of_gradient", "if constexpr (kPart) «g = mask_rest(mode, g);»", ""),
+    ("softmax_derivative", "load<R>(pull + at) - centre", "load<R>(pull + at)"),
+    ("column_weight", "c.columns[i + lane] = of_p * «R(problem.intra)»;", "R(1)"),
+    ("last_chunk", "left < c.chunk_rows ? left : c.chunk_rows", "c.chunk_rows"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "embedding_factor.h", "test_embedding_losses.py test_embedding_laws.py", "native",
+    ("both_must_be_unit", "norm_a.unit && norm_t.unit", "norm_a.unit"),
+    ("small_norm_projected", "n.unit ? factor * projection : R(0)", "factor * projection"),
+    ("squares_out_of_range", "!(sum > 1e-30 && sum < 1e30)", "false"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "embedding_tuple.h",
+    "test_embedding_refilled.py test_embedding_losses.py", "native",
+    ("margin", "(d <= margin)", "(d < margin)"),
+    ("gap_of_zero", "(d > Vec<R>{})", "(d >= Vec<R>{})"),
+    ("positive_in_gradient", "anchor.gradient[p] += slope;", ""),
+    ("anchor_as_positive", "if («p == row || anchor.other[p]») continue;", "anchor.other[p]"),
+    ("underflow", "largest * inverse > R(std::is_same_v<R, float> ? 60 : 600)", "false"),
+)  # fmt: skip
+_of(
+    "csrc", "bridge.h", "test_losses.py", "native and layouts",
+    ("merged_dimensions", "last >= 0 && «rows.stride[last] == strides[dim] * sizes[dim]»",
+     "rows.stride[last] >= strides[dim] * sizes[dim]"),
+)  # fmt: skip
+
+# CUDA kernels, on the emulated device.
+
+_of(
+    "csrc/cuda", "row.cuh", "test_cuda_kernels.py", "row_traversals and float32",
+    ("mean_over_ignored", "weight_ /= R(«valid[0] > 0 ? valid[0] : 1»);", "task.problem.rows"),
+    ("ignored_rows", "row.valid = «row.target != problem.ignore_index»;", "true"),
+    ("no_other_class", "inverse_s = «z[0] == R(0) ? R(0) : inverse_s»;", "inverse_s",
+     "test_losses.py test_contract.py", "emulated and (dkd or aekt)"),
+    ("unrounded_origin", "z[i] *= unrounded(multiply_add(origin[i], factor[i], -at[i]));", "",
+     "test_cuda_kernels.py", "finite_masks or long_rows"),
+    ("restart", "if (z[0] <= R(4096) && z[1] <= R(4096)) break;", "break;",
+     "test_cuda_kernels.py", "finite_masks or long_rows"),
+    ("rest_of_mean", "of_s.rest = sums[0] / classes;", "of_s.rest = R(0);",
+     "test_standardize.py", "emulated"),
+    ("target_gradient", "source.put(row.target, «g_explicit - pulled»);", "g_explicit",
+     "test_standardize.py", "emulated"),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "resident.cuh", "test_cuda_kernels.py", "row_traversals and float32",
+    ("part_of_another", "return at >= 0 && at < count_ && «at / kPack<T> % size_ == rank_»;",
+     "at % size_ == rank_"),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "streamed.cuh", "test_cuda_kernels.py", "row_traversals and float32",
+    ("excluded_pack", "if (i == excluded_) pack.exclude(which_);", ""),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "correlation_walk.cuh", "test_cuda_kernels.py test_cuda_slices.py", "slices",
+    ("parts_without_means", "products[2] * factor[0] * factor[1] + gap[0] * gap[1] * one",
+     "products[2] * factor[0] * factor[1]"),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "tuple_pairs.cu", "test_cuda_embedding.py", "tuples or margin",
+    ("margin", "gap = student - anchor.at[p];\n    if (!(gap > R(0) && «gap <= k.margin»))",
+     "gap < k.margin"),
+)  # fmt: skip
+
+# Rules and traversals of Triton, interpreted.
+
+_of(
+    "kdkernels/triton", "kd.py", "test_golden.py test_contract.py test_losses.py", "triton and kd",
+    ("series_too_far", "near = tl.abs(d) < «0.25»", "2.5"),
+    ("impossible_class", "return «tl.where(p == 0, q, value), tl.where(p == 0, q, slope)»",
+     "value, slope"),
+    ("slope_sign", "tl.where(near, p * (series - d), «q - p»)", "p - q"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "aekt.py", "test_losses.py", "triton and aekt and samples",
+    ("kappa_zero", "weight = «tl.where(kappa == 0, 1.0, tl.exp(log_ratio * kappa))»",
+     "tl.exp(log_ratio * kappa)"),
+    ("nothing_over_nothing", "tl.where(log_p_target == none, none, log_p_target - log_q_target)",
+     "log_p_target - log_q_target"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "dist.py",
+    "test_golden.py test_contract.py test_losses.py", "triton and dist",
+    ("eps_lost", "total = product «+ eps»", ""),
+    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», -1.0 / total", "on_a + 0.0 / norm_a"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "numerics.py", "test_losses.py", "triton and dkd and (peaked or one_hot)",
+    ("softplus", "tl.where(exact, small, tl.log(rounded) * (small / tl.where(exact, 1.0, gap)))",
+     "tl.log(rounded)"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "row_kernel.py", "test_masks.py", "triton",
+    ("mask_of_gradient", "tl.where(valid, gradient * gradient_weight, 0.0)",
+     "gradient * gradient_weight"),
+    ("mean_over_ignored", "weight = weight / «tl.maximum(tl.load(count_ptr), 1)».to(ACC)", "rows"),
+    ("ignored_rows_read", "valid = exists & (index != ignore_index)", "valid = exists"),
+    ("base_lost", "student - student_base, inside, count", "student, inside, count",
+     "test_standardize.py", "triton"),
+    ("constant_row", "constant = student_std == 0", "constant = student_std < 0",
+     "test_standardize.py", "triton"),
+    ("target_apart", "gradient = «tl.where(columns == target, explicit_slope, gradient)»",
+     "gradient", "test_losses.py", "triton and dkd and gaussian"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "blocks.py", "test_triton_launch.py", "not compile",
+    ("merge_without_means", "squares + block_squares «+ delta * delta * (before * share)»", ""),
+    ("origin_moved", "total = total «* tl.exp((maximum - shift) * k)»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "column_kernels.py", "test_triton_launch.py test_losses.py", "dist",
+    ("merge_without_means", "chunk_qp «+ q * p * count»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "cross_kernels.py", "test_losses.py", "triton and dist",
+    ("softmax_derivative", "q * (g «- along») * factor", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "layout.py", "test_losses.py", "triton and layouts",
+    ("merged_dimensions", "levels and «levels[-1][1] == tuple(s * size for s in step)»",
+     "levels[-1][1] >= tuple(s * size for s in step)"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "scale.py", "test_upstream.py", "triton",
+    ("factor_below_one", "if upstream «!=» 1.0:", ">"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "embedding_tuples.py", "test_embedding_refilled.py", "triton",
+    ("margin", "(gap «<=» margin)", "<"),
+    ("gap_of_zero", "(gap «>» 0)", ">="),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "embedding_factors.py",
+    "test_embedding_losses.py test_embedding_laws.py", "triton",
+    ("small_norm_projected", "tl.where(a_unit, a_outer * a_along, 0.0)", "a_outer * a_along"),
+)  # fmt: skip
+
+# Python: masks and reductions, losses, the composed gradients.
+
+_of(
+    "kdkernels", "_reduce.py", "test_masks.py test_golden.py", "reference",
+    ("mean_over_ignored", "count = «valid.sum().clamp(min=1)» if", "values.shape[0]"),
+    ("ignored_rows_read",
+     "student = «torch.where(valid.unsqueeze(-1), student, torch.zeros_like(student))»", "student"),
+    ("sum_as_mean", "if reduction == 2:", "if reduction == 1:"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "kd.py", "test_golden.py test_laws.py", "kd and (native or reference)",
+    ("temperature_once", "scale=loss_weight * temperature «* temperature»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "_centers.py", "test_embedding_refilled.py", "centers",
+    ("sums_in_float32", "dtype=«torch.float64», device=device", "torch.float32"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "_rows.py", "test_standardize.py", "reference",
+    ("base_lost", "logits = logits «- logits[..., :1].detach()»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "refilled.py", "test_embedding_refilled.py", "margin",
+    ("margin", "(gap «<=» margin)", "<"),
+)  # fmt: skip
+_of(
+    "kdkernels/composed", "pkd.py", "test_standardize.py test_composed.py", "channels or pkd",
+    ("biased_slope", "value=-1 / «(count - 1)»", "count"),
+    ("first_value", "torch.sub(ours, «ours[:, :1, :1, :1]», out=s.view(ours.shape))",
+     "0 * ours[:, :1, :1, :1]"),
+)  # fmt: skip
+_of(
+    "kdkernels/composed", "attention.py", "test_composed.py test_embedding_losses.py", "attention",
+    ("zero_map", "torch.where(norm >= EPS, (q * slope).sum((1, 2), keepdim=True), 0.0)",
+     "(q * slope).sum((1, 2), keepdim=True)"),
+    ("sign_of_power", "out.pow_(p - 1)«.mul_(student[block].sgn())».mul_", ""),
+)  # fmt: skip
