@@ -21,7 +21,7 @@ SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
   $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test mutants bench cuda-check gpu-check lint format clean
+.PHONY: help install demo test mutants peers bench cuda-check gpu-check lint format clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -45,6 +45,9 @@ test: $(VENV)/.installed  ## run the tests
 mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes; ten minutes
 	$(PY) tests/mutants.py --jobs $(JOBS) $(MUTANTS_ARGS)
 
+peers: $(VENV)-peers/.installed  ## run README's "Coming from ..." against the toolkits it names
+	$(VENV)-peers/bin/python -m pytest -rfEs tests/test_peers.py $(PYTEST_ARGS)
+
 bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
@@ -64,7 +67,7 @@ format: $(VENV)/.linters  ## apply the style
 	$(PY) -m ruff format .
 
 clean:  ## delete the environment, builds, caches and runs
-	rm -rf "$(VENV)" build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-peers" build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf .benchmarks
 	find kdkernels \( -name '*.so' -o -name '*.pyd' \) -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -81,12 +84,21 @@ $(VENV)/.created:
 
 # The build sees the environment's torch (no isolation), so torch and the build tools come first.
 $(VENV)/.torch: $(VENV)/.created constraints.txt
-	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools wheel ninja pybind11 torch
+	$(PIP) install $(PIP_ARGS) -c constraints.txt setuptools ninja pybind11 torch
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) install $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,examples]'
 	@$(PY) -m kdkernels.info
+	@touch $@
+
+# The toolkits bring a hundred packages: they lie in an environment of their own, above the other.
+$(VENV)-peers/.installed: $(VENV)/.installed pyproject.toml constraints.txt
+	$(PYTHON) -m venv "$(VENV)-peers"
+	@$(PY) -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	  > "$$($(VENV)-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	$(VENV)-peers/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) \
+	  -c constraints.txt 'kdkernels[peers]'
 	@touch $@
 
 $(VENV)/.linters: $(VENV)/.installed

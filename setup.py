@@ -1,11 +1,12 @@
 """Build of the native extensions ``kdkernels._C`` (CPU) and ``kdkernels._cuda``; everything else is
 in pyproject.toml.
 
-Both are optional: without a C++ compiler, torch, pybind11 or ninja at build time the installation
-succeeds as pure Python, and ``python -m kdkernels.info`` says what is missing. With
-``KDKERNELS_NATIVE=1`` a build that fails is an error; with ``KDKERNELS_NATIVE=0`` none is tried.
-CUDA kernels are built where nvcc is found and torch has CUDA, and their failure leaves the CPU's
-alone; ``KDKERNELS_CUDA=1`` and ``0`` likewise. csrc/cuda/build.py has the facts of that build.
+Both are optional: where something that they need is missing, the installation succeeds as pure
+Python, and ``python -m kdkernels.info`` says what. kdkernels/_toolchain.py finds torch and the
+tools. With ``KDKERNELS_NATIVE=1`` a build that fails is an error; with ``KDKERNELS_NATIVE=0`` none
+is tried. CUDA kernels are built where nvcc is found and torch has CUDA, and their failure leaves
+the CPU's alone; ``KDKERNELS_CUDA=1`` and ``0`` likewise. csrc/cuda/build.py has the facts of that
+build.
 
 Sources are found by name: each rule of ``csrc/rules`` is compiled once for each instruction set. A
 new loss edits nothing here.
@@ -13,24 +14,32 @@ new loss edits nothing here.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70, which is refused below, in words
+    bdist_wheel = object
 
 ROOT = Path(__file__).absolute().parent
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import build as cuda_build  # noqa: E402
 
-TORCH_TARGET = "2.10"
+if TYPE_CHECKING:
+    from kdkernels import _toolchain as toolchain
+else:
+    toolchain = cuda_build.toolchain
+
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
@@ -48,36 +57,8 @@ def instruction_sets() -> dict[str, list[str]]:
     return sets
 
 
-def compiler() -> str | None:
-    """The C++ compiler, or None."""
-    named = os.environ.get("CXX")
-    if named:
-        return named if shutil.which(named.split()[0]) else None
-    return next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
-
-
-def missing() -> list[str]:
-    """What the native build lacks here."""
-    lacks = [name for name in ("torch", "pybind11") if importlib.util.find_spec(name) is None]
-    if compiler() is None:
-        lacks.append("a C++ compiler")
-    if ninja() is None:
-        lacks.append("ninja")
-    if sys.platform == "win32":
-        lacks.append("a GCC-compatible compiler (Windows is pure Python for now)")
-    return lacks
-
-
-def ninja() -> str | None:
-    if importlib.util.find_spec("ninja") is not None:
-        import ninja as package
-
-        return str(Path(package.BIN_DIR) / "ninja")
-    return shutil.which("ninja")
-
-
 def target_macro() -> str:
-    major, minor = (int(part) for part in TORCH_TARGET.split("."))
+    major, minor = toolchain.release(toolchain.OLDEST_TORCH)
     return f"0x{major:02x}{minor:02x}000000000000"
 
 
@@ -89,8 +70,10 @@ class NinjaBuild(build_ext):
         if native == "0":
             if cuda == "1":
                 raise RuntimeError("KDKERNELS_CUDA must not be 1 where KDKERNELS_NATIVE is 0")
+            self.without_kernels("KDKERNELS_NATIVE was 0")
             return
-        lacks = missing()
+        self.note.unlink(missing_ok=True)
+        lacks = [name for name, found in toolchain.needs().items() if not found]
         try:
             if lacks:
                 raise RuntimeError("missing: " + ", ".join(lacks))
@@ -102,7 +85,8 @@ class NinjaBuild(build_ext):
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if native == "1" or cuda == "1":
                 raise
-            print(f"kdkernels: installing without native kernels ({error})", file=sys.stderr)
+            failed = isinstance(error, subprocess.CalledProcessError)
+            self.without_kernels("the compiler failed; pip -v shows why" if failed else str(error))
             return
         if extra:
             try:
@@ -117,6 +101,18 @@ class NinjaBuild(build_ext):
             self.output("_cuda").unlink(missing_ok=True)
         if reason and torch_cuda() is not None:
             print(f"kdkernels: installing without CUDA kernels ({reason})", file=sys.stderr)
+
+    def without_kernels(self, reason: str) -> None:
+        """Leave no library of an older build, and the reason for ``python -m kdkernels.info``."""
+        for name in ("_C", "_cuda"):
+            self.output(name).unlink(missing_ok=True)
+        self.note.parent.mkdir(parents=True, exist_ok=True)
+        self.note.write_text(reason + "\n", encoding="utf-8")
+        print(f"kdkernels: installing without native kernels ({reason})", file=sys.stderr)
+
+    @property
+    def note(self) -> Path:
+        return self.output("_C").with_name(toolchain.WITHOUT_KERNELS)
 
     def cuda_statements(self) -> tuple[list[str], str]:
         """The statements that make the CUDA library, or why it cannot be made here."""
@@ -136,20 +132,31 @@ class NinjaBuild(build_ext):
         directory.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (directory / "build.ninja").write_text("\n".join(statements))
-        command = [str(ninja()), "-C", str(directory)]
+        command = [str(toolchain.ninja()), "-C", str(directory)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         subprocess.run([*command, str(target)], check=True)
 
-    def get_outputs(self) -> list[str]:
+    def made(self) -> list[str]:
         return [str(path) for path in map(self.output, ("_C", "_cuda")) if path.exists()]
+
+    def get_outputs(self) -> list[str]:
+        return [*self.made(), *([str(self.note)] if self.note.exists() else [])]
+
+
+class Wheel(bdist_wheel):
+    """A wheel without libraries is for every Python and platform, and says so in its name."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not self.get_finalized_command("build_ext").made():
+            self.root_is_pure = True
+            self.distribution.ext_modules = None
+        super().run()
 
 
 def preamble(capture: str = "") -> list[str]:
     """How C++ is compiled, for both libraries; ``capture`` is what follows a command."""
-    import pybind11
-    import torch
-
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     # Instrumented code that is inlined by force takes the compiler minutes.
     sanitize = [
@@ -163,18 +170,17 @@ def preamble(capture: str = "") -> list[str]:
         *("-Wall", "-Wextra", "-Werror=return-type", "-Wno-psabi"),
         *(sanitize if sanitizer else []),
     ]
-    torch_include = Path(torch.__file__).parent / "include"
     # pybind11 first: torch 2.11 has one of its own, which refuses TORCH_STABLE_ONLY.
-    includes = [pybind11.get_include(), torch_include, sysconfig.get_path("include")]
+    includes = [toolchain.pybind11(), torch().include, sysconfig.get_path("include")]
     defines = [
         "-DTORCH_STABLE_ONLY",
         f"-DTORCH_TARGET_VERSION={target_macro()}",
-        f'-DKDK_TORCH_TARGET=\\"{TORCH_TARGET}\\"',
+        f'-DKDK_TORCH_TARGET=\\"{toolchain.OLDEST_TORCH}\\"',
         "'-DKDK_RULES(X)=" + " ".join(f"X({rule})" for rule in cuda_build.rules()) + "'",
         "'-DKDK_ISAS(rule)=" + " ".join(f"X(rule,{name})" for name in instruction_sets()) + "'",
     ]
     return [
-        f"cxx = {compiler()}",
+        f"cxx = {toolchain.compiler()}",
         f"flags = {' '.join(flags)}",
         f"host = {' '.join([*(f'-isystem {path}' for path in includes), *defines])}",
         "rule compile",
@@ -189,7 +195,7 @@ def cpu_statements(output: Path) -> list[str]:
     """kdkernels._C: one object for each (rule, instruction set), and the operators."""
     source = ROOT / "csrc"
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
-    link = ["-shared", f"-L{torch_libraries()}", "-ltorch_cpu"]
+    link = ["-shared", f"-L{torch().libraries}", "-ltorch_cpu"]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
     if sanitizer:
@@ -227,25 +233,35 @@ def cuda_statements(output: Path, extra: Sequence[str] = (), capture: str = "") 
     names = cuda_build.architectures(tools.architectures)
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     return cuda_build.ninja_statements(
-        output, torch_libraries(), tools, names, extra, capture, sanitizer
+        output, torch().libraries, tools, names, extra, capture, sanitizer
     )
+
+
+def torch() -> toolchain.Torch:
+    found = toolchain.find_torch()
+    if found is None:
+        raise RuntimeError(f"missing: torch {toolchain.OLDEST_TORCH} or newer")
+    return found
 
 
 def torch_cuda() -> str | None:
     """The version of CUDA that torch was built for, if it was."""
-    import torch
-
-    return torch.version.cuda
+    return torch().cuda
 
 
-def torch_libraries() -> Path:
-    import torch
-
-    return Path(torch.__file__).parent / "lib"
+def refuse_old_setuptools() -> None:
+    """Older ones stop at pyproject.toml's license, in words that name neither."""
+    found, new = toolchain.setuptools()
+    if not new:
+        sys.exit(
+            f"kdkernels: setuptools must be {toolchain.OLDEST_SETUPTOOLS} or newer, got {found}: "
+            f"{sys.executable} -m pip install 'setuptools>={toolchain.OLDEST_SETUPTOOLS}'"
+        )
 
 
 if __name__ == "__main__":  # tests/gpu/compile.py imports this file for the statements
+    refuse_old_setuptools()
     setup(
         ext_modules=[Extension("kdkernels._C", [])],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Wheel},
     )

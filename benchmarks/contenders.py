@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _dispatch
-from kdkernels.info import cpp_compiler
+from kdkernels._toolchain import compiler as cpp_compiler
 from kdkernels.registry import LossSpec
 
 from .eager import eager

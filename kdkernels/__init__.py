@@ -6,6 +6,23 @@
 Importing the package initialises no CUDA, imports no Triton and compiles nothing.
 """
 
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    from . import _remedies
+
+    raise ModuleNotFoundError(_remedies.torch_needed("none"), name="torch") from None
+else:
+    from . import _toolchain
+
+    if _toolchain.release(torch.__version__) < _toolchain.release(_toolchain.OLDEST_TORCH):
+        from . import _remedies
+
+        raise ImportError(_remedies.torch_needed(torch.__version__))
+    del torch
+
 from . import functional as functional
 from ._dispatch import available as available, use_backend as use_backend
 from ._version import __version__ as __version__

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import _checks, _tracing, native
+from . import _checks, _remedies, _tracing, native
 from .registry import SPECS, LossSpec
 
 BACKENDS = ("native", "triton", "reference")
@@ -120,7 +120,7 @@ def _native_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
 
 def _triton_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
     if importlib.util.find_spec("triton") is None:
-        return ("the package triton is not installed (pip install triton)",)
+        return (f"the package triton is not installed ({_remedies.triton()})",)
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return ("Triton runs CPU tensors only under TRITON_INTERPRET=1",)
     if device_type not in ("cpu", "cuda", "xpu"):

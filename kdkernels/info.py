@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import os
 import platform
-import shutil
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import torch
 
-from . import __version__, _dispatch, native
-
-COMPILERS = ("g++", "clang++", "c++")
+from . import __version__, _dispatch, _remedies, _toolchain, native
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that a build would use: ``$CXX``, else the first one on the path."""
-    named = os.environ.get("CXX")
-    if named:
-        found = shutil.which(named.split()[0])
-        if found:
-            return found
-    return next((path for path in map(shutil.which, COMPILERS) if path), None)
+class Part(NamedTuple):
+    """One thing that the kernels need, when they are built or when they run."""
+
+    name: str
+    found: str
+    """What is there; empty where it is missing."""
+    remedy: str
+    """The command that brings it, or why nothing does here."""
 
 
 def info() -> dict[str, Any]:
@@ -35,24 +33,32 @@ def info() -> dict[str, Any]:
         "versions": {
             "kdkernels": __version__,
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": _toolchain.version("triton"),
             "python": platform.python_version(),
         },
         "devices": devices,
         "threads": torch.get_num_threads(),
         "requested_backend": os.environ.get("KDKERNELS_BACKEND") or None,
-        "compiler": cpp_compiler(),
+        "parts": [part._asdict() for part in _parts()],
         "extension": _extension(),
         "cuda_extension": _cuda_extension() if "cuda" in devices else None,
         "losses": {device: _dispatch.available(device) for device in devices},
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _parts() -> list[Part]:
+    found = [
+        Part(name, value, _remedies.remedy(name)) for name, value in _toolchain.needs().items()
+    ]
+    setuptools, new = _toolchain.setuptools()
+    need = f"setuptools {_toolchain.OLDEST_SETUPTOOLS} or newer"
+    found.append(Part(need, setuptools if new else "", _remedies.remedy(need)))
+    cuda = torch.version.cuda
+    without = "not needed: this torch has no CUDA"
+    nvcc = _toolchain.find_nvcc() or ""
+    found.append(Part("nvcc", nvcc, _remedies.nvcc(cuda) if cuda else without))
+    triton = _toolchain.version("triton") if importlib.util.find_spec("triton") else None
+    return [*found, Part("triton", triton or "", _remedies.triton())]
 
 
 def _devices() -> dict[str, list[str]]:
@@ -73,6 +79,8 @@ def _extension() -> dict[str, Any]:
         return {"loaded": False, "reason": native.reason(), "remedy": _remedy()}
     return {
         "loaded": True,
+        "path": module.__file__,
+        "stray": native.stray(module),
         "cpu_capability": module.cpu_capability(),
         "build": dict(module.build_info()),
     }
@@ -85,6 +93,8 @@ def _cuda_extension() -> dict[str, Any]:
     count = torch.cuda.device_count()
     return {
         "loaded": True,
+        "path": module.__file__,
+        "stray": native.stray(module),
         "build": dict(module.build_info()),
         "devices": [dict(module.device_info(index)) for index in range(count)],
     }
@@ -94,20 +104,11 @@ def _remedy() -> list[str]:
     """The steps that bring the extension, each a command."""
     if os.environ.get("KDKERNELS_DISABLE_NATIVE"):
         return ["unset KDKERNELS_DISABLE_NATIVE"]
-    steps = [] if cpp_compiler() else [_compiler_command()]
-    return [*steps, native.build_command()]
-
-
-def _compiler_command() -> str:
-    managers = {
-        "apt-get": "apt-get install -y g++",
-        "dnf": "dnf install -y gcc-c++",
-        "apk": "apk add g++",
-        "brew": "xcode-select --install",
-        "conda": "conda install -y -c conda-forge cxx-compiler",
-    }
-    found = (command for tool, command in managers.items() if shutil.which(tool))
-    return next(found, "conda install -y -c conda-forge cxx-compiler")
+    if sys.platform == "win32":
+        return []
+    optional = ("nvcc", "triton")
+    steps = [p.remedy for p in _parts() if not p.found and p.name not in optional]
+    return [*steps, _remedies.build_command()]
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
@@ -121,9 +122,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
     text += _extension_lines(facts)
     cuda = facts.get("cuda_extension")
     if cuda is not None:
-        built = ", ".join(f"{key} {value}" for key, value in cuda.get("build", {}).items())
-        state = f"loaded ({built})" if cuda["loaded"] else f"not loaded: {cuda['reason']}"
-        text.append(f"CUDA extension: {state}")
+        text += _library_lines("CUDA extension", cuda)
+    width = max(len(part["name"]) for part in facts["parts"]) + 2
+    text += ["", "to build the kernels from source, and to run those of Triton:"]
+    for name, found, remedy in (part.values() for part in facts["parts"]):
+        text.append("  " + name.ljust(width) + (found or f"missing; {remedy}"))
     for device, losses in facts["losses"].items():
         text += ["", *_table(device, losses)]
     return text
@@ -132,17 +135,21 @@ def lines(facts: dict[str, Any]) -> list[str]:
 def _extension_lines(facts: dict[str, Any]) -> list[str]:
     extension = facts["extension"]
     if extension["loaded"]:
-        built = ", ".join(f"{key} {value}" for key, value in extension["build"].items())
-        return [f"extension: loaded, CPU capability {extension['cpu_capability']} ({built})"]
+        return _library_lines("extension", extension)
     disabled = bool(os.environ.get("KDKERNELS_DISABLE_NATIVE"))
-    if disabled:
-        state = "disabled"
-    elif facts["compiler"]:
-        state = f"not built; C++ compiler found: {facts['compiler']}"
-    else:
-        state = "not built, and no C++ compiler found ($CXX, " + ", ".join(COMPILERS) + ")"
     steps = [f"  to {'enable' if disabled else 'add'} it: {step}" for step in extension["remedy"]]
+    state = "disabled" if disabled else "not built"
     return [f"extension: {state}", f"  reason: {extension['reason']}", *steps]
+
+
+def _library_lines(name: str, library: dict[str, Any]) -> list[str]:
+    if not library["loaded"]:
+        return [f"{name}: not loaded: {library['reason']}"]
+    built = ", ".join(f"{key} {value}" for key, value in library["build"].items())
+    capability = library.get("cpu_capability")
+    chosen = f", CPU capability {capability}" if capability else ""
+    text = [f"{name}: loaded{chosen} ({built})", f"  {library['path']}"]
+    return [*text, f"  WARNING: {library['stray']}"] if library["stray"] else text
 
 
 def _table(device: str, losses: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,18 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _remedies, _toolchain
 from ._calls import FAMILIES, CorrelationCall, RowCall
 from ._dtypes import FLOATS, working_dtype
-
-
-def build_command() -> str:
-    """The command that compiles the extension: in place in a checkout, else a reinstallation."""
-    root = Path(__file__).resolve().parent.parent
-    if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file():
-        return f"pip install --no-build-isolation -e {root}"
-    return "pip install --no-build-isolation --force-reinstall --no-deps kdkernels"
-
 
 _extension: Any = None
 """The loaded ``_C``, for the calls below; ``extension()`` loads it."""
@@ -50,13 +42,33 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
     try:
         from kdkernels import _C
     except ImportError as error:
+        built = _toolchain.why_without_kernels()
+        why = f"the build made none: {built}" if built else str(error)
         return (
             None,
-            f"the extension kdkernels._C did not load ({error}); build it: {build_command()}",
+            f"the extension kdkernels._C did not load ({why}); build it: "
+            f"{_remedies.build_command()}",
         )
+    if strays := stray(_C):
+        warnings.warn(strays, RuntimeWarning, stacklevel=2)
     global _extension
     _extension = _C
     return _C, ""
+
+
+def stray(module: ModuleType) -> str:
+    """Complains of an extension that does not lie beside the package; empty if it does.
+
+    In a copy of the sources without a library of its own, Python goes on to an editable
+    installation, whose library may have been made from other sources.
+    """
+    here, there = Path(__file__).resolve(), Path(module.__file__ or "").resolve()
+    if there.parent == here.parent:
+        return ""
+    return (
+        f"kdkernels at {here.parent} runs the library of another copy, {there}, which may not "
+        f"agree with it; build its own: {_remedies.build_command()}"
+    )
 
 
 def _load_cuda() -> tuple[ModuleType | None, str]:
@@ -68,8 +80,10 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
         return (
             None,
             f"the extension kdkernels._cuda did not load ({error}); with nvcc on PATH, build it: "
-            f"KDKERNELS_CUDA=1 {build_command()}",
+            f"KDKERNELS_CUDA=1 {_remedies.build_command()}",
         )
+    if strays := stray(module):
+        warnings.warn(strays, RuntimeWarning, stacklevel=2)
     built = module.build_info()["architectures"]
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)

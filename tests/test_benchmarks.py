@@ -370,18 +370,6 @@ def test_info_reports_every_loss_and_backend() -> None:
     assert all(name in text for name in SPECS) and "extension:" in text
 
 
-def test_info_says_how_to_add_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(info.native, "extension", lambda: None)
-    monkeypatch.setattr(info.native, "reason", lambda: "the extension did not load")
-    monkeypatch.delenv("KDKERNELS_DISABLE_NATIVE", raising=False)
-    text = "\n".join(info.lines(info.info()))
-    assert "no C++ compiler found" in text and "pip install --no-build-isolation" in text
-    monkeypatch.setenv("KDKERNELS_DISABLE_NATIVE", "1")
-    assert "unset KDKERNELS_DISABLE_NATIVE" in "\n".join(info.lines(info.info()))
-
-
 def test_info_is_a_command() -> None:
     command = [sys.executable, "-m", "kdkernels.info"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

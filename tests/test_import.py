@@ -124,7 +124,7 @@ for spec in SPECS.values():
 try:
     use("triton")
 except ValueError as error:
-    assert "pip install triton" in str(error)
+    assert "-m pip install" in str(error) and "triton>=" in str(error).replace("==", ">=")
 else:
     raise AssertionError("backend='triton' ran without triton")
 """,

@@ -9,15 +9,24 @@ Environment: ``CUDA_HOME`` or ``CUDA_PATH`` (the toolkit), ``KDKERNELS_CUDA_ARCH
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 CSRC = Path(__file__).resolve().parents[1]
+
+if TYPE_CHECKING:
+    from kdkernels import _toolchain as toolchain
+else:  # by its path: the package itself would import torch, which a build may not have
+    _spec = importlib.util.spec_from_file_location(
+        "kdkernels_toolchain", CSRC.parent / "kdkernels" / "_toolchain.py"
+    )
+    toolchain = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(toolchain)
 
 TRAVERSALS = {
     "row": ("divergence", "decoupled"),
@@ -36,10 +45,9 @@ ARCHITECTURES = ("80", "90", "100")
 OLDEST = 80
 """The kernels use what came with this compute capability."""
 
-HOW_TO_GET = (
-    "install a CUDA toolkit of version 12 or newer (https://developer.nvidia.com/cuda-downloads, "
-    "or conda's cuda-nvcc and cuda-cudart-dev) and put its bin folder on PATH, or set CUDA_HOME"
-)
+HOW_TO_GET = toolchain.HOW_TO_GET_NVCC
+find_nvcc = toolchain.find_nvcc
+ninja = toolchain.ninja
 
 
 class Toolkit(NamedTuple):
@@ -61,17 +69,6 @@ class Unit(NamedTuple):
     @property
     def object(self) -> str:
         return f"cuda/{self.name}.o"
-
-
-def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The compiler of CUDA_HOME or CUDA_PATH, on PATH, or of the usual place."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if environment.get(variable):
-            named = Path(environment[variable]) / "bin" / "nvcc"
-            return str(named) if os.access(named, os.X_OK) else None
-    usual = "/usr/local/cuda/bin/nvcc"
-    found = shutil.which("nvcc", path=environment.get("PATH"))
-    return found or (usual if os.access(usual, os.X_OK) else None)
 
 
 def toolkit(nvcc: str) -> Toolkit:

@@ -95,7 +95,7 @@ def make(folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: U
             lines.append(f"build {targets[-1]}: inspect {unit.object} | {script} {reader}")
     (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
     # -k 0: a kernel that does not compile must not hide another.
-    command = [str(setup.ninja()), "-C", str(folder), "-j", str(jobs), "-k", "0", *targets]
+    command = [str(build.ninja()), "-C", str(folder), "-j", str(jobs), "-k", "0", *targets]
     return subprocess.run(command, check=False).returncode == 0
 
 
