@@ -50,7 +50,8 @@ def why_not(spec: LossSpec, backend: str, student: Tensor) -> list[str]:
 
 def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
     """The backend that runs this call; raises if the requested one cannot."""
-    return _choose(spec.name, backend or _requested, student.device.type)
+    requested = _requested if backend is None else known(backend)
+    return _choose(spec.name, requested, "cpu" if student.is_cpu else student.device.type)
 
 
 _choices: dict[tuple[str, str | None, str], str] = {}
@@ -81,7 +82,7 @@ def _first_able(spec: LossSpec, requested: str | None, device_type: str) -> str:
 
 
 def known(backend: str) -> str:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise _checks.fail("backend", "'native', 'triton', 'reference' or None", repr(backend))
     return backend
 

@@ -9,7 +9,7 @@ from .. import _checks, _embedding
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {4: "(B, C, H, W)"}
 
@@ -21,6 +21,7 @@ def _power(value: float) -> float:
     return value
 
 
+@weighed
 def attention_transfer_loss(
     student_features: Tensor,
     teacher_features: Tensor,

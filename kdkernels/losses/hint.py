@@ -8,11 +8,12 @@ from torch import Tensor
 from .. import _checks, _embedding
 from ..reference.hint import hint as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {2: "(B, D)", 3: "(B, S, D)", 4: "(B, C, H, W)"}
 
 
+@weighed
 def hint_loss(
     student_features: Tensor,
     teacher_features: Tensor,

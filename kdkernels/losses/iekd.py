@@ -11,7 +11,7 @@ from .. import _checks, _embedding
 from .._dispatch import choose
 from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {2: "(B, D)", 4: "(B, C, H, W)"}
 
@@ -22,6 +22,7 @@ def _similarity(value: Any) -> str:
     return str(value)
 
 
+@weighed
 def iekd_loss(
     inheritance_factor: Tensor,
     exploration_factor: Tensor,

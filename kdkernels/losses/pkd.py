@@ -9,11 +9,12 @@ from .. import _checks, _embedding
 from ..composed.pkd import pkd as composed
 from ..reference.pkd import pkd as reference, resize
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {4: "(N, C, H, W)"}
 
 
+@weighed
 def pkd_loss(
     student_features: Tensor,
     teacher_features: Tensor,

@@ -10,7 +10,7 @@ from .. import _checks, _embedding
 from .._dispatch import choose
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
 from ._tuples import semihard_tuples as semihard_tuples
 from .kd import kd_loss
@@ -19,6 +19,7 @@ _MATRIX = {2: "(B, D)"}
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
 
 
+@weighed
 def tuple_matching_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -65,7 +66,7 @@ def tuple_matching_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     margin = _checks.non_negative("margin", margin)
     code = _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
@@ -117,7 +118,7 @@ class TupleMatchingLoss(LossModule):
         super().__init__(
             reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
         )
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
         self.margin = _checks.non_negative("margin", margin)
 
     def forward(
@@ -135,6 +136,7 @@ class TupleMatchingLoss(LossModule):
         )
 
 
+@weighed
 def local_classifier_loss(
     student_logits: Tensor,
     teacher_embeddings: Tensor,
@@ -178,7 +180,7 @@ def local_classifier_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     _embedding.tensor("student_logits", student_logits, {2: "(B, C)"})
     _embedding.tensor("teacher_embeddings", teacher_embeddings, _MATRIX)
@@ -223,7 +225,7 @@ class LocalClassifierLoss(LossModule):
         backend: str | None = None,
     ) -> None:
         super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
     def forward(
         self, student_logits: Tensor, teacher_embeddings: Tensor, centers: Tensor, target: Tensor

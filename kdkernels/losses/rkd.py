@@ -8,11 +8,12 @@ from torch import Tensor
 from .. import _checks, _embedding
 from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {2: "(B, D)"}
 
 
+@weighed
 def rkd_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,

@@ -1,4 +1,9 @@
-"""What the row references share: temperature or standardisation, and safe log-normalisers."""
+"""What the row references share: temperature or standardisation, safe log-normalisers, and KL.
+
+KL is summed as p phi(d) with phi(d) = exp(-d) - 1 + d and d = log p - log q: its terms are never
+negative and vanish with d. d comes from the logits' differences and not from two logarithms, whose
+rounding errors would be all that is left where a high temperature makes p and q nearly uniform.
+"""
 
 from __future__ import annotations
 
@@ -45,3 +50,60 @@ def masked_log_softmax(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor
     lse = torch.logsumexp(safe, -1, keepdim=True)
     log_probs = (safe - lse).masked_fill(empty | excluded, minus_inf)
     return log_probs, lse.masked_fill(empty, minus_inf).squeeze(-1)
+
+
+def log_ratio(delta: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """log(p / q) of the classes, and log of the teacher's normaliser over the student's.
+
+    ``delta`` is teacher minus student, of the scaled logits. With k the teacher's likeliest class
+    and h = delta - delta_k, the first is h - c with c = log sum_i q_i exp(h_i) = log(q_k / p_k),
+    summed without cancellation where it is near 0.
+    """
+    best = log_p.argmax(-1, keepdim=True)
+    at_best = [x.gather(-1, best) for x in (delta, log_p, log_q)]
+    origin, log_p_best, log_q_best = at_best
+    log_p_best = torch.where(log_p_best == -torch.inf, 0.0, log_p_best)  # no class: any number
+    h = delta - origin
+    small = h < 1
+    q = log_q.exp()
+    # q exp(h), which does not divide by a student's probability of 0.
+    moved = (log_p - log_p_best + log_q_best).exp()
+    moved = torch.where(small, q * torch.expm1(torch.where(small, h, 0.0)), moved - q)
+    excess = moved.sum(-1, keepdim=True)
+    direct = log_q_best - log_p_best
+    near = (direct.abs() < 1) & (excess > -0.9)
+    c = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), direct)
+    # Where the student excludes the teacher's likeliest class, h has no origin.
+    lost = log_q_best == -torch.inf
+    d = torch.where(lost, log_p - log_q, torch.where(lost, 0.0, h) - torch.where(lost, 0.0, c))
+    return d, (origin + c).squeeze(-1)
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:
+    """p phi(d) with d = log p - log q, by the series where d is small, else as q - p + p d.
+
+    A class with p = 0 has q, whatever d is: over all classes q and p both sum to 1.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    near = d.abs() < 0.25
+    x = torch.where(near, d, 0.0)
+    term = torch.full_like(x, 0.5)
+    series = term
+    for k in range(3, 17):
+        term = term * (-x / k)
+        series = series + term
+    none = p == 0
+    far = q - p + p * torch.where(near | none, 0.0, d)
+    return torch.where(near, p * x * x * series, far)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:
+    """KL(p || q) per row; 0 where there is no p at all."""
+    total = kl_terms(log_p, log_q, d).sum(-1)
+    return torch.where((log_p == -torch.inf).all(-1), 0.0, total)
+
+
+def weighted(value: Tensor, weight: Tensor | float) -> Tensor:
+    """``weight * value``, and 0 where an infinite value has weight 0: it is switched off."""
+    product = weight * value
+    return torch.where(product.isnan() & ~value.isnan(), 0.0, product)

@@ -17,24 +17,56 @@ non-target distribution: NCKD is 0 where the teacher's is missing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ._rows import masked_log_softmax, rescale
-from .kd import divergence
+from ._rows import divergence, log_ratio, masked_log_softmax, rescale, weighted
 
 
-def decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a row at its target: log [p_t, p_n] of shape (rows, 2), and log p^ (rows, classes)."""
+class Split(NamedTuple):
+    """Rows split at their target: log-probabilities of teacher and student, and d = log p / q."""
+
+    log_p: Tensor
+    """log [p_t, p_n], (rows, 2)."""
+    log_q: Tensor
+    d: Tensor
+    log_p_others: Tensor
+    """log p^, (rows, classes); the target has -inf."""
+    log_q_others: Tensor
+    d_others: Tensor
+
+    def explicit(self) -> Tensor:
+        """TCKD of each row."""
+        return divergence(self.log_p, self.log_q, self.d)
+
+    def implicit(self) -> Tensor:
+        """NCKD of each row."""
+        return divergence(self.log_p_others, self.log_q_others, self.d_others)
+
+
+def split(student: Tensor, teacher: Tensor, target: Tensor) -> Split:
+    """Split scaled logits, (rows, classes), at the target of each row."""
     index = target.unsqueeze(-1)
-    excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
-    log_others, lse_others = masked_log_softmax(logits, excluded)
+    excluded = torch.zeros_like(student, dtype=torch.bool).scatter(-1, index, True)
+    log_p_others, lse_p = masked_log_softmax(teacher, excluded)
+    log_q_others, lse_q = masked_log_softmax(student, excluded)
+    delta = teacher - student
+    d_others, lse_gap = log_ratio(delta, log_p_others, log_q_others)
+    lse_gap = torch.where((lse_p - lse_q).isfinite(), lse_gap, lse_p - lse_q)
+    log_p, log_q = _pair(teacher, index, lse_p), _pair(student, index, lse_q)
+    d, _ = log_ratio(torch.stack([delta.gather(-1, index)[:, 0], lse_gap], -1), log_p, log_q)
+    return Split(log_p, log_q, d, log_p_others, log_q_others, d_others)
+
+
+def _pair(logits: Tensor, index: Tensor, lse_others: Tensor) -> Tensor:
     pair = torch.stack([logits.gather(-1, index).squeeze(-1), lse_others], -1)
     # A row that is all -inf is NaN through its pair, which hangs on the target's logit alone there.
     # This term carries the NaN to the gradient of every class; in other rows both are exact zeros.
     dead = (pair == -torch.inf).all(-1, keepdim=True)
     row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
-    return torch.log_softmax(pair, -1) + row_sum * torch.where(dead, torch.nan, 1.0), log_others
+    return torch.log_softmax(pair, -1) + row_sum * torch.where(dead, torch.nan, 1.0)
 
 
 def dkd(
@@ -49,6 +81,5 @@ def dkd(
 ) -> Tensor:
     """Loss of each row: (rows, classes) x (rows, classes) x (rows,) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
-    log_q, log_q_others = decouple(student, target)
-    log_p, log_p_others = decouple(teacher, target)
-    return alpha * divergence(log_p, log_q) + beta * divergence(log_p_others, log_q_others)
+    rows = split(student, teacher, target)
+    return weighted(rows.explicit(), alpha) + weighted(rows.implicit(), beta)
