@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import traced
-
 TWO_CLASSES = (
     "of at least two classes (a binary problem: the two logits [0, x], or"
     " binary_cross_entropy_with_logits on the teacher's sigmoid)"
@@ -66,9 +64,13 @@ def dtype(name: str, value: Tensor) -> None:
 
 def allocated(name: str, value: Tensor) -> None:
     """Check that a tensor's memory is there; torch itself would read through a null pointer."""
-    if traced(value) or value.numel() == 0 or value._is_zerotensor():
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
         return
-    if value.untyped_storage().nbytes() == 0:
+    try:
+        size = value.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # inside torch.func's transforms
+        return
+    if size == 0 and value.numel() and not value._is_zerotensor():
         raise not_allocated(name)
 
 

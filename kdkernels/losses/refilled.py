@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .. import _checks, _embedding
 from .._dispatch import choose
+from .._rowwise import row_loss
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
 from ._tuples import semihard_tuples as semihard_tuples
-from .kd import kd_loss
+from .kd import KD
 
 _MATRIX = {2: "(B, D)"}
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
@@ -200,12 +201,17 @@ def local_classifier_loss(
     absent = absent.index_fill(0, target, False)
     embeddings, centers = _embedding.promote(teacher_embeddings, centers)
     teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
-    return kd_loss(
+    return row_loss(
+        KD,
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),
-        temperature,
+        None,
+        options={},
+        temperature=temperature,
+        scale=loss_weight,
+        standardize=False,
+        ignore_index=-100,
         reduction=reduction,
-        loss_weight=loss_weight / temperature**2,
         backend=backend,
     )
 

@@ -24,17 +24,26 @@ def rescale(
     """
     if standardize:
         student, teacher = _standardize(student), _standardize(teacher)
-    return student / temperature, teacher / temperature
+    # From the largest logit, which changes nothing: a common offset must not cost digits.
+    return (student - top(student)) / temperature, (teacher - top(teacher)) / temperature
+
+
+def top(logits: Tensor) -> Tensor:
+    """The largest logit of each row, a constant; 0 where it is not finite."""
+    largest = logits.detach().amax(-1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """Likewise from the largest logit, so that the gradient does not suffer from its rounding."""
+    origin = top(logits)
+    return (logits - origin).logsumexp(-1) + origin.squeeze(-1)
 
 
 def _standardize(logits: Tensor) -> Tensor:
     mean = logits.mean(-1, keepdim=True)
     std = logits.std(-1, keepdim=True)
     return (logits - mean) / (std + STANDARDIZE_EPS)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, -1)
 
 
 def masked_log_softmax(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,36 +56,48 @@ def masked_log_softmax(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor
     kept = logits.masked_fill(excluded, minus_inf)
     empty = (kept == minus_inf).all(-1, keepdim=True)
     safe = kept.masked_fill(empty, 0.0)
-    lse = torch.logsumexp(safe, -1, keepdim=True)
-    log_probs = (safe - lse).masked_fill(empty | excluded, minus_inf)
-    return log_probs, lse.masked_fill(empty, minus_inf).squeeze(-1)
+    log_probs = torch.log_softmax(safe, -1).masked_fill(empty | excluded, minus_inf)
+    return log_probs, logsumexp(safe).masked_fill(empty.squeeze(-1), minus_inf)
 
 
-def log_ratio(delta: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p / q) of the classes, and log of the teacher's normaliser over the student's.
+def log_ratio(
+    delta: Tensor, log_p: Tensor, log_q: Tensor, lse_p: Tensor, lse_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log(p / q) of the classes, and lse_p - lse_q, both without the rounding errors of ``lse``.
 
-    ``delta`` is teacher minus student, of the scaled logits. With k the teacher's likeliest class
-    and h = delta - delta_k, the first is h - c with c = log sum_i q_i exp(h_i) = log(q_k / p_k),
-    summed without cancellation where it is near 0.
+    ``delta`` is teacher minus student, of the scaled logits, whose logsumexps are ``lse``. The
+    gradient is that of delta - lse_p + lse_q, the teacher being a constant.
+    """
+    with torch.no_grad():
+        origin, c = _normalisers(delta, log_p, log_q, lse_p, lse_q)
+        direct = lse_p - lse_q
+    moves = torch.where(lse_q.isfinite(), lse_q - lse_q.detach(), 0.0)
+    gap = torch.where(direct.isfinite(), (origin + c).squeeze(-1) - moves, direct)
+    return delta - origin - c + moves.unsqueeze(-1), gap
+
+
+def _normalisers(
+    delta: Tensor, log_p: Tensor, log_q: Tensor, lse_p: Tensor, lse_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """lse_p - lse_q as a sum of two terms, the first of which is exact.
+
+    With k the teacher's likeliest class and h = delta - delta_k they are delta_k and
+    c = log sum_i q_i exp(h_i) = log(q_k / p_k), summed without cancellation where it is near 0.
     """
     best = log_p.argmax(-1, keepdim=True)
-    at_best = [x.gather(-1, best) for x in (delta, log_p, log_q)]
-    origin, log_p_best, log_q_best = at_best
-    log_p_best = torch.where(log_p_best == -torch.inf, 0.0, log_p_best)  # no class: any number
+    origin, log_p_best, log_q_best = (x.gather(-1, best) for x in (delta, log_p, log_q))
     h = delta - origin
-    small = h < 1
     q = log_q.exp()
     # q exp(h), which does not divide by a student's probability of 0.
-    moved = (log_p - log_p_best + log_q_best).exp()
-    moved = torch.where(small, q * torch.expm1(torch.where(small, h, 0.0)), moved - q)
-    excess = moved.sum(-1, keepdim=True)
+    moved = (log_p - log_p_best + log_q_best).exp() - q
+    excess = torch.where(h < 1, q * torch.expm1(h), moved).sum(-1, keepdim=True)
     direct = log_q_best - log_p_best
-    near = (direct.abs() < 1) & (excess > -0.9)
-    c = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), direct)
-    # Where the student excludes the teacher's likeliest class, h has no origin.
-    lost = log_q_best == -torch.inf
-    d = torch.where(lost, log_p - log_q, torch.where(lost, 0.0, h) - torch.where(lost, 0.0, c))
-    return d, (origin + c).squeeze(-1)
+    c = torch.where(direct.abs() < 1, torch.log1p(excess), direct)
+    # Where the student excludes the teacher's likeliest class, or there is none, h has no origin.
+    lost = (log_q_best == -torch.inf) | (log_p_best == -torch.inf)
+    gap = (lse_p - lse_q).unsqueeze(-1)
+    gap = torch.where(gap.isinf(), 0.0, gap)
+    return torch.where(lost, gap, origin), torch.where(lost, 0.0, c)
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ With t the row's target class, q_n = 1 - q_t and q^ the softmax over the classes
 log(1 - q_t) is the logsumexp over i != t minus the logsumexp over all classes, never log(1 - x).
 
 Edges: as in KD. A row with no other class that is not -inf (C = 1, or all others masked) has no
-non-target distribution: NCKD is 0 where the teacher's is missing.
+non-target distribution: NCKD is 0 where the teacher's is missing; where only the student's is, it
+is +inf and has no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._rows import divergence, log_ratio, masked_log_softmax, rescale, weighted
+from ._rows import divergence, log_ratio, logsumexp, masked_log_softmax, rescale, weighted
 
 
 class Split(NamedTuple):
@@ -53,18 +54,20 @@ def split(student: Tensor, teacher: Tensor, target: Tensor) -> Split:
     log_p_others, lse_p = masked_log_softmax(teacher, excluded)
     log_q_others, lse_q = masked_log_softmax(student, excluded)
     delta = teacher - student
-    d_others, lse_gap = log_ratio(delta, log_p_others, log_q_others)
-    lse_gap = torch.where((lse_p - lse_q).isfinite(), lse_gap, lse_p - lse_q)
-    log_p, log_q = _pair(teacher, index, lse_p), _pair(student, index, lse_q)
-    d, _ = log_ratio(torch.stack([delta.gather(-1, index)[:, 0], lse_gap], -1), log_p, log_q)
+    d_others, lse_gap = log_ratio(delta, log_p_others, log_q_others, lse_p, lse_q)
+    # A student without any other class has no distribution to move.
+    d_others = torch.where((lse_q == -torch.inf).unsqueeze(-1), torch.inf, d_others)
+    pairs = [torch.stack([x.gather(-1, index)[:, 0], rest], -1) for x, rest in
+             ((delta, lse_gap), (teacher, lse_p), (student, lse_q))]  # fmt: skip
+    log_p, log_q = _log_pair(teacher, pairs[1]), _log_pair(student, pairs[2])
+    d, _ = log_ratio(pairs[0], log_p, log_q, logsumexp(pairs[1]), logsumexp(pairs[2]))
     return Split(log_p, log_q, d, log_p_others, log_q_others, d_others)
 
 
-def _pair(logits: Tensor, index: Tensor, lse_others: Tensor) -> Tensor:
-    pair = torch.stack([logits.gather(-1, index).squeeze(-1), lse_others], -1)
-    # A row that is all -inf is NaN through its pair, which hangs on the target's logit alone there.
+def _log_pair(logits: Tensor, pair: Tensor) -> Tensor:
+    # A row that is all -inf is NaN through its pair, which may hang on the target's logit alone.
     # This term carries the NaN to the gradient of every class; in other rows both are exact zeros.
-    dead = (pair == -torch.inf).all(-1, keepdim=True)
+    dead = ((pair == -torch.inf).all(-1) | pair.isnan().any(-1)).unsqueeze(-1)
     row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
     return torch.log_softmax(pair, -1) + row_sum * torch.where(dead, torch.nan, 1.0)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._rows import divergence, log_ratio, log_softmax, rescale
+from ._rows import divergence, log_ratio, logsumexp, rescale
 
 
 def kd(
@@ -20,6 +20,6 @@ def kd(
 ) -> Tensor:
     """KL divergence of each row: (rows, classes) x (rows, classes) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
-    log_p, log_q = log_softmax(teacher), log_softmax(student)
-    d, _ = log_ratio(teacher - student, log_p, log_q)
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    d, _ = log_ratio(teacher - student, log_p, log_q, logsumexp(teacher), logsumexp(student))
     return divergence(log_p, log_q, d)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import kd
+from .numerics import weighted
 
 FAMILY = "decoupled"
 CENTRED = kd.CENTRED
@@ -27,4 +28,4 @@ def explicit(
     on_target, slope = _binary(p_target, q_target, d_target, alpha, beta)
     d_rest = log_p_rest - log_q_rest
     on_rest, _ = _binary(tl.exp(log_p_rest), tl.exp(log_q_rest), d_rest, alpha, beta)
-    return alpha * (on_target + on_rest), alpha * slope, beta
+    return weighted(on_target + on_rest, alpha), alpha * slope, beta

@@ -30,3 +30,10 @@ def softplus(x):
     exact = gap == 0
     log1p = tl.where(exact, small, tl.log(rounded) * (small / tl.where(exact, 1.0, gap)))
     return tl.where(x > 0, x, 0.0) + log1p
+
+
+@triton.jit
+def weighted(value, weight):
+    """A term times its weight; 0 where the weight is 0, were the term infinite."""
+    off = (value == float("inf")) & (weight == 0)
+    return tl.where(off, 0.0, value) * weight
