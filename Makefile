@@ -11,6 +11,7 @@ BENCH_ARGS  ?=
 CUDA_ARGS   ?=
 GPU_ARGS    ?=
 MUTANTS_ARGS ?=
+FUZZ_ARGS   ?=
 
 BIN  := $(VENV)/bin
 PY   := $(BIN)/python
@@ -21,15 +22,16 @@ SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
   $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test mutants peers bench cuda-check gpu-check lint format clean
+.PHONY: help install demo test mutants peers bench fuzz fuzz-sanitized cuda-check gpu-check lint format \
+  clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 	  awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS), and PIP_ARGS, PYTEST_ARGS,"
-	@echo "DEMO_ARGS, BENCH_ARGS, CUDA_ARGS, GPU_ARGS, MUTANTS_ARGS: what to add to a command"
-	@echo "(BENCH_ARGS=--quick, DEMO_ARGS='--seeds 0', CUDA_ARGS='--archs 90',"
+	@echo "DEMO_ARGS, BENCH_ARGS, FUZZ_ARGS, MUTANTS_ARGS, CUDA_ARGS, GPU_ARGS: what to add to a"
+	@echo "command (BENCH_ARGS=--quick, DEMO_ARGS='--seeds 0', CUDA_ARGS='--archs 90',"
 	@echo "MUTANTS_ARGS='--only kd')."
 	@echo "No GPU? PIP_ARGS='--extra-index-url URL', with the URL of PyTorch's CPU wheels (see"
 	@echo "pytorch.org, Get Started), avoids gigabytes of CUDA libraries."
@@ -50,6 +52,17 @@ peers: $(VENV)-peers/.installed  ## run README's "Coming from ..." against the t
 
 bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
+
+fuzz: $(VENV)/.installed  ## random calls against independent formulas; FUZZ_ARGS='--minutes 60'
+	$(PY) tests/fuzz.py --every-capability --minutes 10 $(FUZZ_ARGS)
+
+SANITIZED := build/sanitized/lib
+fuzz-sanitized: $(VENV)/.installed  ## likewise on a build with AddressSanitizer and UBSan (slow)
+	KDKERNELS_NATIVE=1 KDKERNELS_CUDA=0 KDKERNELS_SANITIZE=address,undefined \
+	  $(PY) setup.py build --build-base build/sanitized --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(SANITIZED) \
+	  $(PY) tests/fuzz.py --every-capability --minutes 10 $(FUZZ_ARGS)
 
 cuda-check: $(VENV)/.torch  ## compile the CUDA kernels and judge the machine code; nvcc, no GPU
 	$(PY) tests/gpu/compile.py --jobs $(JOBS) $(CUDA_ARGS)

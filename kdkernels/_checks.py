@@ -8,6 +8,8 @@ dtype, device, flags), so they cost no kernel launch and no synchronisation and 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -15,8 +17,16 @@ from torch import Tensor
 
 from ._dtypes import FLOATS, INTEGERS
 
+TWO_CLASSES = (
+    "of at least two classes (a binary problem: the two logits [0, x], or"
+    " binary_cross_entropy_with_logits on the teacher's sigmoid)"
+)
 REDUCTIONS = {"none": 0, "mean": 1, "batchmean": 1, "sum": 2}
 """Reduction names and the code the kernels know them by; ``batchmean`` is ``mean``."""
+LARGEST = 1e12
+"""Largest magnitude of an option: products of a few of them stay inside float32."""
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Range of temperatures: squares, and logits times or over one, stay inside float32."""
 
 
 def fail(name: str, expected: str, got: Any) -> ValueError:
@@ -27,19 +37,65 @@ def fail_type(name: str, expected: str, got: Any) -> TypeError:
     return TypeError(f"{name} must be {expected}, got {got}")
 
 
+def tensor(name: str, value: Any, expected: str = "a Tensor") -> None:
+    """Check that a value is a tensor whose elements lie in memory in strides."""
+    if not isinstance(value, Tensor):
+        raise fail_type(name, expected, type(value).__name__)
+    if value.layout is not torch.strided or value.is_nested:
+        raise _not_strided(name, value)
+
+
+def _not_strided(name: str, value: Tensor) -> TypeError:
+    if value.is_nested:
+        remedy, kind = "call .to_padded_tensor(0.0) on it, and mask with a target", "nested"
+    else:
+        remedy, kind = "call .to_dense() on it", str(value.layout)
+    return fail_type(name, f"a dense Tensor ({remedy})", f"a {kind} tensor")
+
+
+def dtype(name: str, value: Tensor) -> None:
+    """Check that a tensor has one of the dtypes of logits and features."""
+    if value.dtype not in FLOATS:
+        expected = "float64, float32, float16 or bfloat16"
+        if value.is_quantized:
+            expected += " (call .dequantize() on it)"
+        raise fail_type(name, expected, value.dtype)
+
+
+def allocated(name: str, value: Tensor) -> None:
+    """Check that a tensor's memory is there; torch itself would read through a null pointer."""
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return
+    try:
+        size = value.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # inside torch.func's transforms
+        return
+    if size == 0 and value.numel() and not value._is_zerotensor():
+        raise not_allocated(name)
+
+
+def not_allocated(name: str) -> ValueError:
+    return fail(name, "a Tensor with memory", "one whose storage was freed")
+
+
 def logits(student: Tensor, teacher: Tensor) -> int:
     """Check a pair of logits and return the dimension that holds the classes.
 
     (N, C) and (B, S, V) keep the classes last; (N, C, H, W) keeps them in dim 1, as
     ``torch.nn.functional.cross_entropy`` does.
     """
-    if not isinstance(student, Tensor):
-        raise fail_type("student_logits", "a Tensor", type(student).__name__)
-    if not isinstance(teacher, Tensor):
-        raise fail_type("teacher_logits", "a Tensor", type(teacher).__name__)
-    shape = student.shape
-    if shape != teacher.shape:
-        raise fail("teacher_logits", f"of the student's shape {tuple(shape)}", tuple(teacher.shape))
+    if not isinstance(student, Tensor) or student.layout is not torch.strided:
+        tensor("student_logits", student)
+    if not isinstance(teacher, Tensor) or teacher.layout is not torch.strided:
+        tensor("teacher_logits", teacher)
+    try:
+        shape, others = student.shape, teacher.shape
+    except RuntimeError:  # nested tensors have none
+        tensor("student_logits", student)
+        tensor("teacher_logits", teacher)
+        raise
+    if shape != others:
+        raise fail("teacher_logits", f"of the student's shape {tuple(shape)}", tuple(others))
     rank = len(shape)
     if rank == 2:
         class_dim = 1
@@ -49,15 +105,16 @@ def logits(student: Tensor, teacher: Tensor) -> int:
         class_dim = 1
     else:
         raise fail("student_logits", "(N, C), (B, S, V) or (N, C, H, W)", f"shape {tuple(shape)}")
-    if shape[class_dim] < 1:
-        raise fail("student_logits", "of at least one class", f"shape {tuple(shape)}")
+    if shape[class_dim] < 2:
+        raise fail("student_logits", TWO_CLASSES, f"shape {tuple(shape)}")
     if student.dtype not in FLOATS:
-        raise fail_type("student_logits", "float64, float32, float16 or bfloat16", student.dtype)
+        dtype("student_logits", student)
     if teacher.dtype not in FLOATS:
-        raise fail_type("teacher_logits", "float64, float32, float16 or bfloat16", teacher.dtype)
-    if student.device != teacher.device:
+        dtype("teacher_logits", teacher)
+    if not (student.is_cpu and teacher.is_cpu) and student.device != teacher.device:
         raise fail("teacher_logits", f"on the student's device {student.device}", teacher.device)
-    constant("teacher_logits", teacher)
+    if teacher.requires_grad:
+        constant("teacher_logits", teacher)
     return class_dim
 
 
@@ -73,8 +130,7 @@ def constant(name: str, value: Tensor) -> None:
 
 def target(value: Any, student: Tensor, class_dim: int) -> None:
     """Check the class indices: one integer for each row of the logits, on the same device."""
-    if not isinstance(value, Tensor):
-        raise fail_type("target", "a Tensor of class indices", type(value).__name__)
+    tensor("target", value, "a Tensor of class indices")
     shape = student.shape
     rows = shape[:class_dim] + shape[class_dim + 1 :]
     if value.shape != rows:
@@ -87,6 +143,7 @@ def target(value: Any, student: Tensor, class_dim: int) -> None:
 
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     """Check the class indices of a CPU tensor against the classes (reads the data)."""
+    value = value.long()  # a comparison in a narrow type wraps the number of classes
     bad = ((value < 0) | (value >= classes)) & (value != ignore_index)
     if bad.any():
         raise target_out_of_range(classes, ignore_index, int(value[bad][0]))
@@ -105,19 +162,72 @@ def reduction(value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise fail_type(name, "a number", type(value).__name__)
-    value = float(value)
-    if not -math.inf < value < math.inf:  # math.isfinite would break the compiler's graph
-        raise fail(name, "finite", value)
+    """A finite number: Python's, NumPy's, or a 0-d tensor that the host can read."""
+    if not isinstance(value, (float, int)) or isinstance(value, bool):
+        value = _to_number(name, value)
+    elif not isinstance(value, float):
+        value = _to_float(name, value)
+    if not -LARGEST <= value <= LARGEST:  # math.isfinite would break the compiler's graph
+        if not -math.inf < value < math.inf:
+            raise fail(name, "finite", value)
+        raise fail(name, f"at most {LARGEST:g} in magnitude", value)
     return value
+
+
+def _to_number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        scalar(name, value)
+        if not value.is_cpu:
+            raise fail_type(
+                name,
+                "a number (read a tensor with .item(), for which the host waits)",
+                f"a Tensor on {value.device}",
+            )
+        constant(name, value)
+        return float(value.item())
+    real = isinstance(value, numbers.Real) or not isinstance(value, numbers.Complex)
+    if not isinstance(value, numbers.Number) or isinstance(value, bool) or not real:
+        raise fail_type(name, "a number", type(value).__name__)
+    return _to_float(name, value)
+
+
+def _to_float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise fail(name, "finite", "a number beyond any float") from None
+
+
+def scalar(name: str, value: Tensor) -> None:
+    """Check a tensor that stands for a number."""
+    tensor(name, value)
+    if value.dim() or value.dtype not in FLOATS | INTEGERS:
+        raise fail_type(
+            name,
+            "a number or a 0-d Tensor",
+            f"a Tensor of shape {tuple(value.shape)}, {value.dtype}",
+        )
+
+
+def weight(value: Any) -> Any:
+    """``loss_weight``: a number, or a 0-d tensor, which nothing reads on the host."""
+    if isinstance(value, Tensor):
+        scalar("loss_weight", value)
+        return value
+    return number("loss_weight", value)
 
 
 def positive(name: str, value: Any) -> float:
     value = number(name, value)
     if value <= 0.0:
         raise fail(name, "> 0", value)
+    return value
+
+
+def temperature(value: Any, name: str = "temperature") -> float:
+    value = positive(name, value)
+    if not COLDEST <= value <= HOTTEST:
+        raise fail(name, f"in [{COLDEST:g}, {HOTTEST:g}]", value)
     return value
 
 
@@ -130,14 +240,38 @@ def non_negative(name: str, value: Any) -> float:
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
+        if getattr(getattr(value, "dtype", None), "kind", "") == "b" and not value.shape:
+            return bool(value)  # NumPy's
         raise fail_type(name, "a bool", type(value).__name__)
     return value
 
 
 def integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise fail_type(name, "an int", type(value).__name__)
+    if type(value) is not int:
+        value = _to_int(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise fail(name, "an int of 64 bits", value)
     return value
+
+
+def _to_int(name: str, value: Any) -> int:
+    """NumPy's integers and what else is an integer by its own account; no bool, no GPU tensor."""
+    boolean = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    if not boolean and not (isinstance(value, Tensor) and not value.is_cpu):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise fail_type(name, "an int", type(value).__name__)
+
+
+def given(target: Any, labels: Any) -> Any:
+    """The class indices, by whichever of their two names they were given."""
+    if labels is None:
+        return target
+    if target is not None:
+        raise fail_type("labels", "None where target is given (they are one argument)", "both")
+    return labels
 
 
 def batch_reduction(value: Any) -> int:

@@ -30,6 +30,9 @@ def correlation_loss(
     code = _checks.batch_reduction(reduction)
     class_dim = _checks.logits(student, teacher)
     chosen = choose(spec, student, backend)
+    if chosen != "native":  # which checks it itself
+        _checks.allocated("student_logits", student)
+        _checks.allocated("teacher_logits", teacher)
     if chosen == "reference":
         s, t = _reduce.promote(student, teacher)
         s, t = _reduce.as_rows(s, class_dim), _reduce.as_rows(t, class_dim)

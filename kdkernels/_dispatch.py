@@ -60,7 +60,7 @@ def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
         return "reference"
     if requested is None and _tracing.recorded():
         return "reference"  # a recording of torch operations, which every reader of it knows
-    return _choose(spec.name, requested, student.device.type)
+    return _choose(spec.name, requested, "cpu" if student.is_cpu else student.device.type)
 
 
 _choices: dict[tuple[str, str | None, str], str] = {}

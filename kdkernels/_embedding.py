@@ -22,14 +22,13 @@ from .registry import LossSpec
 
 def tensor(name: str, value: Any, ranks: dict[int, str]) -> Tensor:
     """Check a floating-point tensor of one of the ranks, given with their shapes in words."""
-    if not isinstance(value, Tensor):
-        raise _checks.fail_type(name, "a Tensor", type(value).__name__)
-    if value.dtype not in _checks.FLOATS:
-        raise _checks.fail_type(name, "float64, float32, float16 or bfloat16", value.dtype)
+    _checks.tensor(name, value)
+    _checks.dtype(name, value)
     if value.dim() not in ranks:
         raise _checks.fail(name, " or ".join(ranks.values()), f"shape {tuple(value.shape)}")
     if 0 in value.shape[1:]:
         raise _checks.fail(name, "of at least one element a sample", f"shape {tuple(value.shape)}")
+    _checks.allocated(name, value)
     return value
 
 
@@ -78,8 +77,7 @@ def like(name: str, value: Tensor, student: Tensor) -> None:
 
 def labels(value: Any, samples: int, device: torch.device) -> Tensor:
     """Check one class index a sample; returns them as contiguous int64."""
-    if not isinstance(value, Tensor):
-        raise _checks.fail_type("target", "a Tensor of class indices", type(value).__name__)
+    _checks.tensor("target", value, "a Tensor of class indices")
     if value.shape != (samples,):
         raise _checks.fail("target", f"of shape {(samples,)}", tuple(value.shape))
     if value.dtype not in _checks.INTEGERS:

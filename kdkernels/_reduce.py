@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .reference._rows import weighted
+
 
 def as_rows(logits: Tensor, class_dim: int) -> Tensor:
     """View logits as (rows, classes)."""
@@ -53,7 +55,7 @@ def row_loss(
         teacher = torch.where(valid.unsqueeze(-1), teacher, torch.zeros_like(teacher))
         if needs_target:
             args = (torch.where(valid, target, torch.zeros_like(target)),)
-    values = rows(student, teacher, *args) * scale
+    values = weighted(rows(student, teacher, *args), scale)
     if valid is not None:
         values = torch.where(valid, values, torch.zeros_like(values))
     if reduction == 0:

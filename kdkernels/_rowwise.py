@@ -39,15 +39,11 @@ def row_loss(
     class_dim = _checks.logits(student, teacher)
     if target is not None:
         _checks.target(target, student, class_dim)
-        if type(ignore_index) is not int:
-            raise _checks.fail_type("ignore_index", "an int", type(ignore_index).__name__)
     elif spec.needs_target:
         raise _checks.fail_type("target", "a Tensor of class indices", "None")
-    _checks.flag("standardize", standardize)
-    if standardize and student.shape[class_dim] < 2:
-        raise _checks.fail(
-            "student_logits", "of at least two classes with standardize=True", student.shape
-        )
+    ignore_index = _checks.integer("ignore_index", ignore_index)
+    if standardize is not False:
+        standardize = _checks.flag("standardize", standardize)
     if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
 
         def local(s: Tensor, t: Tensor, y: Tensor | None, reduction: str) -> Tensor:
@@ -75,8 +71,11 @@ def row_loss(
             reduction=reduction,
         )
     chosen = choose(spec, student, backend)
-    if target is not None and chosen != "native" and spec.needs_target:
-        _check_range(target, student.shape[class_dim], ignore_index)
+    if chosen != "native":  # which checks both itself
+        _checks.allocated("student_logits", student)
+        _checks.allocated("teacher_logits", teacher)
+        if target is not None and spec.needs_target:
+            _check_range(target, student.shape[class_dim], ignore_index)
     if chosen == "reference":
         rows = functools.partial(
             spec.reference, **options, temperature=temperature, standardize=standardize

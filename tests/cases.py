@@ -17,6 +17,7 @@ from typing import Any
 import cuda_emulator
 import pytest
 import torch
+from inputs import make
 from torch import Tensor
 
 from kdkernels import _dispatch
@@ -181,8 +182,21 @@ def reductions(spec: LossSpec) -> tuple[str, ...]:
 def option_names(spec: LossSpec) -> dict[str, inspect.Parameter]:
     """The public parameters that are not tensors."""
     parameters = inspect.signature(spec.function).parameters
-    tensors = ("target",)  # of a loss that only masks by it, it has a default
+    tensors = ("target", "labels")  # whose default says that there are none
     return {n: p for n, p in parameters.items() if p.default is not p.empty and n not in tensors}
+
+
+def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Small tensors for any loss, by the names of its arguments."""
+    if spec.inputs is not None:
+        tensors = spec.inputs(torch.Generator().manual_seed(0), dtype)
+    else:
+        student, teacher, target = make("gaussian", 6, 9, dtype=dtype)
+        tensors = (student, teacher, target) if spec.takes_target else (student, teacher)
+    parameters = inspect.signature(spec.function).parameters
+    options = option_names(spec)
+    names = [name for name in parameters if name not in options and name != "labels"]
+    return dict(zip(names, tensors, strict=True))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases import LOSS_IDS, LOSSES, Case, at_temperature, each, option_names, value_and_grad
+from cases import (
+    LOSS_IDS,
+    LOSSES,
+    Case,
+    at_temperature,
+    call,
+    each,
+    named_inputs,
+    option_names,
+    value_and_grad,
+)
 from inputs import make
 
 import kdkernels
@@ -38,7 +51,7 @@ ARGUMENTS = {
     name: name
     for spec in LOSSES
     for name in inspect.signature(spec.function).parameters
-    if name != "backend"  # chooses how, not what: test_dispatch.py
+    if name not in ("backend", "labels")  # test_dispatch.py; another name of the target
 }
 
 
@@ -87,7 +100,7 @@ def test_module_holds_the_arguments_of_its_function_and_nothing_else(spec: LossS
     assert not spec.module().state_dict()
     forward = [*inspect.signature(spec.module.forward).parameters][1:]
     tensors = [n for n in inspect.signature(spec.function).parameters if n not in options]
-    assert forward == tensors
+    assert forward == tensors and ("labels" in tensors) == (spec in LOSSES and spec.takes_target)
 
 
 @losses
@@ -117,6 +130,66 @@ def test_every_argument_of_a_module_reaches_its_function(spec: LossSpec) -> None
         value = "reference" if name == "backend" else _perturbed(spec, parameter)
         by_function = spec.function(**dict(zip(names, inputs, strict=False)), **{name: value})
         assert torch.equal(spec.module(**{name: value})(*inputs), by_function), name
+
+
+@pytest.mark.parametrize("spec", [s for s in LOSSES if s.takes_target], ids=LOSS_IDS)
+def test_labels_is_another_name_of_the_target(spec: LossSpec) -> None:
+    """Trainers that pass the class indices by this keyword find them taken."""
+    student, teacher, target = make("gaussian", 6, 9)
+    target[1] = -100
+    expected = call(spec, student, teacher, target=target, backend="reference")
+    for form in (spec.function, spec.module()):
+        actual = value_and_grad(form, student, teacher, labels=target)
+        torch.testing.assert_close(actual[0], expected)
+        assert (actual[1][1] == 0).all() and actual[1].any()
+        with pytest.raises(TypeError, match="labels must be None where target is given"):
+            form(student, teacher, target=target, labels=target)
+
+
+@all_losses
+def test_a_number_is_a_number(spec: LossSpec) -> None:
+    """NumPy's scalars, fractions and 0-d tensors are worth what Python's numbers are."""
+    tensors = named_inputs(spec)
+    inputs = tuple(tensors.values())
+    for name, parameter in option_names(spec).items():
+        if type(parameter.default) is float:
+            forms = (
+                2,
+                np.float32(2),
+                np.float64(2),
+                np.int64(2),
+                Fraction(2),
+                Decimal(2),
+                torch.tensor(2.0),
+                torch.tensor(2),
+                torch.tensor(2.0, dtype=torch.float64),
+            )
+            plain: Any = 2.0
+        elif type(parameter.default) is int:
+            forms, plain = (np.int64(2), np.uint8(2), torch.tensor(2)), 2
+        else:
+            continue
+        expected = spec.function(**tensors, **{name: plain})
+        for value in forms:
+            by_function = spec.function(**tensors, **{name: value})
+            by_module = spec.module(**{name: value})(*inputs)
+            for actual in (by_function, by_module):
+                assert actual.dtype == expected.dtype
+                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@all_losses
+def test_a_weight_that_is_a_tensor_is_part_of_the_graph(spec: LossSpec) -> None:
+    """A 0-d tensor multiplies outside the kernel: no host reads it, and it may be learned."""
+    inputs = tuple(named_inputs(spec).values())
+    weight = torch.tensor(0.5, requires_grad=True)
+    plain = spec.module(loss_weight=1.0)(*inputs)
+    (slope,) = torch.autograd.grad(spec.module(loss_weight=weight)(*inputs), weight)
+    torch.testing.assert_close(slope, plain)
+    with pytest.raises(TypeError, match="loss_weight must be a number or a 0-d Tensor, got"):
+        spec.module(loss_weight=torch.ones(2))
+    with pytest.raises(ValueError, match="loss_weight must be on the CPU or on the student's"):
+        spec.module(loss_weight=torch.ones((), device="meta"))(*inputs)
 
 
 @all_losses

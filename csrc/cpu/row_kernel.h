@@ -356,7 +356,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   const S divergence = M::sum(total.total);
   if constexpr (kDecoupled) {
     // 0 * inf would be NaN where the term is absent.
-    value += rules::select(row.z_t == R(0), S{}, S(implicit_weight * divergence));
+    value += rules::select(row.z_t == R(0), S{}, rules::weighted(divergence, implicit_weight));
   } else {
     value = divergence;
   }

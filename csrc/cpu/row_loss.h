@@ -127,7 +127,8 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
       loss[row] = R(0);
       if constexpr (kGradient) std::memset(to.to, 0, sizeof(G) * classes);
     } else {
-      loss[row] = R(problem.scale) * finish<Rule, kGradient>(states[row % abreast], problem, to);
+      loss[row] = rules::weighted(finish<Rule, kGradient>(states[row % abreast], problem, to),
+                                  R(problem.scale));
     }
     if constexpr (kGradient && std::is_same_v<G, R>)
       if (!in_place) write_row(problem.gradient, row, classes, to.to);
@@ -199,7 +200,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     } else {
       value = finish<Rule, false>(state, problem, sink);
     }
-    value = rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)));
+    value = rules::select(ignored, Vec<R>{}, rules::weighted(value, R(problem.scale)));
     for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];
   }
 }

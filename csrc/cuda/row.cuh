@@ -78,9 +78,10 @@ class RowLoop {
       return;
     }
     if (!task_.problem.loss) {
-      total_ += double((first ? value.once + value.of_classes : value.of_classes) * row.weight);
+      total_ += double(
+          rules::weighted(first ? value.once + value.of_classes : value.of_classes, row.weight));
     } else if (first) {
-      losses()[index] = (value.once + value.of_classes) * row.weight;
+      losses()[index] = rules::weighted(value.once + value.of_classes, row.weight);
     }
   }
 
@@ -342,7 +343,7 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   if (problem.loss) group.template reduce<Sum>(divergence);
   if constexpr (!kDecoupled) return {R(0), divergence[0]};
   // 0 * inf would be NaN where the term is absent.
-  return {value, z[1] == R(0) ? R(0) : implicit_weight * divergence[0]};
+  return {value, z[1] == R(0) ? R(0) : rules::weighted(divergence[0], implicit_weight)};
 }
 
 // All rows of a block's groups, one row a group at a time: rows start + offset, start + step + offset...

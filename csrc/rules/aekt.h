@@ -22,7 +22,7 @@ struct Rule {
     // kappa = 0 is 1 even at a ratio of 0, as 0^0 is.
     const F weight = kappa == R(0) ? broadcast<F>(R(1)) : exponential(F(bounded * kappa));
     binary_kl(p, q, value, slope);
-    value = value * weight * alpha;
+    value = weighted(weighted(value, weight), alpha);
     slope = slope * weight * alpha;
     implicit_weight = broadcast<F>(beta);
   }

@@ -12,8 +12,9 @@ struct Rule {
   // column, and the derivative as coefficients: d(1 - rho) / d q = of_p * b + of_q * a.
   template <class R>
   KDK_FN static R relation(R aa, R bb, R ab, R eps, R& of_p, R& of_q) {
-    const R norm_a = root(aa), norm_b = root(bb);
-    const R inverse = quotient(R(1), norm_a * norm_b + eps);
+    const R norm_a = root(aa), norm_b = root(bb), total = norm_a * norm_b + eps;
+    // A constant has the correlation 0, whatever eps is.
+    const R inverse = total == R(0) ? R(0) : quotient(R(1), total);
     const R rho = ab * inverse;
     of_p = -inverse;
     of_q = norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse;  // a norm's subgradient at 0

@@ -17,7 +17,7 @@ struct Rule {
     using R = scalar_t<F>;
     const R alpha = R(options.value[0]), beta = R(options.value[1]);
     binary_kl(p, q, value, slope);
-    value = value * alpha;
+    value = weighted(value, alpha);
     slope = slope * alpha;
     implicit_weight = broadcast<F>(beta);
   }

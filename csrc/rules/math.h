@@ -60,6 +60,14 @@ KDK_FN F smaller(const F& x, const F& bound) {
   return select(x > bound, bound, x);
 }
 
+// A term times its weight; 0 where the weight is 0, were the term infinite.
+template <class F, class W>
+KDK_FN F weighted(const F& value, const W& weight) {
+  using R = scalar_t<F>;
+  const F infinity = broadcast<F>(std::numeric_limits<R>::infinity());
+  return select(value == infinity, select(F{} + weight == F{}, F{}, F(value * weight)), F(value * weight));
+}
+
 // Square root and quotient of a row's or a column's numbers; |y| at most 1e37. On a GPU float's are within
 // two units in the last place, which a loss does not notice, and flush denormal numbers: exact
 // ones take as long as some of the row's classes.

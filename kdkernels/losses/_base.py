@@ -1,10 +1,43 @@
-"""What the row-loss modules share: holding and checking the common keyword arguments."""
+"""What the losses share: weights that are tensors, and modules that hold the common arguments."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from .. import _checks, _dispatch
+
+P = ParamSpec("P")
+
+
+def weighed(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let a loss's ``loss_weight`` be a 0-d tensor, which multiplies the loss where it is computed.
+
+    The kernels take numbers, and to read one from a GPU the host would have to wait.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> Tensor:
+        if "loss_weight" in options and isinstance(options["loss_weight"], Tensor):
+            return _weigh(function, options["loss_weight"], *args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+def _weigh(function: Callable[..., Tensor], weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    _checks.weight(weight)
+    options["loss_weight"] = 1.0
+    loss = function(*args, **options)
+    if not weight.is_cpu and weight.device != loss.device:
+        raise _checks.fail(
+            "loss_weight", f"on the CPU or on the student's device {loss.device}", weight.device
+        )
+    return loss * weight.to(loss.dtype)
 
 
 class LossModule(_Loss):
@@ -15,7 +48,7 @@ class LossModule(_Loss):
     ) -> None:
         (_checks.reduction if by_row else _checks.batch_reduction)(reduction)
         super().__init__(reduction=reduction)
-        self.loss_weight = _checks.number("loss_weight", loss_weight)
+        self.loss_weight = _checks.weight(loss_weight)
         if backend is not None:
             _dispatch.known(backend)
         self.backend = backend

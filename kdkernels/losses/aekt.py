@@ -8,19 +8,21 @@ from .. import _checks
 from .._rowwise import row_loss
 from ..reference.aekt import aekt as reference
 from ..registry import LossSpec, register
-from ._base import RowLoss
+from ._base import RowLoss, weighed
 
 
+@weighed
 def aekt_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     kappa: float = 1.0,
     ratio_max: float = 10.0,
     *,
+    labels: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     loss_weight: float = 1.0,
@@ -52,6 +54,7 @@ def aekt_loss(
         temperature: T > 0.
         kappa: exponent of the ratio, >= 0.
         ratio_max: bound of the ratio, > 0.
+        labels: another name of ``target``, for those who pass it by that keyword.
         ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
         reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
             or ``'none'`` (one value a row).
@@ -65,13 +68,13 @@ def aekt_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     return row_loss(
         AEKT,
         student_logits,
         teacher_logits,
-        target,
+        _checks.given(target, labels),
         options={
             "alpha": _checks.non_negative("alpha", alpha),
             "beta": _checks.non_negative("beta", beta),
@@ -117,11 +120,18 @@ class AEKTLoss(RowLoss):
         )
         self.alpha = _checks.non_negative("alpha", alpha)
         self.beta = _checks.non_negative("beta", beta)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
         self.kappa = _checks.non_negative("kappa", kappa)
         self.ratio_max = _checks.positive("ratio_max", ratio_max)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         return aekt_loss(
             student_logits,
             teacher_logits,
@@ -131,6 +141,7 @@ class AEKTLoss(RowLoss):
             self.temperature,
             self.kappa,
             self.ratio_max,
+            labels=labels,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             loss_weight=self.loss_weight,

@@ -10,7 +10,7 @@ from .._dtensor import gathered
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 
 def _power(value: float) -> float:
@@ -21,6 +21,7 @@ def _power(value: float) -> float:
 
 
 @gathered
+@weighed
 def attention_transfer_loss(
     student_features: Tensor,
     teacher_features: Tensor,

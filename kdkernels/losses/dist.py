@@ -8,9 +8,10 @@ from .. import _checks
 from .._correlation import correlation_loss
 from ..reference.dist import dist as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 
+@weighed
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -60,7 +61,7 @@ def dist_loss(
         teacher_logits,
         beta=_checks.non_negative("beta", beta),
         gamma=_checks.non_negative("gamma", gamma),
-        tau=_checks.positive("tau", tau),
+        tau=_checks.temperature(tau, "tau"),
         eps=_checks.non_negative("eps", eps),
         reduction=reduction,
         loss_weight=_checks.number("loss_weight", loss_weight),
@@ -90,7 +91,7 @@ class DISTLoss(LossModule):
         )
         self.beta = _checks.non_negative("beta", beta)
         self.gamma = _checks.non_negative("gamma", gamma)
-        self.tau = _checks.positive("tau", tau)
+        self.tau = _checks.temperature(tau, "tau")
         self.eps = _checks.non_negative("eps", eps)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ from .. import _checks
 from .._rowwise import row_loss
 from ..reference.dkd import dkd as reference
 from ..registry import LossSpec, register
-from ._base import RowLoss
+from ._base import RowLoss, weighed
 
 
+@weighed
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
     *,
+    labels: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     loss_weight: float = 1.0,
@@ -46,6 +48,7 @@ def dkd_loss(
         beta: weight of the non-target-class term, >= 0 (published: 8, 6 or 2 on CIFAR-100, 0.5 on
             ImageNet).
         temperature: T > 0.
+        labels: another name of ``target``, for those who pass it by that keyword.
         ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
         reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
             or ``'none'`` (one value a row).
@@ -59,13 +62,13 @@ def dkd_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     return row_loss(
         DKD,
         student_logits,
         teacher_logits,
-        target,
+        _checks.given(target, labels),
         options={
             "alpha": _checks.non_negative("alpha", alpha),
             "beta": _checks.non_negative("beta", beta),
@@ -106,9 +109,16 @@ class DKDLoss(RowLoss):
         )
         self.alpha = _checks.non_negative("alpha", alpha)
         self.beta = _checks.non_negative("beta", beta)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         return dkd_loss(
             student_logits,
             teacher_logits,
@@ -116,6 +126,7 @@ class DKDLoss(RowLoss):
             self.alpha,
             self.beta,
             self.temperature,
+            labels=labels,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             loss_weight=self.loss_weight,

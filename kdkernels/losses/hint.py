@@ -9,12 +9,13 @@ from .. import _checks, _embedding
 from .._dtensor import gathered
 from ..reference.hint import hint as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {2: "(B, D)", 3: "(B, S, D)", 4: "(B, C, H, W)"}
 
 
 @gathered
+@weighed
 def hint_loss(
     student_features: Tensor,
     teacher_features: Tensor,

@@ -13,7 +13,7 @@ from .._dispatch import choose
 from .._dtensor import gathered
 from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 _RANKS = {2: "(B, D)", 3: "(B, N, D)", 4: "(B, C, H, W)"}
 
@@ -25,6 +25,7 @@ def _similarity(value: Any) -> str:
 
 
 @gathered
+@weighed
 def iekd_loss(
     inheritance_factor: Tensor,
     exploration_factor: Tensor,

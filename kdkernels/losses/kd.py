@@ -8,15 +8,17 @@ from .. import _checks
 from .._rowwise import row_loss
 from ..reference.kd import kd as reference
 from ..registry import LossSpec, register
-from ._base import RowLoss
+from ._base import RowLoss, weighed
 
 
+@weighed
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     temperature: float = 4.0,
     *,
     target: Tensor | None = None,
+    labels: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     loss_weight: float = 1.0,
@@ -39,6 +41,7 @@ def kd_loss(
         teacher_logits: same shape and device; own dtype and strides; a constant.
         temperature: T > 0, in units of the logits.
         target: optional class indices, (N,), (B, S) or (N, H, W); used only as a mask.
+        labels: another name of ``target``, for those who pass it by that keyword.
         ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
         reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
             or ``'none'`` (one value a row). Never over classes.
@@ -53,13 +56,13 @@ def kd_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     return row_loss(
         KD,
         student_logits,
         teacher_logits,
-        target,
+        _checks.given(target, labels),
         options={},
         temperature=temperature,
         scale=loss_weight * temperature * temperature,
@@ -94,16 +97,22 @@ class KDLoss(RowLoss):
             standardize=standardize,
             backend=backend,
         )
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor:
         return kd_loss(
             student_logits,
             teacher_logits,
             self.temperature,
             target=target,
+            labels=labels,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             loss_weight=self.loss_weight,

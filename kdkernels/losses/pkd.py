@@ -10,10 +10,11 @@ from .._dtensor import gathered
 from ..composed.pkd import pkd as composed
 from ..reference.pkd import pkd as reference, resize
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 
 @gathered
+@weighed
 def pkd_loss(
     student_features: Tensor,
     teacher_features: Tensor,

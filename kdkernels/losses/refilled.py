@@ -10,17 +10,19 @@ from .. import _checks, _embedding
 from .._calls import TupleCall
 from .._dispatch import choose
 from .._dtensor import gathered
+from .._rowwise import row_loss
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
 from ._tuples import semihard_tuples as semihard_tuples
-from .kd import kd_loss
+from .kd import KD
 
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
 
 
 @gathered
+@weighed
 def tuple_matching_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -68,7 +70,7 @@ def tuple_matching_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     margin = _checks.non_negative("margin", margin)
     code = _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
@@ -118,7 +120,7 @@ class TupleMatchingLoss(LossModule):
         super().__init__(
             reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
         )
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
         self.margin = _checks.non_negative("margin", margin)
 
     def forward(
@@ -137,6 +139,7 @@ class TupleMatchingLoss(LossModule):
 
 
 @gathered
+@weighed
 def local_classifier_loss(
     student_logits: Tensor,
     teacher_embeddings: Tensor,
@@ -181,7 +184,7 @@ def local_classifier_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.temperature(temperature)
     loss_weight = _checks.number("loss_weight", loss_weight)
     _embedding.tensor("student_logits", student_logits, {2: "(B, C)"})
     teacher_embeddings = _embedding.embeddings("teacher_embeddings", teacher_embeddings)
@@ -202,12 +205,17 @@ def local_classifier_loss(
     embeddings, centers, _ = _embedding.promote(teacher_embeddings, centers, student_logits)
     with _embedding.full_precision(student_logits.device):
         teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
-    return kd_loss(
+    return row_loss(
+        KD,
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),
-        temperature,
+        None,
+        options={},
+        temperature=temperature,
+        scale=loss_weight,
+        standardize=False,
+        ignore_index=-100,
         reduction=reduction,
-        loss_weight=loss_weight / temperature**2,
         backend=backend,
     )
 
@@ -227,7 +235,7 @@ class LocalClassifierLoss(LossModule):
         backend: str | None = None,
     ) -> None:
         super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
     def forward(
         self, student_logits: Tensor, teacher_embeddings: Tensor, centers: Tensor, target: Tensor

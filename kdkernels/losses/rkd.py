@@ -9,10 +9,11 @@ from .. import _checks, _embedding
 from .._dtensor import gathered
 from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule
+from ._base import LossModule, weighed
 
 
 @gathered
+@weighed
 def rkd_loss(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,

@@ -1,4 +1,9 @@
-"""What the row references share: temperature or standardisation, and safe log-normalisers."""
+"""What the row references share: temperature or standardisation, safe log-normalisers, and KL.
+
+KL is summed as p phi(d) with phi(d) = exp(-d) - 1 + d and d = log p - log q: its terms are never
+negative and vanish with d. d comes from the logits' differences and not from two logarithms, whose
+rounding errors would be all that is left where a high temperature makes p and q nearly uniform.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,20 @@ def rescale(
     """
     if standardize:
         student, teacher = _standardize(student), _standardize(teacher)
-    return student / temperature, teacher / temperature
+    # From the largest logit, which changes nothing: a common offset must not cost digits.
+    return (student - top(student)) / temperature, (teacher - top(teacher)) / temperature
+
+
+def top(logits: Tensor) -> Tensor:
+    """The largest logit of each row, a constant; 0 where it is not finite."""
+    largest = logits.detach().amax(-1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """Likewise from the largest logit, so that the gradient does not suffer from its rounding."""
+    origin = top(logits)
+    return (logits - origin).logsumexp(-1) + origin.squeeze(-1)
 
 
 def _standardize(logits: Tensor) -> Tensor:
@@ -27,25 +45,6 @@ def _standardize(logits: Tensor) -> Tensor:
     mean = logits.mean(-1, keepdim=True)
     std = logits.std(-1, keepdim=True)
     return (logits - mean) / (std + STANDARDIZE_EPS)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last dimension, by the odds against the largest class.
-
-    ``torch.log_softmax`` loses the digits of the largest log-probability where the row is certain,
-    and its backward pass those of the gradient, both of which are differences there. Here the
-    largest class has the logit 0, which is no variable, and the gradient of its own logit is minus
-    the sum of the others'.
-    """
-    index = logits.argmax(-1, keepdim=True)
-    largest = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
-    top = logits.gather(-1, index)
-    odds = (logits - top).masked_fill(largest, 0.0)
-    log_total = torch.log1p(odds.exp().masked_fill(largest, 0.0).sum(-1, keepdim=True))
-    # A row whose largest logit is NaN or infinite is NaN, in the gradient of every class too.
-    dead = ~torch.isfinite(top.detach())
-    row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
-    return odds - log_total + row_sum * torch.where(dead, torch.nan, 1.0)
 
 
 def masked_log_softmax(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,20 +57,75 @@ def masked_log_softmax(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor
     kept = logits.masked_fill(excluded, minus_inf)
     empty = (kept == minus_inf).all(-1, keepdim=True)
     safe = kept.masked_fill(empty, 0.0)
-    lse = torch.logsumexp(safe, -1, keepdim=True)
-    log_probs = (safe - lse).masked_fill(empty | excluded, minus_inf)
-    return log_probs, lse.masked_fill(empty, minus_inf).squeeze(-1)
+    log_probs = torch.log_softmax(safe, -1).masked_fill(empty | excluded, minus_inf)
+    return log_probs, logsumexp(safe).masked_fill(empty.squeeze(-1), minus_inf)
 
 
-def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Each class's part of KL(p || q): p (exp(-d) - 1 + d) with d = log p - log q.
+def log_ratio(
+    delta: Tensor, log_p: Tensor, log_q: Tensor, lse_p: Tensor, lse_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log(p / q) of the classes, and lse_p - lse_q, both without the rounding errors of ``lse``.
 
-    That is p d + (q - p), whose last part sums to 0 over a distribution, so that every term is >= 0
-    and nothing cancels when p and q agree. A class with p = 0 gives q; p > 0 = q gives +inf.
+    ``delta`` is teacher minus student, of the scaled logits, whose logsumexps are ``lse``. The
+    gradient is that of delta - lse_p + lse_q, the teacher being a constant.
+    """
+    with torch.no_grad():
+        origin, c = _normalisers(delta, log_p, log_q, lse_p, lse_q)
+        direct = lse_p - lse_q
+    moves = torch.where(lse_q.isfinite(), lse_q - lse_q.detach(), 0.0)
+    gap = torch.where(direct.isfinite(), (origin + c).squeeze(-1) - moves, direct)
+    return delta - origin - c + moves.unsqueeze(-1), gap
+
+
+def _normalisers(
+    delta: Tensor, log_p: Tensor, log_q: Tensor, lse_p: Tensor, lse_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """lse_p - lse_q as a sum of two terms, the first of which is exact.
+
+    With k the teacher's likeliest class and h = delta - delta_k they are delta_k and
+    c = log sum_i q_i exp(h_i) = log(q_k / p_k), summed without cancellation where it is near 0.
+    """
+    best = log_p.argmax(-1, keepdim=True)
+    origin, log_p_best, log_q_best = (x.gather(-1, best) for x in (delta, log_p, log_q))
+    h = delta - origin
+    q = log_q.exp()
+    # q exp(h), which does not divide by a student's probability of 0.
+    moved = (log_p - log_p_best + log_q_best).exp() - q
+    excess = torch.where(h < 1, q * torch.expm1(h), moved).sum(-1, keepdim=True)
+    direct = log_q_best - log_p_best
+    c = torch.where(direct.abs() < 1, torch.log1p(excess), direct)
+    # Where the student excludes the teacher's likeliest class, or there is none, h has no origin.
+    lost = (log_q_best == -torch.inf) | (log_p_best == -torch.inf)
+    gap = (lse_p - lse_q).unsqueeze(-1)
+    gap = torch.where(gap.isinf(), 0.0, gap)
+    return torch.where(lost, gap, origin), torch.where(lost, 0.0, c)
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:
+    """p phi(d) with d = log p - log q, by the series where d is small, else as q - p + p d.
+
+    A class with p = 0 has q, whatever d is: over all classes q and p both sum to 1.
     """
     p, q = log_p.exp(), log_q.exp()
-    absent = p == 0
-    d = torch.where(absent, 0.0, log_p - log_q)
-    near = (d.abs() < 1) & ~absent
-    close, far = torch.where(near, d, 0.0), torch.where(near, 0.0, d)
-    return torch.where(near, p * (torch.expm1(-close) + close), (q - p) + p * far)
+    near = d.abs() < 0.25
+    x = torch.where(near, d, 0.0)
+    term = torch.full_like(x, 0.5)
+    series = term
+    for k in range(3, 17):
+        term = term * (-x / k)
+        series = series + term
+    none = p == 0
+    far = q - p + p * torch.where(near | none, 0.0, d)
+    return torch.where(near, p * x * x * series, far)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:
+    """KL(p || q) per row; 0 where there is no p at all."""
+    total = kl_terms(log_p, log_q, d).sum(-1)
+    return torch.where((log_p == -torch.inf).all(-1), 0.0, total)
+
+
+def weighted(value: Tensor, weight: Tensor | float) -> Tensor:
+    """``weight * value``, and 0 where an infinite value has weight 0: it is switched off."""
+    product = weight * value
+    return torch.where(product.isnan() & ~value.isnan(), 0.0, product)

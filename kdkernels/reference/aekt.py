@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from .._tracing import operand
-from ._rows import rescale
-from .dkd import decouple
-from .kd import divergence
+from ._rows import rescale, weighted
+from .dkd import split
 
 
 def aekt(
@@ -39,10 +38,8 @@ def aekt(
 ) -> Tensor:
     """Loss of each row: (rows, classes) x (rows, classes) x (rows,) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
-    log_q, log_q_others = decouple(student, target)
-    log_p, log_p_others = decouple(teacher, target)
-    log_p_t, log_q_t = log_p[:, 0], log_q[:, 0].detach()
-    log_ratio = torch.where(log_p_t == -torch.inf, log_p_t, log_p_t - log_q_t)
-    weight = log_ratio.exp().clamp(max=operand(ratio_max)) ** operand(kappa)
-    explicit = weight * divergence(log_p, log_q)
-    return alpha * explicit + beta * divergence(log_p_others, log_q_others)
+    rows = split(student, teacher, target)
+    log_p_t = rows.log_p[:, 0]
+    ratio = torch.where(log_p_t == -torch.inf, 0.0, rows.d[:, 0].detach().exp())
+    explicit = weighted(rows.explicit(), ratio.clamp(max=operand(ratio_max)) ** operand(kappa))
+    return weighted(explicit, alpha) + weighted(rows.implicit(), beta)

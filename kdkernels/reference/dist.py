@@ -7,7 +7,8 @@
     loss  = beta tau^2 inter + gamma tau^2 intra
 
 eps is added to the *product* of the norms, as in the authors' code. The gradient flows through the
-student's means and norms; the derivative of a norm at 0 is taken as 0. With reduction 'sum' the two
+student's means and norms; the derivative of a norm at 0 is taken as 0. A constant row or column
+has the correlation 0, whatever eps is. With reduction 'sum' the two
 means are sums. No rows: 0.
 """
 
@@ -22,7 +23,8 @@ def pearson(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     a = a - a.mean(dim, keepdim=True)
     b = b - b.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    return (a * b).sum(dim) / (norms + eps)
+    total = norms + eps
+    return (a * b).sum(dim) / torch.where(total == 0, 1.0, total)
 
 
 def dist(

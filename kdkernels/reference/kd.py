@@ -10,16 +10,9 @@ gradient; a row that is all -inf, or holds NaN or +inf, gives NaN and touches no
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._rows import log_softmax, rescale
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) per row from log-probabilities, with 0 log 0 = 0."""
-    p = log_p.exp()
-    return torch.where(p != 0, p * (log_p - log_q), torch.zeros_like(p)).sum(-1)
+from ._rows import divergence, log_ratio, logsumexp, rescale
 
 
 def kd(
@@ -27,4 +20,6 @@ def kd(
 ) -> Tensor:
     """KL divergence of each row: (rows, classes) x (rows, classes) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
-    return divergence(log_softmax(teacher), log_softmax(student))
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    d, _ = log_ratio(teacher - student, log_p, log_q, logsumexp(teacher), logsumexp(student))
+    return divergence(log_p, log_q, d)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._rows import kl_terms
 from .kd import kd
 
 NEAR = 1e-14
@@ -48,19 +49,6 @@ def semihard(distance: Tensor, target: Tensor, margin: float) -> Tensor:
     return positive[:, :, None] & ~same[:, None, :] & (gap > 0) & (gap <= margin)
 
 
-def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p phi(d) with d = log p - log q, by the series where d is small, else as q - p + p d."""
-    p, d = log_p.exp(), log_p - log_q
-    near = d.abs() < 0.25
-    x = torch.where(near, d, 0.0)
-    term = torch.full_like(x, 0.5)
-    series = term
-    for k in range(3, 15):
-        term = term * (-x / k)
-        series = series + term
-    return torch.where(near, p * x * x * series, log_q.exp() - p + p * d)
-
-
 def matching(
     student: Tensor,
     teacher: Tensor,
@@ -83,7 +71,7 @@ def matching(
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     keep = member & tuples[:, :, None]
     log_p, log_q = torch.where(keep, log_p, 0.0), torch.where(keep, log_q, 0.0)
-    total = kl_terms(log_p, log_q).sum()
+    total = kl_terms(log_p, log_q, log_p - log_q).sum()
     return total if reduction == "sum" else total / tuples.sum().clamp(min=1)
 
 

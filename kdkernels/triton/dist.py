@@ -20,5 +20,8 @@ def rule(aa, bb, ab, eps):
     norm_b = tl.sqrt(bb)
     product = norm_a * norm_b
     total = product + eps
+    none = total == 0  # a constant has the correlation 0, whatever eps is
+    total = tl.where(none, 1.0, total)
     on_a = ab / total * norm_b / (tl.where(norm_a == 0, 1.0, norm_a) * total)
-    return (product - ab + eps) / total, tl.where(norm_a == 0, 0.0, on_a), -1.0 / total
+    value = tl.where(none, 1.0, (product - ab + eps) / total)
+    return value, tl.where(norm_a == 0, 0.0, on_a), tl.where(none, 0.0, -1.0 / total)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import kd
+from .numerics import weighted
 
 FAMILY = "decoupled"
 CENTRED = kd.CENTRED
@@ -28,4 +29,4 @@ def explicit(
     d_rest = log_p_rest - log_q_rest
     p_rest, q_rest = tl.exp(log_p_rest), tl.exp(log_q_rest)
     on_rest, _ = _binary(p_rest, q_rest, d_rest, alpha, beta, third, fourth)
-    return alpha * (on_target + on_rest), alpha * slope, beta
+    return weighted(on_target + on_rest, alpha), alpha * slope, beta

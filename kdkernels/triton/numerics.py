@@ -41,3 +41,10 @@ def log1p(x):
 def softplus(x):
     """log(1 + exp(x)), relative error of a few ulp for any x, and exact at -inf, inf and NaN."""
     return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def weighted(value, weight):
+    """A term times its weight; 0 where the weight is 0, were the term infinite."""
+    off = (value == float("inf")) & (weight == 0)
+    return tl.where(off, 0.0, value) * weight

@@ -28,7 +28,7 @@ from .blocks import (
     load_logits,
     row_offset,
 )
-from .numerics import softplus
+from .numerics import softplus, weighted
 
 
 @triton.jit
@@ -295,5 +295,6 @@ def row_kernel(
 
     if loss_ptr is not None:
         if EXPLICIT is not None:
-            value_sum = explicit_value + implicit * tl.where(no_teacher, 0.0, value_sum)
-        tl.store(loss_ptr + row, tl.where(valid, value_sum * weight, 0.0), mask=exists)
+            value_sum = tl.where(no_teacher, 0.0, value_sum)
+            value_sum = explicit_value + weighted(value_sum, implicit)
+        tl.store(loss_ptr + row, tl.where(valid, weighted(value_sum, weight), 0.0), mask=exists)

@@ -1,0 +1,300 @@
+"""The losses once more, from their papers, apart from the project: what fuzz.py believes.
+
+Losses of logits take (rows, classes) in extended precision and return a value a row, the gradient,
+and the size of the terms whose difference each of its elements is, all closed forms; correlations
+and losses of features return one value, and autograd in float64 differentiates their plain
+formulas. Nothing here imports the project.
+
+The conventions at the edges are the README's: a class that the teacher excludes contributes 0, one
+that only the student excludes makes the value +inf and leaves the gradient finite; a row that is
+all -inf or holds NaN or +inf is NaN; a term whose weight is 0 is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDE = np.longdouble
+Array = Any
+Rows = tuple[Array, Array, Array]
+
+
+# Losses of logits: (student, teacher, target, options) -> values, gradient, size of its terms.
+
+
+def bad_rows(x: Array) -> Array:
+    return np.isnan(x).any(1) | (x == np.inf).any(1) | (x == -np.inf).all(1)
+
+
+def log_softmax(x: Array) -> Array:
+    """Over the last axis; all -inf where there is no class."""
+    top = x.max(-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0)
+    shifted = x - top
+    total = np.exp(shifted).sum(-1, keepdims=True)
+    return np.where(total == 0, -np.inf, shifted - np.log(np.where(total == 0, 1, total)))
+
+
+def series(d: Any) -> Any:
+    """exp(-d) - 1 + d for small d: d^2/2 (1 - d/3 (1 - d/4 (...)))."""
+    total = 1 - d * 0
+    for n in range(18, 2, -1):
+        total = 1 - d / n * total
+    return d * d / 2 * total
+
+
+def kl(log_p: Array, log_q: Array) -> Array:
+    """sum p log(p / q) as sum p (exp(-d) - 1 + d), which does not cancel."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    d = np.where(p == 0, 0, log_p - np.where(p == 0, 0, log_q))
+    terms = np.where(abs(d) < 0.25, p * series(np.where(abs(d) < 0.25, d, 0)), q - p + p * d)
+    return np.where((p == 0).all(-1), 0, np.where(p == 0, q, terms).sum(-1))
+
+
+def times(weight: Array, value: Array) -> Array:
+    """0 where a term has weight 0, were it infinite."""
+    off = (np.asarray(weight) == 0) & (value == np.inf)
+    return weight * np.where(off, 0, value)
+
+
+def standardised(x: Array) -> tuple[Array, Array]:
+    deviation = x.std(-1, ddof=1, keepdims=True)
+    return (x - x.mean(-1, keepdims=True)) / (deviation + WIDE(1e-7)), deviation
+
+
+def softened(function: Callable[..., Rows]) -> Callable[..., Rows]:
+    """A loss of log-probabilities' logits, as one of logits: temperature, T^2, standardisation."""
+
+    def loss(
+        s: Array, t: Array, target: Array, options: dict[str, Any], move: Callable[[Array], Array]
+    ) -> Rows:
+        temperature = WIDE(options["temperature"])
+        bad = bad_rows(s) | bad_rows(t)
+        s, t = (np.where(bad[:, None], 0, x) for x in (s, t))
+        if options["standardize"]:
+            bad = bad | ~np.isfinite(s).all(1) | ~np.isfinite(t).all(1)
+            s, t = (np.where(bad[:, None], 0, x) for x in (s, t))
+            raw = s - s.mean(-1, keepdims=True)
+            (s, deviation), (t, _) = standardised(s), standardised(t)
+        s, t = s / temperature, t / temperature
+        if options["standardize"]:  # whose mean and deviation are rounded too
+            s, t = (move(x) + 3 * (move(x) - x) for x in (s, t))
+        value, slope, size = function(move(s), move(t), target, options)
+        slope, size = slope / temperature, size / temperature
+        if options["standardize"]:
+            spread = deviation + WIDE(1e-7)
+            still = deviation == 0
+            freedom = np.where(still, 1, deviation) * (s.shape[1] - 1) * spread
+            pull = np.where(still, 0, (slope * raw).sum(-1, keepdims=True) / freedom)
+            centred = slope - slope.mean(-1, keepdims=True)
+            slope = centred / spread - np.where(still, 0, raw * pull / spread)
+            z = abs(raw) / spread
+            along = z * (size * z).sum(-1, keepdims=True) / (s.shape[1] - 1)
+            size = (size + size.mean(-1, keepdims=True) + along) / spread
+        factor = temperature * temperature * WIDE(options["loss_weight"])
+        value, slope, size = times(factor, value), factor * slope, abs(factor) * size
+        return np.where(bad, np.nan, value), np.where(bad[:, None], np.nan, slope), size
+
+    return loss
+
+
+@softened
+def kd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
+    log_q, log_p = log_softmax(s), log_softmax(t)
+    p, q = np.exp(log_p), np.exp(log_q)
+    return kl(log_p, log_q), q - p, q + p
+
+
+def two_terms(
+    s: Array, t: Array, target: Array, alpha: Any, beta: Any, weigh: Callable[[Array, Array], Array]
+) -> Rows:
+    """alpha w TCKD + beta NCKD."""
+    rows = np.arange(len(s))
+
+    def split(x: Array) -> tuple[Array, Array]:
+        others = x.copy()
+        others[rows, target] = -np.inf
+        rest = np.logaddexp.reduce(others, -1)
+        return log_softmax(np.stack([x[rows, target], rest], -1)), log_softmax(others)
+
+    (pair_q, log_q), (pair_p, log_p) = split(s), split(t)
+    weight = weigh(pair_p[:, 0], pair_q[:, 0])
+    none_p, none_q = (log_p == -np.inf).all(1), (log_q == -np.inf).all(1)
+    implicit = np.where(none_p, 0, np.where(none_q, np.inf, kl(log_p, log_q)))
+    value = times(alpha, times(weight, kl(pair_p, pair_q))) + times(beta, implicit)
+    p, q = np.exp(log_p), np.exp(log_q)
+    on_target = alpha * weight * (np.exp(pair_p[:, 1]) - np.exp(pair_q[:, 1]))
+    rare = np.exp(pair_p[:, 0]) < np.exp(pair_p[:, 1])
+    on_target = np.where(
+        rare, alpha * weight * (np.exp(pair_q[:, 0]) - np.exp(pair_p[:, 0])), on_target
+    )
+    slope = -on_target[:, None] * q + beta * np.where((none_p | none_q)[:, None], 0, q - p)
+    slope[rows, target] = on_target
+    return value, slope, abs(on_target)[:, None] * q + abs(beta) * (p + q)
+
+
+@softened
+def dkd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
+    return two_terms(
+        s, t, target, WIDE(options["alpha"]), WIDE(options["beta"]), lambda p, q: np.ones_like(p)
+    )
+
+
+@softened
+def aekt(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
+    kappa, most = WIDE(options["kappa"]), np.log(WIDE(options["ratio_max"]))
+
+    def ratio(log_p: Array, log_q: Array) -> Array:
+        impossible = log_p == -np.inf
+        gap = np.where(impossible, 0, log_p) - np.where(impossible, 0, log_q)
+        grown = np.exp(np.minimum(gap, most) * kappa)
+        return np.where(impossible, 1 if kappa == 0 else 0, grown)
+
+    return two_terms(s, t, target, WIDE(options["alpha"]), WIDE(options["beta"]), ratio)
+
+
+ROWS: dict[str, Callable[..., Rows]] = {"kd": kd, "dkd": dkd, "aekt": aekt}
+
+
+# Losses of a batch: tensors in float64, options -> 0-d value, for autograd.
+
+
+def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, reduction: str,
+         loss_weight: Any) -> Tensor:  # fmt: skip
+    if len(s) == 0:
+        return s.sum()
+    q, p = (torch.softmax(x / tau, 1) for x in (s, t))
+    total: Any = 0.0
+    for dim, weight in ((1, beta), (0, gamma)):
+        a, b = (x - x.mean(dim, keepdim=True) for x in (q, p))
+        for x, y in ((a, q), (b, p)):  # the rounding of a constant's mean is no signal
+            noise = 4e-16 * y.detach().amax(dim, keepdim=True)
+            x.data[(x.detach().abs() <= noise).all(dim, keepdim=True).expand(x.shape)] = 0
+        squares = (a * a).sum(dim), (b * b).sum(dim)
+        norms = [torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt()) for x in squares]
+        product = norms[0] * norms[1] + eps
+        far = 1 - (a * b).sum(dim) / torch.where(product == 0, 1.0, product)
+        total = total + weight * (far.sum() if reduction == "sum" else far.mean())
+    return loss_weight * tau * tau * total
+
+
+def _unit(x: Tensor) -> Tensor:
+    squares = x.square().sum(1, keepdim=True)
+    tiny = squares < 1e-24
+    return torch.where(tiny, x / 1e-12, x / torch.where(tiny, 1.0, squares).sqrt())
+
+
+def iekd(inh: Tensor, exp: Tensor, t: Tensor, *, inheritance_weight: Any, exploration_weight: Any,
+         similarity: str, reduction: str, loss_weight: Any) -> Tensor:  # fmt: skip
+    a, b, c = (_unit(x.flatten(1)) for x in (inh, exp, t))
+    if similarity == "l1":
+        near, far = (a - c).abs().mean(1), -(b - c).abs().mean(1)
+    else:
+        near, far = 1 - (a * c).sum(1), (b * c).sum(1).abs()
+    total = (inheritance_weight * near + exploration_weight * far).sum()
+    return loss_weight * total / (1 if reduction == "sum" else max(len(a), 1))
+
+
+def attention(s: Tensor, t: Tensor, *, p: Any, reduction: str, loss_weight: Any) -> Tensor:
+    def attended(x: Tensor) -> Tensor:
+        top = x.detach().abs().amax((1, 2, 3), keepdim=True)  # the map does not know the scale
+        return _unit((x / torch.where(top == 0, 1.0, top)).abs().pow(p).mean(1).flatten(1))
+
+    gap = (attended(s) - attended(t)).square()
+    return loss_weight * gap.sum() / (1 if reduction == "sum" else max(gap.numel(), 1))
+
+
+def hint(s: Tensor, t: Tensor, *, reduction: str, loss_weight: Any) -> Tensor:
+    gap = (s - t).square()
+    return loss_weight * gap.sum() / (1 if reduction == "sum" else max(gap.numel(), 1))
+
+
+def pkd(s: Tensor, t: Tensor, *, reduction: str, loss_weight: Any) -> Tensor:
+    def normalised(x: Tensor) -> Tensor:
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        count = x.numel() // x.shape[1]
+        variance = centred.square().sum((0, 2, 3), keepdim=True) / (count - 1)
+        still = variance == 0
+        deviation = torch.where(still, 0.0, torch.where(still, 1.0, variance).sqrt())
+        return centred / (deviation + 1e-6)
+
+    gap = (normalised(s) - normalised(t)).square()
+    return loss_weight * gap.sum() / 2 / (1 if reduction == "sum" else gap.numel())
+
+
+def rkd(s: Tensor, t: Tensor, *, distance_weight: Any, angle_weight: Any, reduction: str,
+        loss_weight: Any) -> Tensor:  # fmt: skip
+    samples = len(s)
+    if samples == 0:
+        return s.sum()
+
+    def relations(x: Tensor) -> tuple[Tensor, Tensor]:
+        gaps = x[None] - x[:, None]  # [i, j] = x_j - x_i
+        squares = gaps.square().sum(-1)
+        same = squares == 0
+        length = torch.where(same, 0.0, torch.where(same, 1.0, squares).sqrt())
+        unit = gaps / torch.where(same, 1.0, length)[..., None]
+        mean = length.sum() / max(samples * (samples - 1), 1)
+        return length / mean.clamp(min=1e-12), unit @ unit.transpose(1, 2)
+
+    (d_s, a_s), (d_t, a_t) = relations(s), relations(t)
+    huber = lambda x: torch.where(x.abs() < 1, x * x / 2, x.abs() - 0.5)  # noqa: E731
+    means = (1, 1) if reduction == "sum" else (samples**2, samples**3)
+    distance, angle = huber(d_s - d_t).sum() / means[0], huber(a_s - a_t).sum() / means[1]
+    return loss_weight * (distance_weight * distance + angle_weight * angle)
+
+
+def near_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL of softmaxes over the last axis, in float64 torch."""
+    log_p, log_q = torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)
+    d = log_p - log_q
+    small = d.abs() < 0.25
+    near = log_p.exp() * series(torch.where(small, d, 0.0))
+    return torch.where(small, near, log_q.exp() - log_p.exp() + log_p.exp() * d).sum(-1)
+
+
+def tuple_matching(s: Tensor, t: Tensor, target: Tensor, *, temperature: Any, margin: Any,
+                   reduction: str, loss_weight: Any) -> Tensor:  # fmt: skip
+    def distances(x: Tensor) -> Tensor:
+        gaps = _unit(x)[None] - _unit(x)[:, None]
+        squares = gaps.square().sum(-1)
+        same = squares < 1e-14
+        return torch.where(same, 0.0, torch.where(same, 1.0, squares).sqrt())
+
+    d_s, d_t = distances(s), distances(t)
+    total, tuples = s.sum() * 0, 0
+    for a in range(len(s)):
+        for p in range(len(s)):
+            if a == p or target[a] != target[p]:
+                continue
+            gap = (d_s[a] - d_s[a, p]).detach()
+            members = (target != target[a]) & (gap > 0) & (gap <= margin)
+            if not members.any():
+                continue
+            tuples += 1
+            logits = [-torch.cat([d[a, p][None], d[a, members]]) / temperature for d in (d_s, d_t)]
+            total = total + near_kl(logits[1], logits[0])
+    return loss_weight * total / (1 if reduction == "sum" else max(tuples, 1))
+
+
+def local_classifier(s: Tensor, t: Tensor, centers: Tensor, target: Tensor, *, temperature: Any,
+                     reduction: str, loss_weight: Any) -> Tensor:  # fmt: skip
+    present = torch.unique(target.long())
+    taught = (t @ centers.T)[:, present]
+    rows = loss_weight * near_kl(taught / temperature, s[:, present] / temperature)
+    if reduction == "none":
+        return rows
+    return rows.sum() / (1 if reduction == "sum" else max(len(s), 1))
+
+
+BATCHES: dict[str, Callable[..., Tensor]] = {
+    name: globals()[name]
+    for name in (
+        "dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier"
+    )
+}  # fmt: skip
