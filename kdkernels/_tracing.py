@@ -17,8 +17,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_LARGEST = 1.5e308
-"""Constants are smaller, which symbols are not known to be."""
+_PIVOTS = (0.1234567, 1.1234567, 17.1234567)
+"""A constant is known to lie on one side of each; of a symbol that is not known."""
 
 
 def plain(tensor: Tensor) -> bool:
