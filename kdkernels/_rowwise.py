@@ -27,16 +27,17 @@ def row_loss(
     ignore_index: int,
     reduction: str,
     backend: str | None,
+    target_name: str = "target",
 ) -> Tensor:
     """Check the inputs, choose the backend and run it.
 
     ``options`` are the loss's own numbers in the order in which its rule reads them; ``scale``
-    multiplies the loss (T^2 and ``loss_weight``).
+    multiplies the loss (T^2 and ``loss_weight``). ``target_name`` is what the loss calls it.
     """
     code = _checks.reduction(reduction)
     class_dim = _checks.logits(student, teacher)
     if target is not None:
-        _checks.target(target, student, class_dim)
+        _checks.target(target, student, class_dim, target_name)
         if type(ignore_index) is not int:
             raise _checks.fail_type("ignore_index", "an int", type(ignore_index).__name__)
     elif spec.needs_target:

@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import triton as kernels
-from kdkernels.reference._rows import kl_terms, log_softmax, rescale
-from kdkernels.reference.dkd import decouple
-from kdkernels.reference.kd import divergence
+from kdkernels.reference._rows import rescale
+from kdkernels.reference._tokens import kl_terms, log_softmax
 from kdkernels.triton import kd as kd_rule
 from kdkernels.triton.numerics import expm1, log1p, phi
 
@@ -57,11 +56,19 @@ def toy_decoupled(
     """(a + e) KL of the target against the rest, and b + c times the toy on the rest."""
     a, b, c, e = options
     student, teacher = rescale(student, teacher, temperature, standardize)
-    log_q, log_q_others = decouple(student, target)
-    log_p, log_p_others = decouple(teacher, target)
-    return (a + e) * divergence(log_p, log_q) + (b + c) * _terms(
-        log_p_others, log_q_others, options
-    )
+    log_q, log_q_others = _split(student, target)
+    log_p, log_p_others = _split(teacher, target)
+    explicit = kl_terms(log_p, log_q).sum(-1)
+    return (a + e) * explicit + (b + c) * _terms(log_p_others, log_q_others, options)
+
+
+def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The target against the rest, and the rest; there is a rest."""
+    index = target.unsqueeze(-1)
+    excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    others = logits.masked_fill(excluded, -torch.inf)
+    pair = torch.cat([logits.gather(-1, index), others.logsumexp(-1, keepdim=True)], -1)
+    return log_softmax(pair), log_softmax(others)
 
 
 _kl = kd_rule.rule
