@@ -9,6 +9,7 @@ its authors do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,29 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
         return F.kl_div(log_q, p, reduction="batchmean") * temperature * temperature
     pixels = student.numel() // student.shape[1]
     return F.kl_div(log_q, p, reduction="sum") / pixels * temperature * temperature
+
+
+def _mean_over_rows(terms: Tensor) -> Tensor:
+    return terms.sum() / (terms.numel() // terms.shape[1 if terms.dim() == 4 else -1])
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    classes = 1 if student.dim() == 4 else -1
+    log_q = F.log_softmax(student / temperature, dim=classes)
+    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    return _mean_over_rows(F.kl_div(log_p, log_q, reduction="none", log_target=True))
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """As in TRL: the mixture by logsumexp of the log-probabilities."""
+    classes = 1 if student.dim() == 4 else -1
+    log_q = F.log_softmax(student / temperature, dim=classes)
+    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    shares = (log_q + math.log1p(-beta), log_p + math.log(beta))
+    log_m = torch.logsumexp(torch.stack(shares), dim=0)
+    of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    of_student = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return _mean_over_rows(beta * of_teacher + (1 - beta) * of_student)
 
 
 def _collapse(probs: Tensor, target_mask: Tensor, other_mask: Tensor) -> Tensor:
@@ -113,7 +137,8 @@ def dist(
 
 
 EAGER: dict[str, Callable[..., Tensor]] = {
-    "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, **embedding_eager.EAGER,
+    "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "reverse_kl": reverse_kl, "jsd": jsd,
+    **embedding_eager.EAGER,
 }  # fmt: skip
 
 

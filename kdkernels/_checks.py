@@ -128,17 +128,17 @@ def constant(name: str, value: Tensor) -> None:
         )
 
 
-def target(value: Any, student: Tensor, class_dim: int) -> None:
+def target(value: Any, student: Tensor, class_dim: int, name: str = "target") -> None:
     """Check the class indices: one integer for each row of the logits, on the same device."""
-    tensor("target", value, "a Tensor of class indices")
+    tensor(name, value, "a Tensor of class indices")
     shape = student.shape
     rows = shape[:class_dim] + shape[class_dim + 1 :]
     if value.shape != rows:
-        raise fail("target", f"of shape {tuple(rows)}", tuple(value.shape))
+        raise fail(name, f"of shape {tuple(rows)}", tuple(value.shape))
     if value.dtype not in INTEGERS:
-        raise fail_type("target", "integer class indices", value.dtype)
+        raise fail_type(name, "integer class indices", value.dtype)
     if value.device != student.device:
-        raise fail("target", f"on the student's device {student.device}", value.device)
+        raise fail(name, f"on the student's device {student.device}", value.device)
 
 
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
@@ -235,6 +235,13 @@ def non_negative(name: str, value: Any) -> float:
     value = number(name, value)
     if value < 0.0:
         raise fail(name, ">= 0", value)
+    return value
+
+
+def fraction(name: str, value: Any) -> float:
+    value = number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise fail(name, "in [0, 1]", value)
     return value
 
 

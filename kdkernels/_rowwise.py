@@ -29,16 +29,17 @@ def row_loss(
     ignore_index: int,
     reduction: str,
     backend: str | None,
+    target_name: str = "target",
 ) -> Tensor:
     """Check the inputs, choose the backend and run it.
 
     ``options`` are the loss's own numbers in the order in which its rule reads them; ``scale``
-    multiplies the loss (T^2 and ``loss_weight``).
+    multiplies the loss (T^2 and ``loss_weight``). ``target_name`` is what the loss calls it.
     """
     code = _checks.reduction(reduction)
     class_dim = _checks.logits(student, teacher)
     if target is not None:
-        _checks.target(target, student, class_dim)
+        _checks.target(target, student, class_dim, target_name)
     elif spec.needs_target:
         raise _checks.fail_type("target", "a Tensor of class indices", "None")
     ignore_index = _checks.integer("ignore_index", ignore_index)

@@ -20,6 +20,9 @@ class LossSpec:
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
     ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
+    ``target_name`` is that argument's name. ``t_squared`` says that T^2 is in the loss,
+    ``needs_teacher_mass`` that a class which only the teacher excludes makes it infinite, without a
+    gradient; ``domains`` are the least and the largest values of options that are not merely >= 0.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
@@ -40,6 +43,10 @@ class LossSpec:
     eps: str
     needs_target: bool = False
     takes_target: bool = False
+    target_name: str = "target"
+    t_squared: bool = True
+    needs_teacher_mass: bool = False
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")
     samples: tuple[Mapping[str, Any], ...] = ({},)

@@ -72,7 +72,7 @@ def test_every_argument_matters(case: Case, argument: str) -> None:
         changed_student = student.flip(0)
     elif argument == "teacher_logits":
         changed_teacher = teacher.flip(0)
-    elif argument == "target":
+    elif argument == case.spec.target_name:
         changed["target"] = target.roll(1) if case.spec.needs_target else target.fill_(-100)
         options["target"] = target.clone() if case.spec.needs_target else target + 101
     else:
@@ -125,7 +125,7 @@ def test_every_argument_of_a_module_reaches_its_function(spec: LossSpec) -> None
     student, teacher, target = make("gaussian", 6, 9)
     target[1] = 2
     inputs = (student, teacher, target) if spec.takes_target else (student, teacher)
-    names = ("student_logits", "teacher_logits", "target")
+    names = ("student_logits", "teacher_logits", spec.target_name)
     for name, parameter in option_names(spec).items():
         value = "reference" if name == "backend" else _perturbed(spec, parameter)
         by_function = spec.function(**dict(zip(names, inputs, strict=False)), **{name: value})

@@ -33,7 +33,10 @@ def _inputs(case: Case, rows: int = 6, **kwargs: Any) -> tuple[Tensor, Tensor, T
 # 1. p = 0 contributes 0; gradients are finite wherever the loss is.
 
 
-@each(family=("mask_same", "mask_teacher", "mask_first_block", "mask_last_block"))
+@each(
+    family=("mask_same", "mask_teacher", "mask_first_block", "mask_last_block"),
+    keep=lambda case, family: family != "mask_teacher" or not case.spec.needs_teacher_mass,
+)
 def test_impossible_classes_cost_nothing(case: Case, family: str) -> None:
     student, teacher, target = make(family, 5, case.pick(37, 9), device=case.device)
     for reduction in reductions(case.spec):
@@ -41,7 +44,20 @@ def test_impossible_classes_cost_nothing(case: Case, family: str) -> None:
         assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
 
 
-@each(ROW_LOSSES)
+@each([s for s in ROW_LOSSES if s.needs_teacher_mass])
+def test_a_class_that_only_the_teacher_excludes_is_never_silent(case: Case) -> None:
+    """Such a row is infinite, it has no gradient, and it touches no other."""
+    student, teacher, target = _inputs(case)
+    clean, clean_gradient = value_and_grad(case, student, teacher, target, reduction="none")
+    teacher[2, 3] = -INF
+    loss, gradient = value_and_grad(case, student, teacher, target, reduction="none")
+    assert loss[2] == INF and not torch.isfinite(gradient[2]).any()
+    others = torch.arange(6) != 2
+    assert same_bits(loss[others], clean[others])
+    assert same_bits(gradient[others], clean_gradient[others])
+
+
+@each([s for s in ROW_LOSSES if not s.needs_teacher_mass])
 def test_an_infinite_loss_has_a_finite_gradient(case: Case) -> None:
     """The student excludes a class the teacher does not: whatever the loss, training goes on."""
     student, teacher, target = make("mask_different", 5, 9, device=case.device)

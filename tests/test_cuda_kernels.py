@@ -7,12 +7,13 @@ files); here every traversal walks rows that others would be chosen for, on seve
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import cuda_emulator
 import pytest
 import torch
-from cases import same_bits
+from cases import call, same_bits
 from inputs import FAMILIES, make
 from torch import Tensor
 
@@ -22,12 +23,21 @@ pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="the emulator needs a C++ compiler"
 )
 
-OPTIONS: dict[str, list[float]] = {
-    "kd": [],
-    "dkd": [1.0, 8.0],
-    "aekt": [1.0, 8.0, 1.0, 10.0],
-}
-ROW_RULES = [s.name for s in SPECS.values() if s.by_row]
+COMPILED = {unit.rule for unit in cuda_emulator.build_facts().units()}
+ROW_RULES = [s.name for s in SPECS.values() if s.by_row and s.name in COMPILED]
+
+
+def options_of(rule: str) -> dict[str, Any]:
+    """The loss's own numbers, as its reference has them by default."""
+    parameters = inspect.signature(SPECS[rule].reference).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if type(p.default) is float and p.name != "temperature"
+    }
+
+
+OPTIONS = {rule: list(options_of(rule).values()) for rule in ROW_RULES}
 SIZES = {
     "lanes": ((5, 8), (9, 64), (6, 72), (3, 320), (2, 1000)),
     "block": ((3, 24), (2, 1032), (2, 2056), (3, 5008)),
@@ -39,16 +49,12 @@ SIZES = {
 TRAVERSALS = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 
 
-def options_of(rule: str) -> dict[str, Any]:
-    names = {"dkd": ("alpha", "beta"), "aekt": ("alpha", "beta", "kappa", "ratio_max")}
-    return dict(zip(names.get(rule, ()), OPTIONS[rule], strict=True))
-
-
 def run_row(
     rule: str, traversal: str, student: Tensor, teacher: Tensor, target: Tensor, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
+    scale = 16.0 if SPECS[rule].t_squared else 1.0
     loss, gradient, ran = cuda_emulator.row_loss(
-        rule, student, teacher, target, OPTIONS[rule], scale=16.0, traversal=traversal, seed=seed
+        rule, student, teacher, target, OPTIONS[rule], scale=scale, traversal=traversal, seed=seed
     )
     assert ran == traversal
     assert gradient is not None
@@ -59,14 +65,8 @@ def against_reference(
     rule: str, student: Tensor, teacher: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = student.double().detach().clone().requires_grad_()
-    loss = SPECS[rule].function(
-        wide,
-        teacher.double(),
-        target=target,
-        temperature=4.0,
-        backend="reference",
-        **options_of(rule),
-    )
+    options = {"target": target, "temperature": 4.0, "backend": "reference", **options_of(rule)}
+    loss = call(SPECS[rule], wide, teacher.double(), **options)
     (gradient,) = torch.autograd.grad(loss, wide)
     return loss.detach(), gradient
 

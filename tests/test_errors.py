@@ -110,6 +110,10 @@ def _bad_values(spec: LossSpec) -> list[tuple[str, Any, type[Exception], str]]:
     bad = []
     for name, parameter in option_names(spec).items():
         rows = BY_NAME.get(name) or BY_ANNOTATION.get(parameter.annotation, [])
+        if name in spec.domains:
+            low, high = spec.domains[name]
+            text = f"in [{low:g}, {high:g}], got "
+            rows = [*NUMBER, *((x, ValueError, f"{text}{x}") for x in (low - 1e-9, high + 0.5))]
         if name == "reduction":
             allowed = (
                 "'mean', 'batchmean', 'sum' or 'none'"
@@ -269,7 +273,7 @@ BAD_TARGETS: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
 def test_bad_targets(spec: LossSpec, bad: str) -> None:
     student, teacher, target = make("gaussian", 4, 5)
     change, kind, text = BAD_TARGETS[bad]
-    with pytest.raises(kind, match=_exact("target", text)):
+    with pytest.raises(kind, match=_exact(spec.target_name, text)):
         call(spec, student, teacher, target=change(target))
 
 

@@ -26,7 +26,7 @@ class Golden:
     student: list[list[int]]
     teacher: list[list[int]]
     loss: float
-    gradient: list[list[R | int]]
+    gradient: list[list[R | int | float]]
     target: list[int] = field(default_factory=lambda: [0])
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -54,6 +54,48 @@ GOLDEN: dict[str, list[Golden]] = {
             [[1, 1, 0], [1, 1, 2]],
             ln(4, 3) / 2,
             [[R(-1, 4), R(1, 4), 0], [0, 0, 0]],
+        ),
+    ],
+    "reverse_kl": [
+        # q = (1/4, 3/4), p = (1/2, 1/2):  1/4 ln 1/2 + 3/4 ln 3/2; q_1 q_2 (ln 1/2 - ln 3/2)
+        Golden(
+            [[1, 3]], [[1, 1]], ln(1, 2) / 4 + 3 * ln(3, 2) / 4, [[-3 * ln(3) / 16, 3 * ln(3) / 16]]
+        ),
+        # a class that both exclude, and one that only the student does: 1/2 ln 2 + 1/2 ln 2
+        Golden([[1, 1, 0, 0]], [[1, 1, 2, 0]], ln(2), [[0, 0, 0, 0]]),
+    ],
+    "jsd": [
+        # q = (1/4, 3/4), p = (3/4, 1/4), m = (1/2, 1/2): both KL are 3/4 ln 3/2 + 1/4 ln 1/2
+        #   g = (1/2 ln 1/2, 1/2 ln 3/2);  q_1 q_2 (g_1 - g_2) = -3/32 ln 3
+        Golden(
+            [[1, 3]],
+            [[3, 1]],
+            3 * ln(3, 2) / 4 + ln(1, 2) / 4,
+            [[-3 * ln(3) / 32, 3 * ln(3) / 32]],
+        ),
+        # p = (1, 0), q = (1/2, 1/2), m = (3/4, 1/4):  1/2 ln 4/3 + 1/4 (ln 2/3 + ln 2)
+        Golden(
+            [[1, 1]],
+            [[1, 0]],
+            ln(4, 3) / 2 + (ln(2, 3) + ln(2)) / 4,
+            [[-ln(3) / 8, ln(3) / 8]],
+        ),
+        # beta = 1/4, m = (3/8, 5/8):  3/4 ln 2 + 1/4 ln 2/5 of p, 1/4 ln 2/3 + 3/4 ln 6/5 of q
+        Golden(
+            [[1, 3]],
+            [[3, 1]],
+            (3 * ln(2) + ln(2, 5)) / 16 + 3 * (ln(2, 3) + 3 * ln(6, 5)) / 16,
+            [[R(9, 64) * ln(5, 9), -R(9, 64) * ln(5, 9)]],
+            options={"beta": 0.25},
+        ),
+        # the ends are KL and reverse KL: the numbers of those
+        Golden([[1, 3]], [[1, 1]], ln(4, 3) / 2, [[R(-1, 4), R(1, 4)]], options={"beta": 0.0}),
+        Golden(
+            [[1, 3]],
+            [[1, 1]],
+            ln(1, 2) / 4 + 3 * ln(3, 2) / 4,
+            [[-3 * ln(3) / 16, 3 * ln(3) / 16]],
+            options={"beta": 1.0},
         ),
     ],
     "dkd": [
@@ -171,10 +213,11 @@ def test_golden(case: Case, dtype: torch.dtype, temperature: float) -> None:
         if "eps" not in options and case.spec.name == "dist":
             options["eps"] = 1e-20  # not felt where norms are 1/24; keeps 0 / 0 away
         loss, gradient = value_and_grad(case, student, teacher, reduction="sum", **options)
-        expected = torch.tensor(temperature**2 * golden.loss, dtype=dtype)
+        factor = temperature**2 if case.spec.t_squared else 1.0
+        expected = torch.tensor(factor * golden.loss, dtype=dtype)
         torch.testing.assert_close(loss.cpu(), expected, **tolerance)
         if golden.gradient:
-            rows = [[temperature * float(g) for g in row] for row in golden.gradient]
+            rows = [[factor / temperature * float(g) for g in row] for row in golden.gradient]
             expected = torch.tensor(rows, dtype=dtype)
             torch.testing.assert_close(gradient.cpu(), expected, **tolerance)
 

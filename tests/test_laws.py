@@ -65,7 +65,8 @@ def zero_iff_equal(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
     teacher = student.clone()
     # The gaps are rounding errors of the same logits, the loss their square.
     assert 0 <= case(student, teacher, target, **options) <= 1e-28
-    options |= {n: 1.0 for n in ("alpha", "beta") if n in option_names(case.spec)}
+    weights = {"alpha", "beta"} & set(option_names(case.spec)) - set(case.spec.domains)
+    options |= {name: 1.0 for name in weights}
     options |= at_temperature(case.spec, 4.0)  # no row is so certain that a step of 1 is nothing
     teacher[0, target[0]] += 1.0
     assert case(student, teacher, target, **options) > 1e-6
@@ -84,7 +85,7 @@ def shift(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
 
 @_law
 def temperature_scaling(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
-    """L(s, t, T) = T^2 L(s / T, t / T, 1)."""
+    """L(s, t, T) = L(s / T, t / T, 1), times T^2 where that is in."""
     student, teacher, target = inputs
     name = temperature_name(case.spec)
     assert name is not None
@@ -92,7 +93,8 @@ def temperature_scaling(case: Case, inputs: Inputs, options: dict[str, Any]) -> 
     temperature = options[name]
     direct = case(student, teacher, target, **options)
     scaled = case(student / temperature, teacher / temperature, target, **{**options, name: 1.0})
-    torch.testing.assert_close(direct, temperature**2 * scaled, **CLOSE)
+    factor = temperature**2 if case.spec.t_squared else 1.0
+    torch.testing.assert_close(direct, factor * scaled, **CLOSE)
 
 
 @_law

@@ -12,6 +12,7 @@ from .dist import DISTLoss as DISTLoss, dist_loss as dist_loss
 from .dkd import DKDLoss as DKDLoss, dkd_loss as dkd_loss
 from .hint import HintLoss as HintLoss, hint_loss as hint_loss
 from .iekd import IEKDLoss as IEKDLoss, iekd_loss as iekd_loss
+from .jsd import JSDLoss as JSDLoss, jsd_loss as jsd_loss
 from .kd import KDLoss as KDLoss, kd_loss as kd_loss
 from .pkd import PKDLoss as PKDLoss, pkd_loss as pkd_loss
 from .refilled import (
@@ -23,4 +24,5 @@ from .refilled import (
     semihard_tuples as semihard_tuples,
     tuple_matching_loss as tuple_matching_loss,
 )
+from .reverse_kl import ReverseKLLoss as ReverseKLLoss, reverse_kl_loss as reverse_kl_loss
 from .rkd import RKDLoss as RKDLoss, rkd_loss as rkd_loss

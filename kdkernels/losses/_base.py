@@ -58,7 +58,17 @@ class LossModule(_Loss):
         return ", ".join(f"{key}={value!r}" for key, value in held.items())
 
 
-class RowLoss(LossModule):
+class TokenLoss(LossModule):
+    """A loss with one value a row and a mask."""
+
+    def __init__(
+        self, *, ignore_index: int, reduction: str, loss_weight: float, backend: str | None
+    ) -> None:
+        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
+        self.ignore_index = _checks.integer("ignore_index", ignore_index)
+
+
+class RowLoss(TokenLoss):
     """A loss with one value a row, a mask and optional logit standardisation."""
 
     def __init__(
@@ -70,6 +80,10 @@ class RowLoss(LossModule):
         standardize: bool,
         backend: str | None,
     ) -> None:
-        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        self.ignore_index = _checks.integer("ignore_index", ignore_index)
+        super().__init__(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            loss_weight=loss_weight,
+            backend=backend,
+        )
         self.standardize = _checks.flag("standardize", standardize)

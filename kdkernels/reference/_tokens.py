@@ -1,7 +1,8 @@
 """What the references of divergences between tokens' distributions share: exact log-probabilities.
 
 ``torch.log_softmax`` loses the digits of the largest log-probability where a row is certain, and
-its backward pass those of the gradient, both of which are differences there: of reverse KL in float64
+its backward pass those of the gradient, both of which are differences there: of reverse KL in
+float64
 nothing but nine digits would be left.
 """
 
