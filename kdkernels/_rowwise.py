@@ -60,6 +60,7 @@ def row_loss(
                 ignore_index=ignore_index,
                 reduction=reduction,
                 backend=backend,
+                target_name=target_name,
             )
 
         return _dtensor.row_loss(

@@ -64,7 +64,7 @@ def symbolic_numbers(numbers: Sequence[float]) -> Tensor | None:
         return None
     from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-    if all([known(x > -_LARGEST) and known(x < _LARGEST) for x in numbers]):
+    if all([known(x < pivot) or known(x >= pivot) for x in numbers for pivot in _PIVOTS]):
         return None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * x for x in numbers])

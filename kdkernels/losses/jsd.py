@@ -8,11 +8,12 @@ from .. import _checks
 from .._rowwise import row_loss
 from ..reference.jsd import jsd as reference
 from ..registry import LossSpec, register
-from ._base import TokenLoss
+from ._base import TokenLoss, weighed
 from .kd import KD
 from .reverse_kl import REVERSE_KL
 
 
+@weighed
 def jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -69,7 +70,7 @@ def jsd_loss(
         teacher_logits,
         labels,
         options=options,
-        temperature=_checks.positive("temperature", temperature),
+        temperature=_checks.temperature(temperature),
         scale=_checks.number("loss_weight", loss_weight),
         standardize=False,
         ignore_index=ignore_index,
@@ -103,7 +104,7 @@ class JSDLoss(TokenLoss):
             backend=backend,
         )
         self.beta = _checks.fraction("beta", beta)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None

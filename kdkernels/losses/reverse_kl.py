@@ -8,9 +8,10 @@ from .. import _checks
 from .._rowwise import row_loss
 from ..reference.reverse_kl import reverse_kl as reference
 from ..registry import LossSpec, register
-from ._base import TokenLoss
+from ._base import TokenLoss, weighed
 
 
+@weighed
 def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -59,7 +60,7 @@ def reverse_kl_loss(
         teacher_logits,
         labels,
         options={},
-        temperature=_checks.positive("temperature", temperature),
+        temperature=_checks.temperature(temperature),
         scale=_checks.number("loss_weight", loss_weight),
         standardize=False,
         ignore_index=ignore_index,
@@ -91,7 +92,7 @@ class ReverseKLLoss(TokenLoss):
             loss_weight=loss_weight,
             backend=backend,
         )
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.temperature(temperature)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
