@@ -378,3 +378,49 @@ _of(
      "(q * slope).sum((1, 2), keepdim=True)"),
     ("sign_of_power", "out.pow_(p - 1)«.mul_(student[block].sgn())».mul_", ""),
 )  # fmt: skip
+
+# Python: autograd, the operators, the choice of a backend, sharded tensors.
+
+_of(
+    "kdkernels", "_autograd.py", "test_saved_tensors.py", "kd",
+    ("target_unsaved", "_save(ctx, «(student, *constants)»)",
+     "(student, *(x.detach().clone() if x is not None else x for x in constants))"),
+    ("inference_saved", "if tensor is not None and «tensor.is_inference()»:", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_autograd.py", "test_transforms.py", "batched and (kd or iekd)",
+    ("batched_unscaled", "    return («gradient * upstream»).to(student.dtype)", "gradient"),
+    ("batched_several", "gradients = [(«g * upstream»).to(g.dtype) for g in gradients]", "g * 1"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_autograd.py", "test_upstream.py", "kd and (native or reference)",
+    ("stored_none", "return «reduction != 0 and» student.dtype", ""),
+    ("stored_unscaled", "gradient = «kernels.scale_(gradient, upstream)»", "gradient"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_ops.py", "test_compile.py", "fullgraph and kd and native",
+    ("operator_unscaled", "made = [(«g * factor»).to(g.dtype)", "g * 1"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_ops.py", "test_transforms.py", "double and kd",
+    ("twice_silent", "    backward = staticmethod(«no_double_backward»)\n\n    @staticmethod\n    def jvp",
+     "lambda ctx, g: (torch.zeros_like(g), None, None)"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_dispatch.py", "test_transforms.py", "forward_mode and kd",
+    ("transforms_unseen", "if «_tracing.transformed()»:", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_tracing.py", "test_recorders.py test_compile.py", "kd and native",
+    ("recorders_unseen", "        or «torch._C._get_tracing_state() is not None»\n    ):", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_tracing.py", "test_schedules.py", "kd-native",
+    ("symbols_unseen", "    if «all([known(x < pivot) or known(x >= pivot) for x in numbers for pivot in _PIVOTS])»:",
+     "True"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_dtensor.py", "test_dtensor.py", "sharded",
+    ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
+    ("row_dim", "Shard(p.dim «- (p.dim > class_dim)»)", ""),
+)  # fmt: skip

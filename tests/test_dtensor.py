@@ -52,11 +52,33 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
         spec.function(leaf, *case.tensors[1:], **options)
 
 
+def _check_image() -> None:
+    """Classes in dim 1: rows sharded behind them keep their place among the rows."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.randn(2, 7, 3, 4, generator=generator) for _ in range(2))
+    labels = torch.randint(7, (2, 3, 4), generator=generator)
+    spec = SPECS["dkd"]
+    expected = spec.function(student, teacher, labels, reduction="none")
+    s, t = (distribute_tensor(x, mesh, [Shard(2)]) for x in (student, teacher))
+    y = distribute_tensor(labels, mesh, [Shard(1)])
+    loss: Any = spec.function(s, t, y, reduction="none")
+    assert loss.placements == (Shard(1),) and loss.shape == labels.shape
+    torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+
+
 def _worker(rank: int, port_file: str, failures: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=WORLD)
     try:
+        try:
+            _check_image()
+        except Exception:
+            failures.put(f"rank {rank}, image:\n{traceback.format_exc()}")
+            return
         for spec in SPECS.values():
             for reduction in ("mean", "sum", "none") if spec.by_row else ("mean", "sum"):
                 for dim in (0, 1):
