@@ -47,7 +47,7 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
                             std::string rule, double inter, double intra, double tau, double eps,
                             int64_t class_dim, int64_t reduction) {
   const Logits logits = check(student, teacher, class_dim);
-  Tensor gradient = torch::stable::empty_like(student);
+  Tensor gradient = empty_gradient(student);
   const double factor = number(upstream);
   run({student, teacher, rule, inter * factor, intra * factor, tau, eps, class_dim, reduction},
       logits, &gradient);

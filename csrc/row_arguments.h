@@ -38,6 +38,7 @@ inline RowProblem row_problem(const RowArguments& a, const Logits& logits) {
     STD_TORCH_CHECK(a.target->scalar_type() == ScalarType::Long && a.target->is_contiguous() &&
                         a.target->numel() == logits.rows,
                     "target must be contiguous int64, one for each row");
+    require_memory(*a.target, "target");
     problem.target = static_cast<const int64_t*>(a.target->const_data_ptr());
   }
   return problem;

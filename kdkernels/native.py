@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS
+from ._checks import FLOATS, allocated
 from ._ops import loss_dtype
 
 
@@ -152,6 +152,11 @@ def _plain(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
         and not teacher.is_neg()
         and not torch._C._are_functorch_transforms_active()
         and (student.is_cpu or (student.is_cuda and student.numel() > 0))
+        # The operators see to storages that were freed, and to tensors that know they are 0.
+        and student.data_ptr() != 0
+        and teacher.data_ptr() != 0
+        and not (student.storage_offset() and student.untyped_storage().nbytes() == 0)
+        and not (teacher.storage_offset() and teacher.untyped_storage().nbytes() == 0)
     )
 
 
@@ -199,6 +204,8 @@ def row(
             reduction,
             need_gradient,
         )
+    if target is not None and (target.data_ptr() == 0 or target.storage_offset()):
+        allocated("target", target)
     shape = student.shape
     classes = shape[-1]
     dtype = loss_dtype(student, teacher)

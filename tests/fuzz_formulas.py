@@ -165,7 +165,7 @@ ROWS: dict[str, Callable[..., Rows]] = {"kd": kd, "dkd": dkd, "aekt": aekt}
 
 
 def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, reduction: str,
-         loss_weight: Any) -> Tensor:  # fmt: skip
+         loss_weight: Any, floor: float = 1e-28) -> Tensor:  # fmt: skip
     if len(s) == 0:
         return s.sum()
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))
@@ -178,6 +178,8 @@ def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, red
         squares = (a * a).sum(dim), (b * b).sum(dim)
         norms = [torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt()) for x in squares]
         product = norms[0] * norms[1] + eps
+        if eps < 1e-12 and any(((x > 0) & (x < floor)).any() for x in squares):
+            return s.sum() * torch.nan  # what float32 loses depends on the order of its operations
         far = 1 - (a * b).sum(dim) / torch.where(product == 0, 1.0, product)
         total = total + weight * (far.sum() if reduction == "sum" else far.mean())
     return loss_weight * tau * tau * total

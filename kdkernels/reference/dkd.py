@@ -50,7 +50,7 @@ class Split(NamedTuple):
 def split(student: Tensor, teacher: Tensor, target: Tensor) -> Split:
     """Split scaled logits, (rows, classes), at the target of each row."""
     index = target.unsqueeze(-1)
-    excluded = torch.zeros_like(student, dtype=torch.bool).scatter(-1, index, True)
+    excluded = torch.arange(student.shape[-1], device=student.device) == index
     log_p_others, lse_p = masked_log_softmax(teacher, excluded)
     log_q_others, lse_q = masked_log_softmax(student, excluded)
     delta = teacher - student
