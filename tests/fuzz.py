@@ -235,6 +235,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     formula = formulas.ROWS[spec.name]
 
     wide = loss.dtype == torch.float64
+    options = {**options, "floor": 1e-307 if wide else 1e-37}
 
     def exact(move: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
         with np.errstate(all="ignore"):
@@ -403,7 +404,7 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
     close(
         wide(loss.reshape(-1).double().numpy()),
         wide(value),
-        4 * noise + working * scale * 2,
+        12 * noise + working * scale * 2,
         loss.dtype,
         "loss",
     )
@@ -416,7 +417,7 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         with np.errstate(all="ignore"):
             move = np.stack([abs(wide(m[1][i]) - truth) for m in moves])
         move = np.where(np.isfinite(move), move, 0)
-        noise = 4 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
+        noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
         noise += working * scale / max(len(truth), 1) / 4 / max(spread(x), 1e-30)
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
