@@ -4,11 +4,13 @@
 // checked in Python; what is checked here again guards memory.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -57,6 +59,15 @@ inline std::vector<int64_t> row_shape(const Tensor& x, int64_t class_dim) {
   return shape;
 }
 
+// A freed storage (sharded training resizes them to 0) leaves an address that must not be read.
+inline void require_memory(const Tensor& x, const char* name) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  if (bytes == 0 && x.numel() > 0)
+    throw std::invalid_argument(std::string(name) +
+                                " must be a Tensor with memory, got one whose storage was freed");
+}
+
 struct Logits {
   bool wide;  // float64 arithmetic
   int64_t rows, classes;
@@ -69,6 +80,8 @@ inline Logits check(const Tensor& student, const Tensor& teacher, int64_t class_
   for (int64_t dim = 0; dim < student.dim(); ++dim)
     STD_TORCH_CHECK(student.size(dim) == teacher.size(dim),
                     "teacher_logits must be of the student's shape");
+  require_memory(student, "student_logits");
+  require_memory(teacher, "teacher_logits");
   const int64_t classes = student.size(class_dim);
   STD_TORCH_CHECK(classes > 0, "student_logits must be of at least one class");
   const bool wide =
@@ -100,6 +113,7 @@ inline RowProblem row_problem(const RowCall& call, const Tensor& student, const 
     STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->is_contiguous() &&
                         target->numel() == logits.rows,
                     "target must be contiguous int64, one for each row");
+    require_memory(*target, "target");
     problem.target = static_cast<const int64_t*>(target->const_data_ptr());
   }
   return problem;
@@ -117,8 +131,20 @@ inline CorrelationProblem correlation_problem(const CorrelationCall& call, const
   return problem;
 }
 
-inline Tensor empty_gradient(const Tensor& student, bool wanted) {
-  return wanted ? torch::stable::empty_like(student) : torch::stable::new_empty(student, {0});
+// What the stable ABI says where memory is short names its own source alone.
+template <class Allocate>
+Tensor allocated(const char* what, int64_t elements, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    throw std::runtime_error(std::string("memory must be enough for ") + what + " of " +
+                             std::to_string(elements) + " elements, got too little");
+  }
+}
+
+inline Tensor empty_gradient(const Tensor& student, bool wanted = true) {
+  if (!wanted) return torch::stable::new_empty(student, {0});
+  return allocated("a gradient", student.numel(), [&] { return torch::stable::empty_like(student); });
 }
 
 }  // namespace kdkernels

@@ -36,7 +36,7 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
                             std::optional<Tensor> symbolic, int64_t class_dim, int64_t reduction) {
   const CorrelationCall call{rule, numbers_of(numbers, symbolic), class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
-  Tensor gradient = torch::stable::empty_like(student);
+  Tensor gradient = empty_gradient(student);
   run(call, student, teacher, logits, number(upstream), &gradient);
   return gradient;
 }

@@ -23,7 +23,9 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
   Tensor gradient = empty_gradient(student, need_gradient);
   if (need_gradient) problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
   if (reduction == kNone) {
-    Tensor loss = torch::stable::new_empty(student, row_shape(student, class_dim), logits.loss_type());
+    Tensor loss = allocated("the loss", logits.rows, [&] {
+      return torch::stable::new_empty(student, row_shape(student, class_dim), logits.loss_type());
+    });
     problem.loss = loss.mutable_data_ptr();
     cpu::run(problem, kernels, logits.wide, reduction, parallel_for);
     return {loss, gradient};
@@ -42,7 +44,7 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   const auto& kernels = cpu::kernels(rule);
   RowProblem problem = row_problem(call, student, teacher, target, logits);
   cpu::finish(problem, kernels, call.scale(), reduction);
-  Tensor gradient = torch::stable::empty_like(student);
+  Tensor gradient = empty_gradient(student);
   problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
   Tensor factors = upstream;
   if (reduction == kNone) {

@@ -78,6 +78,7 @@ def like(name: str, value: Tensor, student: Tensor) -> None:
 def labels(value: Any, samples: int, device: torch.device) -> Tensor:
     """Check one class index a sample; returns them as contiguous int64."""
     _checks.tensor("target", value, "a Tensor of class indices")
+    _checks.allocated("target", value)
     if value.shape != (samples,):
         raise _checks.fail("target", f"of shape {(samples,)}", tuple(value.shape))
     if value.dtype not in _checks.INTEGERS:

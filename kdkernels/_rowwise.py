@@ -76,6 +76,8 @@ def row_loss(
     if chosen != "native":  # which checks both itself
         _checks.allocated("student_logits", student)
         _checks.allocated("teacher_logits", teacher)
+        if target is not None:
+            _checks.allocated("target", target)
         if target is not None and spec.needs_target:
             _check_range(target, student.shape[class_dim], ignore_index)
     if chosen == "reference":
@@ -94,6 +96,7 @@ def row_loss(
             needs_target=spec.needs_target,
         )
     if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
+        _checks.allocated("target", target)
         target = target.to(torch.int64).contiguous()
     numbers = [temperature, scale, *options.values()]
     call = RowCall(spec.name, numbers, None, standardize, ignore_index, class_dim, code)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _backends, _remedies, _toolchain
 from ._calls import FAMILIES, CorrelationCall, RowCall
+from ._checks import allocated
 from ._dtypes import FLOATS, working_dtype
 
 _extension: Any = None
@@ -168,6 +169,11 @@ def _addressable(student: Tensor, teacher: Tensor, class_dim: int) -> bool:
         and not teacher.is_neg()
         and not torch._C._are_functorch_transforms_active()
         and (student.is_cpu or (student.is_cuda and student.numel() > 0))
+        # The operators see to storages that were freed, and to tensors that know they are 0.
+        and student.data_ptr() != 0
+        and teacher.data_ptr() != 0
+        and not (student.storage_offset() and student.untyped_storage().nbytes() == 0)
+        and not (teacher.storage_offset() and teacher.untyped_storage().nbytes() == 0)
     )
 
 
@@ -191,6 +197,8 @@ def row(
     """``kdkernels::row``, past the operator machinery where the tensors are plain."""
     if not _addressable(student, teacher, call.class_dim):
         return torch.ops.kdkernels.row.default(student, teacher, target, *call, need_gradient)
+    if target is not None and (target.data_ptr() == 0 or target.storage_offset()):
+        allocated("target", target)
     shape = student.shape
     classes = shape[-1]
     dtype = working_dtype(student, teacher)

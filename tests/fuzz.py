@@ -235,6 +235,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     formula = formulas.ROWS[spec.name]
 
     wide = loss.dtype == torch.float64
+    options = {**options, "floor": 1e-307 if wide else 1e-37}
 
     def exact(move: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
         with np.errstate(all="ignore"):
@@ -268,7 +269,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     working = formulas.WIDE(torch.finfo(torch.float64 if wide else torch.float32).eps)
     size = np.where(np.isfinite(expected), abs(expected), 0).max(1, initial=0)[:, None]
     terms = np.where(np.isfinite(terms), terms, 0) * abs(factor[:, None]) / share
-    noise = noise + working * (size / K + terms / 4)
+    noise = noise + working * (size / K + terms / 2)
     close(gradient, expected, noise, student.dtype, "gradient")
     if (gradient[~valid] != 0).any():
         raise Wrong("an ignored row has a gradient")
@@ -397,11 +398,13 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
     with np.errstate(all="ignore"):
         noise = np.stack([abs(wide(v) - wide(value)) for v, _ in moves]).max(0)
     scale = abs(options["loss_weight"]) * size_of_terms(options)
+    if reduction == "sum":
+        scale *= sum(next(iter(case.tensors.values())).shape)
     # Terms of order one cancel in a correlation, a similarity or a distance.
     close(
         wide(loss.reshape(-1).double().numpy()),
         wide(value),
-        4 * noise + working * scale / 2,
+        12 * noise + working * scale * 2,
         loss.dtype,
         "loss",
     )
@@ -414,8 +417,8 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         with np.errstate(all="ignore"):
             move = np.stack([abs(wide(m[1][i]) - truth) for m in moves])
         move = np.where(np.isfinite(move), move, 0)
-        noise = 4 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
-        noise += working * scale / max(len(truth), 1) / 8 / max(spread(x), 1e-30)
+        noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
+        noise += working * scale / max(len(truth), 1) / 4 / max(spread(x), 1e-30)
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
 

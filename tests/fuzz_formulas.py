@@ -48,9 +48,13 @@ def series(d: Any) -> Any:
     return d * d / 2 * total
 
 
-def kl(log_p: Array, log_q: Array) -> Array:
-    """sum p log(p / q) as sum p (exp(-d) - 1 + d), which does not cancel."""
+def kl(log_p: Array, log_q: Array, floor: float) -> Array:
+    """sum p log(p / q) as sum p (exp(-d) - 1 + d), which does not cancel.
+
+    A probability below ``floor`` is 0 in the arithmetic on trial, as which it counts where q = 0.
+    """
     p, q = np.exp(log_p), np.exp(log_q)
+    p = np.where((log_q == -np.inf) & (p < floor), 0, p)
     d = np.where(p == 0, 0, log_p - np.where(p == 0, 0, log_q))
     terms = np.where(abs(d) < 0.25, p * series(np.where(abs(d) < 0.25, d, 0)), q - p + p * d)
     return np.where((p == 0).all(-1), 0, np.where(p == 0, q, terms).sum(-1))
@@ -107,13 +111,18 @@ def softened(function: Callable[..., Rows]) -> Callable[..., Rows]:
 def kd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
     log_q, log_p = log_softmax(s), log_softmax(t)
     p, q = np.exp(log_p), np.exp(log_q)
-    return kl(log_p, log_q), q - p, q + p
+    return kl(log_p, log_q, options["floor"]), q - p, q + p
 
 
 def two_terms(
-    s: Array, t: Array, target: Array, alpha: Any, beta: Any, weigh: Callable[[Array, Array], Array]
+    s: Array,
+    t: Array,
+    target: Array,
+    options: dict[str, Any],
+    weigh: Callable[[Array, Array], Array],
 ) -> Rows:
     """alpha w TCKD + beta NCKD."""
+    alpha, beta, floor = WIDE(options["alpha"]), WIDE(options["beta"]), options["floor"]
     rows = np.arange(len(s))
 
     def split(x: Array) -> tuple[Array, Array]:
@@ -125,8 +134,8 @@ def two_terms(
     (pair_q, log_q), (pair_p, log_p) = split(s), split(t)
     weight = weigh(pair_p[:, 0], pair_q[:, 0])
     none_p, none_q = (log_p == -np.inf).all(1), (log_q == -np.inf).all(1)
-    implicit = np.where(none_p, 0, np.where(none_q, np.inf, kl(log_p, log_q)))
-    value = times(alpha, times(weight, kl(pair_p, pair_q))) + times(beta, implicit)
+    implicit = np.where(none_p, 0, np.where(none_q, np.inf, kl(log_p, log_q, floor)))
+    value = times(alpha, times(weight, kl(pair_p, pair_q, floor))) + times(beta, implicit)
     p, q = np.exp(log_p), np.exp(log_q)
     on_target = alpha * weight * (np.exp(pair_p[:, 1]) - np.exp(pair_q[:, 1]))
     rare = np.exp(pair_p[:, 0]) < np.exp(pair_p[:, 1])
@@ -140,9 +149,7 @@ def two_terms(
 
 @softened
 def dkd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
-    return two_terms(
-        s, t, target, WIDE(options["alpha"]), WIDE(options["beta"]), lambda p, q: np.ones_like(p)
-    )
+    return two_terms(s, t, target, options, lambda p, q: np.ones_like(p))
 
 
 @softened
@@ -155,7 +162,7 @@ def aekt(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
         grown = np.exp(np.minimum(gap, most) * kappa)
         return np.where(impossible, 1 if kappa == 0 else 0, grown)
 
-    return two_terms(s, t, target, WIDE(options["alpha"]), WIDE(options["beta"]), ratio)
+    return two_terms(s, t, target, options, ratio)
 
 
 ROWS: dict[str, Callable[..., Rows]] = {"kd": kd, "dkd": dkd, "aekt": aekt}
@@ -165,7 +172,7 @@ ROWS: dict[str, Callable[..., Rows]] = {"kd": kd, "dkd": dkd, "aekt": aekt}
 
 
 def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, reduction: str,
-         loss_weight: Any) -> Tensor:  # fmt: skip
+         loss_weight: Any, floor: float = 1e-28) -> Tensor:  # fmt: skip
     if len(s) == 0:
         return s.sum()
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))
@@ -178,6 +185,8 @@ def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, red
         squares = (a * a).sum(dim), (b * b).sum(dim)
         norms = [torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt()) for x in squares]
         product = norms[0] * norms[1] + eps
+        if eps < 1e-12 and any(((x > 0) & (x < floor)).any() for x in squares):
+            return s.sum() * torch.nan  # what float32 loses depends on the order of its operations
         far = 1 - (a * b).sum(dim) / torch.where(product == 0, 1.0, product)
         total = total + weight * (far.sum() if reduction == "sum" else far.mean())
     return loss_weight * tau * tau * total

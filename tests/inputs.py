@@ -17,6 +17,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_PAIRS = (
     *((dtype, dtype) for dtype in DTYPES),
     (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float64),
     (torch.float32, torch.float16),
     (torch.float16, torch.float64),
 )

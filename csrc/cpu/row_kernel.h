@@ -319,7 +319,10 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
     pivoted = M::spread(pivot<Pointwise>(row, problem.options, inverse_s, log_ratio));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
   const S g = row.coefficient * row.scale_s;
-  const V g_implicit = M::spread(S(g * implicit_weight));
+  S implicit_slope = implicit_weight;
+  if constexpr (kDecoupled)  // nor has a student without them one to move
+    implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_slope);
+  const V g_implicit = M::spread(S(g * implicit_slope));
   const V g_explicit = M::spread(S(g * explicit_slope));
   Blocked<V> total, slopes;
   sweep(
@@ -362,7 +365,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   }
   if constexpr (kGradient) {
     if constexpr (!Pointwise::centred) {
-      const S pull = g * (implicit_weight * M::sum(slopes.total) + explicit_slope);
+      const S pull = g * (implicit_slope * M::sum(slopes.total) + explicit_slope);
       project<kDecoupled>(row, sink, S(pull * inverse_s), g_explicit);
     }
     if constexpr (kDecoupled) mode.finish_excluded(sink, S(g * explicit_slope));

@@ -13,8 +13,8 @@ struct Rule {
   template <class R>
   KDK_FN static R relation(R aa, R bb, R ab, R eps, R& of_p, R& of_q) {
     const R norm_a = root(aa), norm_b = root(bb), total = norm_a * norm_b + eps;
-    // A constant has the correlation 0, whatever eps is.
-    const R inverse = total == R(0) ? R(0) : quotient(R(1), total);
+    // A constant has the correlation 0, whatever eps is; so has what underflows with it.
+    const R inverse = total < 1024 * std::numeric_limits<R>::min() ? R(0) : quotient(R(1), total);
     const R rho = ab * inverse;
     of_p = -inverse;
     of_q = norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse;  // a norm's subgradient at 0

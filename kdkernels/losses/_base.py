@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from .. import _checks, _dispatch
+from ..reference._rows import weighted
 
 P = ParamSpec("P")
 
@@ -37,7 +38,7 @@ def _weigh(function: Callable[..., Tensor], weight: Tensor, *args: Any, **option
         raise _checks.fail(
             "loss_weight", f"on the CPU or on the student's device {loss.device}", weight.device
         )
-    return loss * weight.to(loss.dtype)
+    return weighted(loss, weight.to(loss.dtype))
 
 
 class LossModule(_Loss):

@@ -69,9 +69,8 @@ def log_ratio(
     ``delta`` is teacher minus student, of the scaled logits, whose logsumexps are ``lse``. The
     gradient is that of delta - lse_p + lse_q, the teacher being a constant.
     """
-    with torch.no_grad():
-        origin, c = _normalisers(delta, log_p, log_q, lse_p, lse_q)
-        direct = lse_p - lse_q
+    origin, c = _normalisers(*(x.detach() for x in (delta, log_p, log_q, lse_p, lse_q)))
+    direct = (lse_p - lse_q).detach()
     moves = torch.where(lse_q.isfinite(), lse_q - lse_q.detach(), 0.0)
     gap = torch.where(direct.isfinite(), (origin + c).squeeze(-1) - moves, direct)
     return delta - origin - c + moves.unsqueeze(-1), gap

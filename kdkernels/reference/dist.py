@@ -24,7 +24,8 @@ def pearson(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     b = b - b.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     total = norms + eps
-    return (a * b).sum(dim) / torch.where(total == 0, 1.0, total)
+    none = total < 1024 * torch.finfo(total.dtype).tiny
+    return torch.where(none, 0.0, (a * b).sum(dim) / torch.where(none, 1.0, total))
 
 
 def dist(

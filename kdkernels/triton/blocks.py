@@ -13,6 +13,15 @@ VARYING = ("rows", "inner", "chunk_rows", "chunks", "ignore_index")
 
 
 @triton.jit
+def narrowed(value, pointer):
+    """A value in the type that a pointer stores; float64 becomes bfloat16 by way of float32, as
+    Triton's interpreter has no direct conversion (it takes the wrong bits)."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def row_offset(row, inner, outer_stride, inner_stride, TWO_LEVEL: tl.constexpr):
     """Where rows start (see ``layout.Rows``); ``row`` is int64, so every product is."""
     if TWO_LEVEL:

@@ -25,6 +25,7 @@ from .blocks import (
     block_columns,
     finite_max,
     load_logits,
+    narrowed,
     row_offset,
     softmax,
 )
@@ -188,6 +189,6 @@ def gradient_kernel(
         gradient = q * (g - along) * factor
         tl.store(
             gradient_ptr + columns * gradient_class_stride,
-            gradient.to(gradient_ptr.dtype.element_ty),
+            narrowed(gradient, gradient_ptr),
             mask=inside,
         )

@@ -20,7 +20,8 @@ def rule(aa, bb, ab, eps):
     norm_b = tl.sqrt(bb)
     product = norm_a * norm_b
     total = product + eps
-    none = total == 0  # a constant has the correlation 0, whatever eps is
+    # A constant has the correlation 0, whatever eps is; so has what underflows with it.
+    none = total < (2e-305 if total.dtype == tl.float64 else 1e-35)
     total = tl.where(none, 1.0, total)
     on_a = ab / total * norm_b / (tl.where(norm_a == 0, 1.0, norm_a) * total)
     value = tl.where(none, 1.0, (product - ab + eps) / total)

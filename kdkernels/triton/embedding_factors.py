@@ -17,7 +17,7 @@ from torch import Tensor
 from .._calls import FactorCall, numbers_of
 from .._dtypes import working_dtype
 from . import launch, rule_module
-from .blocks import block_columns
+from .blocks import block_columns, narrowed
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def factor_kernel(
                 gradient = a_outer * direction - a_pull * a
                 tl.store(
                     inheritance_gradient_ptr + columns * inheritance_gradient_element_stride,
-                    gradient.to(inheritance_gradient_ptr.dtype.element_ty),
+                    narrowed(gradient, inheritance_gradient_ptr),
                     mask=inside,
                 )
             if exploration_gradient_ptr is not None:
@@ -180,7 +180,7 @@ def factor_kernel(
                 gradient = e_outer * direction - e_pull * e
                 tl.store(
                     exploration_gradient_ptr + columns * exploration_gradient_element_stride,
-                    gradient.to(exploration_gradient_ptr.dtype.element_ty),
+                    narrowed(gradient, exploration_gradient_ptr),
                     mask=inside,
                 )
 

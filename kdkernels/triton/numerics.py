@@ -46,5 +46,5 @@ def softplus(x):
 @triton.jit
 def weighted(value, weight):
     """A term times its weight; 0 where the weight is 0, were the term infinite."""
-    off = (value == float("inf")) & (weight == 0)
-    return tl.where(off, 0.0, value) * weight
+    product = value * weight
+    return tl.where((product != product) & (value == value), 0.0, product)

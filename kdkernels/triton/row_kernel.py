@@ -26,6 +26,7 @@ from .blocks import (
     block_columns,
     finite_max,
     load_logits,
+    narrowed,
     row_offset,
 )
 from .numerics import softplus, weighted
@@ -289,7 +290,7 @@ def row_kernel(
             gradient = tl.where(valid, gradient * gradient_weight, 0.0)
             tl.store(
                 gradient_ptr + columns * gradient_class_stride,
-                gradient.to(gradient_ptr.dtype.element_ty),
+                narrowed(gradient, gradient_ptr),
                 mask=exists & (columns < classes),
             )
 

@@ -1,0 +1,176 @@
+"""Corners of the contract that random use has shown: each option at 0, any temperature, any integer
+type of the target, memory that is not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    LOSS_IDS,
+    LOSSES,
+    ROW_LOSSES,
+    Case,
+    at_temperature,
+    each,
+    each_emulated,
+    named_inputs,
+    option_names,
+    reductions,
+    value_and_grad,
+)
+from fuzz_formulas import ROWS, WIDE
+from inputs import dtype_id, make
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels.registry import SPECS, LossSpec
+
+TEMPERATURES = (0.01, 1.0, 1000.0, 1e6)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+@pytest.mark.parametrize("spec", [s for s in ROW_LOSSES if s.name in ROWS], ids=LOSS_IDS)
+def test_the_reference_keeps_its_digits_at_any_temperature(
+    spec: LossSpec, dtype: torch.dtype, temperature: float
+) -> None:
+    """Against closed forms in extended precision: a specification is the most accurate of all."""
+    student, teacher, target = make("gaussian", 6, 50, dtype=dtype)
+    options = {n: p.default for n, p in option_names(spec).items()}
+    options |= {"temperature": temperature, "reduction": "none"}
+    case = Case(spec, "reference", "cpu")
+    given = {k: v for k, v in options.items() if k != "backend"}
+    options["floor"] = 0.0
+    loss, gradient = value_and_grad(
+        case, student, teacher, target, **given, upstream=torch.ones(6, dtype=dtype)
+    )
+    wide = [x.double().numpy().astype(WIDE) for x in (student, teacher)]
+    value, slope, _ = ROWS[spec.name](*wide, target.numpy(), options, lambda x: x)
+    near = 40 * torch.finfo(dtype).eps * max(1.0, 1 / temperature)
+    assert (abs(loss.double().numpy() - value) <= near * abs(value)).all()
+    # In float64 the difference q - p of nearly equal numbers is what an independent form has too.
+    assert (abs(gradient.double().numpy() - slope) <= 10 * near * abs(slope).max()).all()
+
+
+@each_emulated(ROW_LOSSES)
+def test_a_term_of_weight_0_is_not_there(case: Case) -> None:
+    """Not even where it is infinite: 0 times infinity is no NaN. A NaN row stays NaN."""
+    student, teacher, target = make("mask_different", 6, 9, device=case.device)
+    student[2, 3] = float("nan")
+    others = torch.arange(6) != 2
+    weights = [n for n in ("alpha", "beta") if n in option_names(case.spec)]
+    for names in (("loss_weight",), weights, *((n,) for n in weights)):
+        options = dict.fromkeys(names, 0.0)
+        for reduction in ("none", "sum"):
+            loss, gradient = value_and_grad(
+                case, student, teacher, target, reduction=reduction, **options
+            )
+            assert loss[2].isnan() if reduction == "none" else loss.isnan()
+            assert not gradient[others].isnan().any()
+            if reduction == "none":
+                assert not loss[others].isnan().any()
+                if names == ("loss_weight",) or (names == weights and weights):
+                    assert (loss[others] == 0).all() and (gradient[others] == 0).all()
+
+
+@each_emulated([s for s in ROW_LOSSES if s.needs_target])
+def test_a_student_without_other_classes(case: Case) -> None:
+    """The teacher has some: +inf, and no gradient of what has no distribution."""
+    student = torch.tensor([[1.0, -torch.inf], [0.5, 0.25]], device=case.device)
+    teacher = torch.tensor([[0.5, 1.0], [0.5, 1.0]], device=case.device)
+    target = torch.tensor([0, 1], device=case.device)
+    loss, gradient = value_and_grad(case, student, teacher, target, reduction="none", beta=1.0)
+    assert loss[0] == torch.inf and loss[1].isfinite()
+    _, explicit = value_and_grad(case, student, teacher, target, reduction="none", beta=0.0)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient[0], explicit[0])
+
+
+@each_emulated([s for s in LOSSES if s.family == "correlation"], eps=(0.0, 1e-8))
+def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> None:
+    """One row: every column is a constant. Not 0 / 0."""
+    for rows, constant in ((1, False), (5, True)):
+        student, teacher, _ = make("gaussian", rows, 9, device=case.device)
+        if constant:
+            student = torch.zeros_like(student)
+        loss, gradient = value_and_grad(case, student, teacher, eps=eps, beta=0.0)
+        torch.testing.assert_close(loss, torch.ones_like(loss))
+        assert gradient.isfinite().all()
+
+
+@each(
+    [s for s in LOSSES if s.takes_target],
+    dtype={dtype_id(d): d for d in sorted(_checks.INTEGERS, key=str)},
+)
+def test_targets_of_any_integer_type(case: Case, dtype: torch.dtype) -> None:
+    """A narrow type wraps neither the classes nor the index that is ignored."""
+    for classes, wrong in ((260, 270), (100, 120)):
+        student, teacher, target = make("gaussian", 4, classes, device=case.device)
+        target %= 100
+        expected = case(student, teacher, target=target)
+        if torch.iinfo(dtype).max >= classes - 1 or (target <= torch.iinfo(dtype).max).all():
+            actual = case(student, teacher, target=target.to(dtype), ignore_index=-(2**40))
+            torch.testing.assert_close(actual, expected)
+        if case.spec.needs_target and case.device == "cpu" and wrong <= torch.iinfo(dtype).max:
+            target[1] = wrong
+            with pytest.raises(ValueError, match=r"target must be in \[0, "):
+                case(student, teacher, target=target.to(dtype))
+
+
+def _freed(x: Tensor, offset: bool) -> Tensor:
+    x = torch.stack([x, x])[1] if offset else x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("offset", (False, True))
+@pytest.mark.parametrize("backend", (None, "reference"))
+@pytest.mark.parametrize("spec", SPECS.values(), ids=LOSS_IDS)
+def test_memory_that_was_freed(spec: LossSpec, backend: str | None, offset: bool) -> None:
+    """Sharded training gives storages back; to read them would be a crash."""
+    inputs = named_inputs(spec)
+    for name, value in inputs.items():
+        changed = {**inputs, name: _freed(value, offset)}
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be a Tensor with memory, got one whose"
+        ):
+            spec.function(**changed, backend=backend)
+
+
+@each(keep=lambda case: not case.interpreted)  # the interpreter wants addresses
+def test_tensors_that_know_that_they_are_zero(case: Case) -> None:
+    """``torch._efficientzerotensor`` has no memory and needs none."""
+    student, teacher, target = make("gaussian", 4, 9, device=case.device)
+    zero = torch._efficientzerotensor((4, 9), device=case.device)
+    for pair, plain in (
+        ((zero, teacher), (torch.zeros_like(student), teacher)),
+        ((student, zero), (student, torch.zeros_like(teacher))),
+    ):
+        torch.testing.assert_close(case(*pair, target), case(*plain, target))
+
+
+@each([s for s in LOSSES], kernels=True)
+def test_too_little_memory_says_so(case: Case) -> None:
+    """A petabyte of gradient, from one number: no crash and no name of a macro."""
+    if case.device != "cpu":
+        pytest.skip("allocators of GPUs have their own words")
+    student = torch.zeros(1, 1).expand(1 << 24, 1 << 24).requires_grad_()
+    target = torch.zeros(1, dtype=torch.int64).expand(1 << 24)
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        case(student, student.detach(), target)
+    assert "API call failed" not in str(error.value) and "memory" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", LOSSES, ids=LOSS_IDS)
+def test_temperatures_and_numbers_at_the_ends_of_their_range(spec: LossSpec) -> None:
+    """What is allowed is finite, in float32 too."""
+    student, teacher, target = make("gaussian", 6, 9)
+    for value in (_checks.COLDEST, _checks.HOTTEST):
+        for reduction in reductions(spec):
+            options = {**at_temperature(spec, value), "loss_weight": np.float64(_checks.LARGEST)}
+            case = Case(spec, "reference", "cpu")
+            loss, gradient = value_and_grad(
+                case, student, teacher, target, reduction=reduction, **options
+            )
+            assert loss.isfinite().all() and gradient.isfinite().all()
