@@ -281,6 +281,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   S inverse_s = R(1) / row.z_s, inverse_t = R(1) / row.z_t;
 
   S value{}, explicit_slope{}, implicit_weight = rules::broadcast<S>(R(1));
+  S implicit_slope = implicit_weight;
   if constexpr (kDecoupled) {
     inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);
     inverse_t = rules::select(row.z_t == R(0), S{}, inverse_t);
@@ -291,12 +292,14 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
                         explicit_slope, implicit_weight);
     // A teacher without other classes has no implicit term.
     implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);
+    // Of a student without them the term is infinite, and its gradient is 0.
+    implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_weight);
   }
 
   const V log_z_ratio = M::spread(logarithm(S(row.z_t * inverse_s)));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
   const S g = row.coefficient * row.scale_s;
-  const V g_implicit = M::spread(S(g * implicit_weight));
+  const V g_implicit = M::spread(S(g * implicit_slope));
   const V g_explicit = M::spread(S(g * explicit_slope));
   Blocked<V> total, slopes;
   sweep(
@@ -336,7 +339,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   }
   if constexpr (kGradient) {
     if constexpr (!Pointwise::centred) {
-      const S pull = g * (implicit_weight * M::sum(slopes.total) + explicit_slope);
+      const S pull = g * (implicit_slope * M::sum(slopes.total) + explicit_slope);
       project<kDecoupled>(row, sink, S(pull * inverse_s), g_explicit);
     }
     if constexpr (kDecoupled) mode.finish_excluded(sink, S(g * explicit_slope));
