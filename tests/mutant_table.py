@@ -383,7 +383,6 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/composed", "attention.py", "test_composed.py test_embedding_losses.py", "attention",
-    ("zero_map", "torch.where(norm >= EPS, (q * slope).sum((1, 2), keepdim=True), 0.0)",
-     "(q * slope).sum((1, 2), keepdim=True)"),
+    ("normalisation_derivative", "(slope «- q * along»)", ""),
     ("sign_of_power", "out.pow_(p - 1)«.mul_(student[block].sgn())».mul_", ""),
 )  # fmt: skip
