@@ -152,7 +152,7 @@ _of(
      "", "test_standardize.py", "native"),
     ("teacher_keeps_target", "mode.exclude(i, b, fill);", "",
      "test_losses.py", "native and dkd and gaussian"),
-    ("gap_by_one_scale", "V(«b * factor_t - a * factor_s»)", "(b - a) * factor_t",
+    ("gap_by_one_scale", "b * factor_t - a * factor_s", "(b - a) * factor_t",
      "test_standardize.py", "native"),
     ("no_other_class_s", "inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);", "",
      "test_losses.py", "native and (mask_rest or mask_all)"),
