@@ -90,9 +90,6 @@ _of(
     ("infinite_target", "return «select(x == infinity, broadcast<F>("
      "std::numeric_limits<R>::quiet_NaN()), x)»;", "x",
      "test_contract.py", "native and infinite_target"),
-    ("small_probability",
-     "e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)))", "R(std::log(R(1) + e))",
-     "test_contract.py", "native and digits"),
     ("log_odds_swapped", "return «x > R(0)» ? TwoPoint<R>{rare", "x < R(0)"),
 )  # fmt: skip
 _of(
