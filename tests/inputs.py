@@ -193,6 +193,19 @@ def mask_all_but_one(draw: Draw, target: Tensor) -> Logits:
     return _masked(draw.normal(3.0), mask), _masked(draw.normal(3.0), mask)
 
 
+@_family
+def mask_rest_teacher(draw: Draw, target: Tensor) -> Logits:
+    """The teacher leaves nothing but the target: a decoupled loss has no term of the others."""
+    mask = _classes(draw) != target.unsqueeze(1)
+    return draw.normal(3.0), _masked(draw.normal(3.0), mask)
+
+
+@_family
+def mask_rest_student(draw: Draw, target: Tensor) -> Logits:
+    mask = _classes(draw) != target.unsqueeze(1)
+    return _masked(draw.normal(3.0), mask), draw.normal(3.0)
+
+
 def make(
     family: str,
     rows: int,

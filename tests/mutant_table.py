@@ -117,8 +117,10 @@ _of(
     "csrc/rules", "iekd.h", "test_embedding_losses.py test_embedding_laws.py", "native",
     ("cosine_half", "term = «R(0.5)» * d * d;", "R(1)"),
     ("tie_direction", "select(d > F{}, one, F{}) - select(d < F{}, one, F{})",
-     "F(one - select(d < F{}, F(one + one), F{}))"),
-    ("short_vector", "unit ? sum : R(1) - projection", "sum"),
+     "F(one - select(d < F{}, F(one + one), F{}))",
+     "test_embedding_laws.py", "native and equal_factors"),
+    ("short_vector", "unit ? sum : R(1) - projection", "sum",
+     "test_embedding_laws.py", "native and short_factors"),
     ("exploration_sign", "sign = inherits ? R(1) : R(«-1»);", "1"),
 )  # fmt: skip
 
@@ -136,7 +138,7 @@ _of(
     ("spread_eps", "row.moments_s.deviation + R(rules::kStandardizeEps)", "row.moments_s.deviation",
      "test_standardize.py", "native"),
     ("centre_from_zero", "Moments<S> row{«mode.first(x)», S{}, S{}};", "S{}",
-     "test_standardize.py", "native"),
+     "test_standardize.py", "native and many_lengths"),
     ("no_rest_of_mean", "row.rest = M::sum(sum.total) * inverse;", "",
      "test_standardize.py", "native"),
     ("biased_deviation", "square * R(1.0 / double(«mode.classes - 1»))", "mode.classes",
@@ -147,12 +149,14 @@ _of(
      "", "test_standardize.py", "native"),
     ("teacher_keeps_target", "mode.exclude(i, b, fill);", "",
      "test_losses.py", "native and dkd and gaussian"),
-    ("gap_by_one_scale", "V(«b * factor_t - a * factor_s»)", "(b - a) * factor_t",
+    ("gap_by_one_scale", "b * factor_t - a * factor_s", "(b - a) * factor_t",
      "test_standardize.py", "native"),
     ("no_other_class_s", "inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);", "",
-     "test_losses.py test_contract.py", "native and (dkd or aekt)"),
+     "test_losses.py", "native and (mask_rest or mask_all)"),
     ("no_other_class_t", "implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);",
-     "", "test_losses.py test_contract.py", "native and (dkd or aekt)"),
+     "", "test_losses.py", "native and mask_rest"),
+    ("infinite_term", "implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_weight);",
+     "implicit_slope = implicit_weight;", "test_losses.py", "native and mask_rest"),
     ("gradient_scale", "const S g = row.coefficient * «row.scale_s»;", "row.scale_t",
      "test_standardize.py", "native"),
     ("explicit_spread", "out -= g_explicit * q;", "",
@@ -238,7 +242,9 @@ _of(
     ("mean_over_ignored", "weight_ /= R(«valid[0] > 0 ? valid[0] : 1»);", "task.problem.rows"),
     ("ignored_rows", "row.valid = «row.target != problem.ignore_index»;", "true"),
     ("no_other_class", "inverse_s = «z[0] == R(0) ? R(0) : inverse_s»;", "inverse_s",
-     "test_losses.py test_contract.py", "emulated and (dkd or aekt)"),
+     "test_losses.py", "emulated and (mask_rest or mask_all)"),
+    ("infinite_term", "kDecoupled && z[0] == R(0) ? R(0) : g * implicit_weight",
+     "g * implicit_weight", "test_losses.py", "emulated and mask_rest"),
     ("unrounded_origin", "z[i] *= unrounded(multiply_add(origin[i], factor[i], -at[i]));", "",
      "test_cuda_kernels.py", "finite_masks or long_rows"),
     ("restart", "if (z[0] <= R(4096) && z[1] <= R(4096)) break;", "break;",
@@ -291,8 +297,8 @@ _of(
     ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», -1.0 / total", "on_a + 0.0 / norm_a"),
 )  # fmt: skip
 _of(
-    "kdkernels/triton", "numerics.py", "test_losses.py", "triton and dkd and (peaked or one_hot)",
-    ("softplus", "tl.where(exact, small, tl.log(rounded) * (small / tl.where(exact, 1.0, gap)))",
+    "kdkernels/triton", "numerics.py", "test_contract.py", "triton and digits",
+    ("softplus", "tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, gap)))",
      "tl.log(rounded)"),
 )  # fmt: skip
 _of(
@@ -374,8 +380,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/composed", "attention.py", "test_composed.py test_embedding_losses.py", "attention",
-    ("zero_map", "torch.where(norm >= EPS, (q * slope).sum((1, 2), keepdim=True), 0.0)",
-     "(q * slope).sum((1, 2), keepdim=True)"),
+    ("normalisation_derivative", "(slope «- q * along»)", ""),
     ("sign_of_power", "out.pow_(p - 1)«.mul_(student[block].sgn())».mul_", ""),
 )  # fmt: skip
 

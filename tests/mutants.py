@@ -19,6 +19,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -198,9 +199,7 @@ def _pytest(folder: Path, output: Path, arguments: list[str], chosen: int) -> No
         os.environ["KDKERNELS_MUTANT"] = str(chosen)
     import pytest
 
-    status = int(pytest.main(arguments))
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(int(pytest.main(arguments)))
 
 
 def workplace(mutant: Mutant) -> Path:
@@ -259,11 +258,11 @@ def confirm(verdicts: list[Verdict]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried at once")
-    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--only", default="", help="mutants whose name has this regular expression")
     parser.add_argument("--narrow", action="store_true", help="leave the wide set of tests out")
     parser.add_argument("--list", action="store_true", help="print the table and stop")
     options = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    chosen = [mutant for mutant in MUTANTS if re.search(options.only, mutant.name)]
     if options.list:
         for mutant in chosen:
             print(f"{mutant.name:44} {mutant.file}")

@@ -66,6 +66,19 @@ def test_an_infinite_loss_has_a_finite_gradient(case: Case) -> None:
         assert torch.isfinite(gradient).all() and gradient.any()
 
 
+@each([s for s in ROW_LOSSES if s.family == "decoupled"], kernels=True)
+def test_a_certain_target_keeps_its_digits(case: Case) -> None:
+    """q_t - p_t of 1e-6 is exact to its own size, which 1 - 1e-6 has lost."""
+    student, teacher, target = make("peaked", 4, case.pick(37, 10), device=case.device)
+    options = {"beta": 0.0, "temperature": 1.0}
+    wide, reference = student.double(), Case(case.spec, "reference", case.device)
+    _, expected = value_and_grad(reference, wide, teacher.double(), target, **options)
+    _, gradient = value_and_grad(case, student, teacher, target, **options)
+    at = target.unsqueeze(1)
+    assert (expected.gather(1, at).abs() < 1e-4).all()
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=0)
+
+
 # 2. A bad row is NaN, alone.
 
 BAD_ROWS: dict[str, Callable[[Tensor], Any]] = {

@@ -165,6 +165,15 @@ def test_class_centers_are_exact_and_in_any_order() -> None:
         ClassCenters(0, 3)
 
 
+def test_class_centers_keep_small_means() -> None:
+    """Embeddings that nearly cancel: sums in float32 would leave their rounding errors."""
+    large, small = 1e4 * draw(20, 6), draw(20, 6, seed=1)
+    x, y = torch.cat([large, small - large]).float(), torch.zeros(40).long()
+    mean = x.double().mean(0)
+    centers = K.class_centers(x, y, 1)
+    assert torch.allclose(centers[0].double(), mean / mean.norm(), rtol=0, atol=1e-6)
+
+
 @kernels
 def test_operators_pass_opcheck(backend: str) -> None:
     inh, exp, teacher = (draw(3, 5, seed=s) for s in range(3))

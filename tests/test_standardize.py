@@ -94,11 +94,26 @@ def test_against_extended_precision(
 ) -> None:
     classes = 21 if case.interpreted else 203
     draw = Draw(LAYOUT_ROWS, classes, torch.Generator().manual_seed(classes))
-    student, teacher = (LAYOUTS[layout](x.to(case.device, dtype)) for x in rows(draw))
-    target = draw.index().to(case.device)
     # A deviation of 0 makes gradients of 1e7 / temperature, which float16 cannot hold.
-    constant = rows is ROWS["constant_student"]
-    options = {"temperature": 3.0, "loss_weight": 1e-4 if constant else 1.0}
+    weight = 1e-4 if rows is ROWS["constant_student"] else 1.0
+    _compare(case, draw, rows(draw), layout, dtype, weight)
+
+
+@each(STANDARDIZABLE, number=(-3.7, 0.1, 1234.567), layout=("contiguous", "transposed"))
+def test_constant_rows_of_many_lengths(case: Case, number: float, layout: str) -> None:
+    """A sum over the classes, divided by their number, is the constant for some numbers only."""
+    for classes in case.pick((47, 55, 56, 60, 61, 63, 100, 333, 1000), (7, 47)):
+        draw = Draw(LAYOUT_ROWS, classes, torch.Generator().manual_seed(classes))
+        constant = torch.full((LAYOUT_ROWS, classes), number, dtype=torch.float64)
+        _compare(case, draw, (constant, draw.normal(2.0)), layout, torch.float32, 1.0)
+
+
+def _compare(
+    case: Case, draw: Draw, logits: Logits, layout: str, dtype: torch.dtype, weight: float
+) -> None:
+    student, teacher = (LAYOUTS[layout](x.to(case.device, dtype)) for x in logits)
+    target = draw.index().to(case.device)
+    options = {"temperature": 3.0, "loss_weight": weight}
     index = target_for(student, target)
     actual = value_and_grad(case, student, teacher, index, standardize=True, **options)
 

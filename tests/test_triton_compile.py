@@ -48,6 +48,7 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
             row = (4.0, 16.0, False, -100, 1, 1)
             label = f"{dtype}-{classes}"
             yield f"kd-{label}", triton.row, (x, x, None, "kd", [], *row, True)
+            yield f"jsd-{label}", triton.row, (x, x, None, "jsd", [0.5], *row, True)
             yield f"dkd-{label}", triton.row, (x, x, target, "dkd", [1.0, 8.0], *row, True)
             if classes != 100:
                 args = (x, x, target, "dkd", [1.0, 8.0], 4.0, 16.0, True, -100, 1, 1)

@@ -300,6 +300,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   S inverse_s = R(1) / row.z_s, inverse_t = R(1) / row.z_t;
 
   S value{}, explicit_slope{}, implicit_weight = rules::broadcast<S>(R(1));
+  S implicit_slope = implicit_weight;
   if constexpr (kDecoupled) {
     inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);
     inverse_t = rules::select(row.z_t == R(0), S{}, inverse_t);
@@ -310,6 +311,8 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
                         explicit_slope, implicit_weight);
     // A teacher without other classes has no implicit term.
     implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);
+    // Of a student without them the term is infinite, and its gradient is 0.
+    implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_weight);
   }
 
   const S log_ratio = logarithm(S(row.z_t * inverse_s));
@@ -319,9 +322,6 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
     pivoted = M::spread(pivot<Pointwise>(row, problem.options, inverse_s, log_ratio));
   const V q_factor = M::spread(inverse_s), p_factor = M::spread(inverse_t);
   const S g = row.coefficient * row.scale_s;
-  S implicit_slope = implicit_weight;
-  if constexpr (kDecoupled)  // nor has a student without them one to move
-    implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_slope);
   const V g_implicit = M::spread(S(g * implicit_slope));
   const V g_explicit = M::spread(S(g * explicit_slope));
   Blocked<V> total, slopes;

@@ -261,9 +261,9 @@ KDK_DEVICE RowValue<R> process_row(const RowProblem& problem, const typename Row
   const R shift_s = kHalf && z[0] != R(0) ? logarithm(z[0]) * R(kLog2E) : R(0);
   const R shift_t = kHalf && z[1] != R(0) ? logarithm(z[1]) * R(kLog2E) : R(0);
   const R g = row.weight * row.upstream * k_s;
-  // A student without other classes has no distribution to move.
-  const bool none = kDecoupled && z[0] == R(0);
-  const R g_implicit = none ? R(0) : g * implicit_weight, g_explicit = g * explicit_slope;
+  // Of a student without other classes the implicit term is infinite, and its gradient is 0.
+  const R g_implicit = kDecoupled && z[0] == R(0) ? R(0) : g * implicit_weight;
+  const R g_explicit = g * explicit_slope;
   R pivot = 0;
   const auto terms = [&](R s, R t, R& q, R& v, R& slope) {
     const R a = s - origin[0], b = t - origin[1];

@@ -2,8 +2,7 @@
 
 ``torch.log_softmax`` loses the digits of the largest log-probability where a row is certain, and
 its backward pass those of the gradient, both of which are differences there: of reverse KL in
-float64
-nothing but nine digits would be left.
+float64 nothing but nine digits would be left.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def tuple_kernel(
                 tl.where(member, -own_student - student_max, 0.0),
                 tl.where(member, -own_teacher - teacher_max, 0.0),
                 k, k, student_sum, teacher_sum, tl.log(teacher_sum / student_sum),
-                k, k, RULE, False,
+                k, k, k, k, k, RULE, True, False,  # which reads no pivot and no options
             )  # fmt: skip
             total += tl.where(member, value, 0.0)
             slopes += tl.where(member, slope, 0.0)
