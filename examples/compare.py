@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import models
 import recipes
 import report
+import torch
 from data import Data
 from engine import History, Job, fit
 from extras import Centers
@@ -55,6 +57,7 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
     taught = [m for m in methods if m.recipe.term is not None]
     pairs = [(t, m) for t in args.teachers for m in taught if m.teacher in (None, t)]
     teachers = [t for t in args.teachers if any(t == one for one, _ in pairs)]
+    threads(args.threads)
     runs = Runs(args, world, len(teachers) + len(args.seeds) * (len(plain) + len(pairs)))
 
     place = f"{name}-validation" if args.validate else name
@@ -83,7 +86,9 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
     )
     for by in teachers:
         lesson = teacher_job(args, world, known, name, by)
+        threads(args.teacher_threads)
         history = runs(lesson, teacher_folder)
+        threads(args.threads)
         lesson.model.requires_grad_(False)
         found = results.teachers[by] = report.Taught(
             teacher=history,
@@ -101,11 +106,17 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
             timed.setdefault(label, last)
             if world.main and method.recipe.extra is Centers:
                 found.induced[label] = {s: _induced(jobs[s], lesson.model) for s in jobs}
-    if world.main:
+    if world.main and args.times:
         results.steps = report.time_steps(timed)
         times = {label: report.time_loss(job) for label, job in timed.items()}
         results.times = {label: timing for label, timing in times.items() if timing is not None}
     return results
+
+
+def threads(count: int) -> None:
+    """CPU threads, no more than there are; 0: as torch has it."""
+    if count:
+        torch.set_num_threads(min(count, os.cpu_count() or count))
 
 
 def seen(args: argparse.Namespace, data: Data, split: str) -> int | None:

@@ -99,12 +99,18 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", choices=["native", "triton", "reference"], help="of the losses; default: best")
     add("--amp", nargs="?", const="bf16", choices=["bf16", "fp16"], help="mixed precision")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--threads", type=int, metavar="N", help="CPU threads; 0: as many as torch takes")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads; 0: as many as torch takes; default: 1 or 2 for small networks",
+    )
     add("--output", type=Path, default=Path("runs/distill"), metavar="DIR")
     add("--teacher-folder", type=Path, metavar="DIR", help="of teachers that several runs share")
     add("--fresh", action="store_true", help="delete --output's checkpoints and start over")
     add("--save-every", type=int, default=10, metavar="N", help="epochs between checkpoints")
     add("--evaluate-every", type=int, metavar="N", help="epochs between evaluations")
+    add("--times", action=argparse.BooleanOptionalAction, default=True, help="of steps and losses")
     add(
         "--validate",
         action="store_true",
@@ -122,9 +128,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.dataset = "fashion-mnist" if found else "digits"
         args.missing = not found
     setup = SETUPS[args.dataset]
-    for name in ("student", "lr", "weight_decay", "threads", "evaluate_every"):
+    for name in ("student", "lr", "weight_decay", "evaluate_every"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(setup, name))
+    args.teacher_threads = setup.teacher_threads if args.threads is None else args.threads
+    args.threads = setup.threads if args.threads is None else args.threads
     args.methods = list(args.methods or setup.methods)
     args.seeds = list(args.seeds or setup.seeds)
     args.splits = args.splits or ["same"]
@@ -163,8 +171,6 @@ def run(args: argparse.Namespace, world: World) -> list[report.Results]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     world = World.join(args.device)
     try:
         results = run(args, world)

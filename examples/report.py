@@ -251,6 +251,7 @@ def table(results: Results) -> str:
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table; columns that would be empty are left out."""
     base = next(iter(results.plain), None)
     head = ["teacher", "method", "accuracy %", f"over {base or 'ce'}", "over kd", "step ms"]
     head += ["loss µs", "eager µs"]
@@ -269,7 +270,8 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{timing.reference:.0f}" if timing else "-",
             ]
         )
-    return head, found
+    kept = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in found)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in found]
 
 
 def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

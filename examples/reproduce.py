@@ -21,7 +21,6 @@ import claims
 import distill
 import figure
 import report
-import torch
 from world import World
 
 
@@ -39,10 +38,6 @@ STRENGTH = "--teachers weak medium strong"
 CHOOSE = "--validate --seeds 10 11 12"
 UNSTABLE = ("clip=0,lr_warmup=0", "clip=2,lr_warmup=0", "clip=0,lr_warmup=0.1")
 STABILITY = " ".join(f"{m} " + " ".join(f"{m}:{o}" for o in UNSTABLE) for m in ("ce", "kd", "dist"))
-STAGES = (
-    "refilled:stage1=0 refilled:stage1=0.25 refilled:stage1=0.5 refilled:stage1=0,weight=10 "
-    "refilled:stage1=0.25,tuple_weight=100"
-)
 BATCHES = ((16, 17), (32, 33), (64, 75), (128, 150), (256, 300))
 """Batch and epochs: about 300 steps each."""
 
@@ -56,22 +51,23 @@ TABLES = (
     Table(
         "choose-weights",
         "weights that are published in several versions, chosen on held-out training images",
-        f"{CHOOSE} --methods ce kd dkd:beta=1 dkd:beta=8 aekt:beta=1 aekt:beta=8 iekd "
-        "iekd:inheritance=200 iekd:kd=0.9,ce=0.1",
+        f"{CHOOSE} --methods ce kd dkd:beta=1 dkd:beta=8 aekt:beta=1 aekt:beta=8 "
+        "iekd:inheritance=50 iekd:inheritance=200 iekd:inheritance=50,clip=0,lr_warmup=0",
         "choices",
     ),
     Table(
         "choose-dist",
-        "DIST without clipping: a ramp of its weight, a lower temperature or weight",
-        f"{CHOOSE} --methods ce dist dist:clip=0,lr_warmup=0,warmup=0.1 "
-        "dist:clip=0,lr_warmup=0,warmup=0.4 dist:clip=0,lr_warmup=0,tau=1 "
-        "dist:clip=0,lr_warmup=0,weight=0.2",
+        "DIST without clipping: a ramp of its weight, a lower temperature",
+        f"{CHOOSE} --methods ce dist dist:clip=0,lr_warmup=0,warmup=0.4 "
+        "dist:clip=0,lr_warmup=0,tau=1",
         "choices",
     ),
     Table(
         "choose-refilled",
-        "REFILLED, chosen on held-out training images: the share of stage 1, and the weights",
-        f"{CHOOSE} --splits overlap disjoint --methods ce {STAGES}",
+        "REFILLED, chosen on held-out training images: the weight of stage 2, and whether stage 1",
+        f"{CHOOSE} --splits disjoint --methods ce refilled:stage1=0,weight=100 "
+        "refilled:stage1=0,weight=30 refilled:stage1=0,weight=10 refilled:stage1=0,weight=3 "
+        "refilled:stage1=0.25,weight=10",
         "choices",
     ),
     Table(
@@ -182,10 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"\n{table.name}: {table.title}", flush=True)
         shared = ["--output", str(args.output / table.folder)]
-        shared += ["--teacher-folder", str(args.output / "teachers")]
-        settings = distill.parse([*shared, *table.arguments.split(), *more])
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        shared += ["--teacher-folder", str(args.output / "teachers"), "--threads", "1"]
+        times = "--times" if table.name == "main" else "--no-times"
+        settings = distill.parse([*shared, times, *table.arguments.split(), *more])
         world = World.join(settings.device)
         try:
             found = distill.run(settings, world)

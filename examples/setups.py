@@ -41,7 +41,9 @@ class Setup:
     weight_decay: float
     splits: Mapping[str, Split]
     threads: int = 1
-    """Networks so small gain little from more, and a busy machine costs less; 0: torch's choice."""
+    """Of the students: networks so small gain little from more, and a busy machine costs less;
+    0: torch's choice."""
+    teacher_threads: int = 1
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     methods: tuple[str, ...] = ("ce", "kd", "dkd", "aekt", "dist", "iekd")
@@ -65,6 +67,7 @@ SETUPS = {
             # Each class of the student has a relative among the teacher's.
             "disjoint": Split((0, 2, 3, 7, 8), (1, 4, 5, 6, 9), 5, batch=25, epochs=300),
         },
+        teacher_threads=2,
         evaluate_every=50,  # 10000 images take as long as five epochs of training
     ),
     "digits": Setup(
@@ -97,5 +100,6 @@ SETUPS = {
             "disjoint": Split(tuple(range(50)), tuple(range(50, 100)), None, batch=64, epochs=240),
         },
         threads=0,
+        teacher_threads=0,
     ),
 }
