@@ -22,8 +22,8 @@ SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
   $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test mutants peers bench fuzz fuzz-sanitized cuda-check gpu-check lint format \
-  clean
+.PHONY: help install demo reproduce test mutants peers bench fuzz fuzz-sanitized cuda-check gpu-check \
+  lint format clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -38,8 +38,12 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## create the environment and build the package into it (editable)
 
-demo: $(VENV)/.installed  ## distil on real handwritten digits: table, figure; two minutes, no GPU
-	$(PY) examples/distill.py --output runs/demo $(DEMO_ARGS)
+demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; three minutes, no GPU
+	$(PY) examples/distill.py --teachers weak medium strong --methods ce kd dist iekd@medium \
+	  --seeds 0 1 2 --output runs/demo $(DEMO_ARGS)
+
+reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, an hour
+	$(PY) examples/reproduce.py --dataset fashion-mnist --results examples/results $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## run the tests
 	$(PY) -m pytest -n $(JOBS) -rfEs --benchmark-disable tests $(PYTEST_ARGS)

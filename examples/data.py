@@ -1,12 +1,11 @@
 """Data held as tensors on the training device, with augmentation in batches.
 
-Both data sets fit in memory, so an epoch is a permutation and some indexing: no worker processes,
+The data sets fit in memory, so an epoch is a permutation and some indexing: no worker processes,
 and every batch is a function of (seed, epoch, process) alone, which makes resuming exact.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ class Data:
     """Random shifts by up to this many pixels."""
     flip: bool
     """Random mirroring (wrong for digits)."""
+    stride: int = 1
+    """Of the network's first convolution; 2 halves images that are larger than they need be."""
 
     @property
     def channels(self) -> int:
@@ -55,10 +56,10 @@ class Data:
         keep = order[rank.argsort(stable=True)[:count]].to(self.targets.device)
         return replace(self, images=self.images[keep], targets=self.targets[keep])
 
-    def validation(self, fraction: float = 0.4) -> Data:
+    def validation(self, fraction: float = 0.4, most: int = 10000) -> Data:
         """Evaluate on a fixed part of the training split, which is then not trained on."""
         order = torch.randperm(len(self.targets), generator=generator("validation"))
-        held, kept = order.tensor_split([int(len(order) * fraction)])
+        held, kept = order.tensor_split([min(most, int(len(order) * fraction))])
         held, kept = held.to(self.targets.device), kept.to(self.targets.device)
         return replace(
             self,
@@ -119,52 +120,3 @@ class Data:
 def generator(*keys: object) -> torch.Generator:
     """A random generator that depends on nothing but ``keys``."""
     return torch.Generator().manual_seed(zlib.crc32(repr(keys).encode()))
-
-
-def digits() -> Data:
-    """scikit-learn's bundled handwritten digits: 1797 real 8x8 images, 10 classes, no download.
-
-    The split is fixed and stratified: 1000 images to train on, 797 to test on.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
-    targets = torch.tensor(bunch.target, dtype=torch.int64)
-    train, test = train_test_split(
-        range(len(targets)), train_size=1000, random_state=0, stratify=bunch.target
-    )
-    scale = images[train].mean(), images[train].std()
-    images = (images - scale[0]) / scale[1]
-    return Data(images[train], targets[train], images[test], targets[test], 10, shift=1, flip=False)
-
-
-def cifar100(root: str | None) -> Data:
-    """CIFAR-100 through torchvision: 50000 training and 10000 test images, 100 classes."""
-    if importlib.util.find_spec("torchvision") is None:
-        raise SystemExit(
-            "distill.py: --dataset cifar100 needs torchvision, which is not installed.\n"
-            "Install the build that matches your torch:  pip install torchvision"
-        )
-    if root is None:
-        raise SystemExit(
-            "distill.py: --dataset cifar100 needs --data-root DIR, the folder that holds (or will\n"
-            "receive) the data; the first use downloads it there, about 170 MB."
-        )
-    import numpy
-    from torchvision.datasets import CIFAR100
-
-    def load(train: bool) -> tuple[Tensor, Tensor]:
-        part = CIFAR100(root, train=train, download=True)
-        images = torch.from_numpy(numpy.asarray(part.data)).permute(0, 3, 1, 2).float().div_(255)
-        return images, torch.tensor(part.targets, dtype=torch.int64)
-
-    (images, targets), (test_images, test_targets) = load(True), load(False)
-    mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
-    images, test_images = (images - mean) / std, (test_images - mean) / std
-    return Data(images, targets, test_images, test_targets, 100, shift=4, flip=True)
-
-
-def load(dataset: str, root: str | None) -> Data:
-    return digits() if dataset == "digits" else cifar100(root)

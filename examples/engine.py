@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,54 +22,15 @@ from terms import Step
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-
-# A run that may not start from the saved state, because the settings differ.
-MISMATCH = (
-    "distill.py: {path} was made with other settings ({what}).\n"
-    "Choose another --output, or start over with --fresh."
-)
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those that torchrun started; alone by default."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    @staticmethod
-    def join(device: str | None) -> World:
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return World(torch.device(kind))
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            kind = f"cuda:{torch.cuda.current_device()}"
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        return World(torch.device(kind), dist.get_rank(), size)
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def total(self, values: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
+from world import World
 
 
 @dataclass(frozen=True)
 class Job:
     """One network to train: a teacher (no ``teacher`` of its own) or a student."""
 
-    role: str
+    name: str
+    """Of its checkpoint and of its line in the output: different for every run of a comparison."""
     recipe: Recipe
     options: dict[str, float]
     seed: int
@@ -84,19 +45,23 @@ class Job:
     settings: dict[str, Any]
     """What the result depends on; a checkpoint made with other settings is refused."""
     teacher: ResNet | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.role}-{self.recipe.name}-seed{self.seed}"
+    evaluate_every: int = 1
 
 
 @dataclass
 class History:
-    """Per epoch: training loss, accuracy on the evaluation split, seconds a step."""
+    """Per epoch training loss and seconds a step; accuracy after the epochs that are evaluated."""
 
     loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list)
+    """The epochs, from 1, that the accuracies belong to; the last one is always among them."""
+
+    @property
+    def final(self) -> float:
+        """Accuracy at the end of training (not of the best epoch)."""
+        return self.accuracy[-1]
 
 
 class Distiller(nn.Module):
@@ -137,7 +102,7 @@ class Distiller(nn.Module):
 
 def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> History:
     """Train ``job.model`` in place, or finish what an earlier call left under ``folder``."""
-    device, path = world.device, folder / f"{job.name}.pt"
+    device, path = world.device, folder / f"{job.name.replace(':', '-')}.pt"
     job.model.to(device)
     distiller = Distiller(job).to(device)
     optimizer = torch.optim.SGD(
@@ -151,7 +116,7 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
     history = History()
     world.barrier()  # nobody reads while the main process still writes
     if path.exists():
-        history = _restore(path, job, parts, device)
+        history = History(**checkpoints.restore(path, job.settings, parts, device))
     else:
         distiller.prepare()
     start = len(history.loss)
@@ -166,7 +131,7 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
         initial=start * steps,
         desc=job.name,
         unit="step",
-        disable=not world.main,
+        disable=None if world.main else True,  # None: where the output is no terminal
         leave=False,
         dynamic_ncols=True,
         mininterval=0.5,
@@ -176,12 +141,15 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
             loss, seconds = _train_epoch(
                 job, world, wrapped, optimizer, schedule, scaler, epoch, bar
             )
+            done = epoch + 1
             history.loss.append(loss)
-            history.accuracy.append(evaluate(job.model, job.data, world))
             history.seconds.append(seconds)
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{history.accuracy[-1]:.2f}%")
-            if world.main and ((epoch + 1) % save_every == 0 or epoch + 1 == job.epochs):
-                _save(path, job, parts, history)
+            if done % job.evaluate_every == 0 or done == job.epochs:
+                history.accuracy.append(evaluate(job.model, job.data, world))
+                history.evaluated.append(done)
+            bar.set_postfix(loss=f"{loss:.3f}")
+            if world.main and (done % save_every == 0 or done == job.epochs):
+                checkpoints.save(path, job.settings, history, parts)
     world.barrier()
     return history
 
@@ -214,6 +182,11 @@ def _train_epoch(
             loss = model(images, target, teacher, (epoch + 1) / job.epochs)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if job.options["clip"]:
+            scaler.unscale_(optimizer)
+            # Not the module's: what a preparation trained keeps its last gradients.
+            trained = (p for group in optimizer.param_groups for p in group["params"])
+            nn.utils.clip_grad_norm_(trained, job.options["clip"])
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
@@ -224,7 +197,7 @@ def _train_epoch(
     return mean, (time.perf_counter() - begin) / steps
 
 
-def evaluate(model: ResNet, data: Data, world: World, batch: int = 1024) -> float:
+def evaluate(model: ResNet, data: Data, world: World, batch: int = 256) -> float:
     """Accuracy in percent on the evaluation split, which the processes share."""
     model.eval()
     if world.size > 1:  # batch-norm statistics: those of the main process
@@ -259,37 +232,14 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _schedule(
     optimizer: torch.optim.Optimizer, job: Job, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A cosine to zero; one for each stage where a method has two."""
+    """A cosine to zero after a linear warm-up; one for each stage where a method has two."""
     total = job.epochs * steps
     first = int(job.options.get("stage1", 0.0) * job.epochs) * steps
+    warmup = int(job.options["lr_warmup"] * total)
 
     def factor(step: int) -> float:
         begin, end = (0, first) if step < first else (first, total)
-        return (1 + math.cos(math.pi * (step - begin) / max(1, end - begin))) / 2
+        ramp = min(1.0, (step - begin + 1) / (warmup + 1))
+        return ramp * (1 + math.cos(math.pi * (step - begin) / max(1, end - begin))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _save(path: Path, job: Job, parts: dict[str, Any], history: History) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    write(path, {"settings": job.settings, "history": vars(history), **state})
-
-
-def write(path: Path, state: dict[str, Any]) -> None:
-    """Write all or nothing: an interrupt leaves the previous file in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _restore(path: Path, job: Job, parts: dict[str, Any], device: torch.device) -> History:
-    state = torch.load(path, map_location=device, weights_only=True)
-    saved = state["settings"]
-    if saved != job.settings:
-        keys = sorted(k for k in {*saved, *job.settings} if saved.get(k) != job.settings.get(k))
-        what = "; ".join(f"{k}: {saved.get(k)}, now {job.settings.get(k)}" for k in keys)
-        raise SystemExit(MISMATCH.format(path=path, what=what))
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return History(**state["history"])

@@ -89,6 +89,18 @@ class Centers(Prepared):
                 found.update(teacher(images).embedding, target)
         centers.copy_(found.centers())
 
+    def accuracy(self, teacher: ResNet, data: Data) -> float:
+        """Of the classifier that these centres induce: what the local classifier can teach."""
+        teacher.eval()
+        right = 0
+        with torch.inference_mode():
+            for images, target in zip(
+                data.test_images.split(256), data.test_targets.split(256), strict=True
+            ):
+                scores = teacher(images).embedding @ self().T
+                right += int((scores.argmax(1) == target).sum())
+        return 100.0 * right / len(data.test_targets)
+
 
 class View(NamedTuple):
     """What one of two mutual students shows: its halves' factors, and its factor for the other."""

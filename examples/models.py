@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from data import Data
 from torch import Tensor, nn
 
 from kdkernels.nn import TaskSerialization
@@ -35,13 +36,12 @@ class Size(NamedTuple):
     blocks: int
 
 
-SIZES = {
-    "tiny": Size(4, 1),
-    "small": Size(8, 1),
-    "medium": Size(16, 2),
-    "large": Size(32, 2),
-    "huge": Size(64, 3),
-}
+def size(text: str) -> Size:
+    """``"16x2"``: 16 channels in the first stage, 2 blocks a stage."""
+    width, _, blocks = text.partition("x")
+    if not (width.isdecimal() and blocks.isdecimal() and int(width) and int(blocks)):
+        raise ValueError(f"size must be WIDTHxBLOCKS, such as 16x2, got {text}")
+    return Size(int(width), int(blocks))
 
 
 class Block(nn.Module):
@@ -67,11 +67,11 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Three stages; the resolution halves and the width doubles from one to the next."""
 
-    def __init__(self, size: Size, channels: int, classes: int) -> None:
+    def __init__(self, size: Size, channels: int, classes: int, stride: int = 1) -> None:
         super().__init__()
         widths = [size.width * factor for factor in (1, 2, 4)]
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
+            nn.Conv2d(channels, widths[0], 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(),
         )
@@ -95,13 +95,13 @@ class ResNet(nn.Module):
         return Output(self.serial(distilled), features, embedding, distilled)
 
 
-def build(size: str, channels: int, classes: int, seed: int, *, serial: bool = False) -> ResNet:
+def build(text: str, data: Data, seed: int, *, serial: bool = False) -> ResNet:
     """A network whose initial function depends on ``seed`` alone; ``serial`` adds AEKT's head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet(SIZES[size], channels, classes)
+        model = ResNet(size(text), data.channels, data.classes, data.stride)
         if serial:
-            model.serial = TaskSerialization(classes)
+            model.serial = TaskSerialization(data.classes)
         return model
 
 

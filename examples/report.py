@@ -7,8 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,60 @@ class Timing:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
+class Taught:
+    """A teacher and what its students reached, by method and seed."""
+
+    teacher: History
+    parameters: int
+    images: int
+    students: dict[str, dict[int, History]] = field(default_factory=dict)
+    options: dict[str, dict[str, float]] = field(default_factory=dict)
+    induced: dict[str, dict[int, float]] = field(default_factory=dict)
+    """REFILLED: accuracy of the classifier that the teacher's embedding and the centres make."""
+
+
+@dataclass
 class Results:
     """Everything that a comparison found; written to results.json as it is."""
 
-    task: str
+    split: str
     settings: dict[str, Any]
     processes: int
     device: str
-    images: tuple[int, int, int]
-    """Training images of the teacher, of a student, and images evaluated on."""
-    sizes: tuple[int, int]
-    """Parameters of teacher and student."""
-    teacher: History
-    students: dict[str, dict[int, History]]
-    times: dict[str, Timing | None]
-    options: dict[str, dict[str, float]]
+    images: int
+    """Training images of a student."""
+    tested: int
+    parameters: int
+    """Of a student."""
+    plain: dict[str, dict[int, History]]
+    """Students without a teacher."""
+    teachers: dict[str, Taught] = field(default_factory=dict)
+    times: dict[str, Timing] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a training step, in turns with the other methods."""
 
-    def final(self, method: str) -> list[float]:
-        """Accuracy at the end of training (not the best epoch), a number a seed."""
-        return [history.accuracy[-1] for history in self.students[method].values()]
+    def students(self) -> Iterator[tuple[str | None, str, dict[int, History]]]:
+        """Teacher, method and histories, in the order of the table."""
+        for method, histories in self.plain.items():
+            yield None, method, histories
+        for name, taught in self.teachers.items():
+            for method, histories in taught.students.items():
+                yield name, method, histories
+
+    def final(self, teacher: str | None, method: str) -> list[float] | None:
+        """Accuracy at the end of training, a number a seed; None: not part of the comparison."""
+        found = self.plain.get(method)
+        if found is None and teacher is not None:
+            found = self.teachers[teacher].students.get(method)
+        return None if found is None else [history.final for history in found.values()]
+
+    def gains(self, teacher: str | None, method: str, over: str) -> list[float] | None:
+        """Paired differences: the same seed has the same initial weights, images and batches."""
+        mine, other = self.final(teacher, method), self.final(teacher, over)
+        if mine is None or other is None or method == over:
+            return None
+        return [a - b for a, b in zip(mine, other, strict=True)]
 
 
 class Recorded(nn.Module):
@@ -102,6 +136,35 @@ def time_loss(job: Job) -> Timing | None:
     return Timing(used, 1e6 * chosen, 1e6 * reference, tuple(student_out.logits.shape))
 
 
+def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
+    """Milliseconds of a whole step by method: batch, teacher, student, loss, backward, update."""
+
+    def prepared(job: Job) -> Callable[[], None]:
+        images, target = next(iter(job.data.epoch(job.batch, job.seed, 0)))
+        distiller = Distiller(job).to(images.device).train()
+        trained = [p for p in distiller.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, nesterov=True)
+
+        def once() -> None:
+            output = None
+            if job.teacher is not None:
+                job.teacher.eval()
+                with torch.no_grad():
+                    output = job.teacher(images)
+            optimizer.zero_grad()
+            distiller(images, target, output, 1.0).backward()
+            if job.options["clip"]:
+                nn.utils.clip_grad_norm_(trained, job.options["clip"])
+            optimizer.step()
+
+        return once
+
+    device = next(iter(jobs.values())).data.images.device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    seconds = _median_seconds([prepared(job) for job in jobs.values()], synchronize)
+    return {method: 1e3 * one for method, one in zip(jobs, seconds, strict=True)}
+
+
 def _best(name: str, device: torch.device) -> str:
     """The backend that ``backend=None`` picks: the first with nothing against it."""
     requested = os.environ.get("KDKERNELS_BACKEND")
@@ -116,7 +179,7 @@ def _nothing() -> None:
 def _median_seconds(
     contenders: Sequence[Callable[[], None]],
     synchronize: Callable[[], None],
-    rounds: int = 31,
+    rounds: int = 15,
 ) -> list[float]:
     """Median time of a call of each, taken in turns so that a busy machine slows all alike."""
     seconds: list[list[float]] = [[] for _ in contenders]
@@ -138,77 +201,125 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def paired(values: Sequence[float] | None) -> str:
+    """Mean ± standard deviation, and how many of the seeds gained."""
+    if values is None:
+        return "-"
+    mean, deviation = spread(values)
+    return f"{mean:+.2f} ± {deviation:.2f} ({sum(v > 0 for v in values)}/{len(values)})"
+
+
 def table(results: Results) -> str:
-    """The comparison as a Markdown table with a line of context above."""
-    taught, seen, tested = results.images
-    seeds = len(results.settings["seeds"])
-    split = "held-out training" if results.settings["validate"] else "test"
+    """The comparison as a Markdown table with lines of context around."""
+    settings = results.settings
+    seeds = len(settings["seeds"])
+    split = "held-out training" if settings["validate"] else "test"
     lines = [
-        f"{results.task}: teacher {results.settings['teacher']} "
-        f"({results.sizes[0]:,} parameters, {taught:,} training images) "
-        f"{results.teacher.accuracy[-1]:.2f} %; "
-        f"student {results.settings['student']} "
-        f"({results.sizes[1]:,} parameters, {seen:,} training images)",
-        f"accuracy on {tested:,} {split} images after the last epoch, mean ± standard deviation "
-        f"over {seeds} seed{'s'[: seeds != 1]}",
+        f"{settings['dataset']}, {results.split} classes: students {settings['student']} "
+        f"({results.parameters:,} parameters), {results.images:,} training images,",
+        f"accuracy on {results.tested:,} {split} images after the last epoch, mean ± standard "
+        f"deviation over {seeds} seed{'s'[: seeds != 1]};",
+        "gains are paired by seed (in brackets: seeds that gained)",
+        *(
+            f"teacher {name}: {taught.parameters:,} parameters, {taught.images:,} images, "
+            f"{taught.teacher.final:.2f} %"
+            for name, taught in results.teachers.items()
+            if results.split == "same"
+        ),
         "",
     ]
-    head = ["method", "accuracy %", "gain over ce", "step ms", "loss µs", "eager µs", "speed-up"]
-    rows = [_row(results, method) for method in results.students]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in (head, ["-" * width for width in widths], *rows):
-        cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    timed = next((t for t in results.times.values() if t), None)
+    lines += grid(*rows(results))
+    for name, taught in results.teachers.items():
+        for method, found in taught.induced.items():
+            mean, deviation = spread(list(found.values()))
+            lines += [
+                "",
+                f"{method}: the classifier that the {name} teacher's embedding induces reaches "
+                f"{mean:.2f} ± {deviation:.2f} %",
+            ]
+    timed = next(iter(results.times.values()), None)
     if timed:
         lines += [
             "",
-            f"loss: forward + backward of the distillation term alone (refilled: of stage 1) for "
-            f"{timed.shape[0]} images, {timed.shape[1]} classes, backend {timed.backend}",
-            f"({results.device}, threads: {torch.get_num_threads()}); "
+            "step: one training step with everything in it, the methods in turns",
+            f"loss: forward + backward of the distillation term alone (refilled: of its first "
+            f"stage) for {timed.shape[0]} images, {timed.shape[1]} classes,",
+            f"backend {timed.backend} ({results.device}, threads: {torch.get_num_threads()}); "
             "eager: the same with backend=reference",
         ]
     return "\n".join(lines)
 
 
-def _row(results: Results, method: str) -> list[str]:
-    mean, deviation = spread(results.final(method))
-    timing = results.times.get(method)
-    cells = [method, f"{mean:.2f} ± {deviation:.2f}", "-"]
-    if method != "ce" and "ce" in results.students:
-        gains = [a - b for a, b in zip(results.final(method), results.final("ce"), strict=True)]
-        gain, deviation = spread(gains)
-        cells[2] = f"{gain:+.2f} ± {deviation:.2f}"
-    seconds = [s for history in results.students[method].values() for s in history.seconds]
-    cells.append(f"{1e3 * statistics.median(seconds):.2f}")
-    if timing is None:
-        return [*cells, "-", "-", "-"]
-    ratio = timing.reference / timing.chosen
-    return [*cells, f"{timing.chosen:.0f}", f"{timing.reference:.0f}", f"{ratio:.1f}x"]
+def rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table; columns that would be empty are left out."""
+    base = next(iter(results.plain), None)
+    head = ["teacher", "method", "accuracy %", f"over {base or 'ce'}", "over kd", "step ms"]
+    head += ["loss µs", "eager µs"]
+    found = []
+    for teacher, method, _ in results.students():
+        step, timing = results.steps.get(method), results.times.get(method)
+        found.append(
+            [
+                teacher or "-",
+                method,
+                "{:.2f} ± {:.2f}".format(*spread(results.final(teacher, method) or [])),
+                paired(results.gains(teacher, method, base) if base else None),
+                paired(results.gains(teacher, method, "kd") if teacher else None),
+                f"{step:.2f}" if step else "-",
+                f"{timing.chosen:.0f}" if timing else "-",
+                f"{timing.reference:.0f}" if timing else "-",
+            ]
+        )
+    kept = [i for i in range(len(head)) if i < 3 or any(row[i] != "-" for row in found)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in found]
 
 
-def write(found: Sequence[Results], folder: Path) -> None:
-    """results.json, written whole or not at all; a second comparison is under "disjoint"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results, *others = (_content(results) for results in found)
-    content = {
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table with columns of equal width; words to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+    lines = []
+    for row in (head, ["-" * width for width in widths], *body):
+        cells = (
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def accuracies(results: Results) -> dict[str, dict[str, dict[int, float]]]:
+    """By teacher, method and seed; students without a teacher stand beside those of each."""
+    plain = {m: {s: h.final for s, h in found.items()} for m, found in results.plain.items()}
+    return {
+        name: plain
+        | {m: {s: h.final for s, h in found.items()} for m, found in taught.students.items()}
+        for name, taught in results.teachers.items()
+    } or {"-": plain}
+
+
+def versions() -> dict[str, str]:
+    return {
         "torch": torch.__version__,
         "kdkernels": kdkernels.__version__,
         "python": platform.python_version(),
-        **results,
-        "disjoint": others[0] if others else None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "date": time.strftime("%Y-%m-%d"),
     }
-    partial = folder / "results.partial"
+
+
+def write(found: Sequence[Results], folder: Path) -> None:
+    """results.json, whole or not at all: "accuracy" by split, teacher, method and seed, then all
+    that each comparison recorded."""
+    content = {
+        **versions(),
+        "accuracy": {results.split: accuracies(results) for results in found},
+        "comparisons": [asdict(results) for results in found],
+    }
+    write_json(content, folder / "results.json")
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / "results.json")
-
-
-def _content(results: Results) -> dict[str, Any]:
-    summary = {}
-    for method in results.students:
-        mean, deviation = spread(results.final(method))
-        summary[method] = {"accuracy_mean": mean, "accuracy_sd": deviation}
-    return {"summary": summary, **asdict(results)}
+    os.replace(partial, path)

@@ -41,13 +41,14 @@ def kd(step: Step) -> Tensor:
         step.student.logits,
         step.teacher.logits,
         o["temperature"],
+        standardize=bool(o["standardize"]),
         loss_weight=o["weight"],
         backend=step.backend,
     )
 
 
 def _ramp(step: Step) -> float:
-    """DKD's linear warm-up."""
+    """DKD's linear warm-up of the loss's weight."""
     warmup = step.options["warmup"]
     return min(1.0, step.progress / warmup) if warmup else 1.0
 
@@ -91,7 +92,7 @@ def dist(step: Step) -> Tensor:
         o["beta"],
         o["gamma"],
         o["tau"],
-        loss_weight=o["weight"],
+        loss_weight=o["weight"] * _ramp(step),
         backend=step.backend,
     )
 
@@ -100,7 +101,7 @@ def iekd(step: Step) -> Tensor:
     assert step.extra is not None
     o = step.options
     inheritance, exploration, factor = step.extra(step.student.features, step.teacher.features)
-    return iekd_loss(
+    loss = iekd_loss(
         inheritance,
         exploration,
         factor,
@@ -108,6 +109,15 @@ def iekd(step: Step) -> Tensor:
         o["exploration"],
         backend=step.backend,
     )
+    if o["kd"]:
+        loss = loss + kd_loss(
+            step.student.logits,
+            step.teacher.logits,
+            o["temperature"],
+            loss_weight=o["kd"],
+            backend=step.backend,
+        )
+    return loss
 
 
 def iedml(step: Step) -> Tensor:

@@ -171,8 +171,8 @@ _of(
     ("mask_of_gradient_by_row",
      "store<R>(sink.to + c * kW, «rules::select(ignored, Vec<R>{}, out)»);", "out"),
     ("mask_of_value_by_row",
-     "value = «rules::select(ignored, Vec<R>{}, Vec<R>(value * R(problem.scale)))»;",
-     "Vec<R>(value * R(problem.scale))"),
+     "value = «rules::select(ignored, Vec<R>{}, rules::weighted(value, R(problem.scale)))»;",
+     "rules::weighted(value, R(problem.scale))"),
     ("mask_of_gradient_by_class", "std::memset(to.to, 0, sizeof(G) * classes);", ""),
     ("mask_of_value_by_class", "loss[row] = R(«0»);", "1"),
     ("upstream_of_first_row", "static_cast<const R*>(problem.upstream)[«row»]", "0",
@@ -294,7 +294,7 @@ _of(
     "kdkernels/triton", "dist.py",
     "test_golden.py test_contract.py test_losses.py", "triton and dist",
     ("eps_lost", "total = product «+ eps»", ""),
-    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», -1.0 / total", "on_a + 0.0 / norm_a"),
+    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», tl.where(none, 0.0, -1.0 / total)", "on_a + 0.0 / norm_a"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "numerics.py", "test_contract.py", "triton and digits",

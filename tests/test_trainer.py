@@ -15,54 +15,90 @@ from typing import Any
 
 import pytest
 import torch
-from trainer import EXAMPLES, TINY, digits, distill, engine, learned, models, recipes, run
+from trainer import (
+    EXAMPLES,
+    TINY,
+    World,
+    checkpoints,
+    compare,
+    digits,
+    distill,
+    engine,
+    learned,
+    recipes,
+    run,
+    teacher,
+)
+
+SPLITS = ["--splits", "same", "disjoint"]
+PLAIN = [name for name, recipe in recipes.RECIPES.items() if recipe.term is None]
+APART = [name for name, recipe in recipes.RECIPES.items() if not recipe.shared]
+"""Methods that do not need the teacher's classes."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One uninterrupted run of every method."""
+    """One uninterrupted run of every method, with the same and with disjoint classes."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder)
+    return folder, run(folder, *SPLITS)
 
 
 def test_end_to_end(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, results = whole
-    assert set(results["students"]) == set(recipes.RECIPES)
+    same, disjoint = results["accuracy"]["same"]["weak"], results["accuracy"]["disjoint"]["weak"]
+    assert set(same) == set(recipes.RECIPES)
+    assert set(disjoint) == set(APART)
+    assert all(set(found) == {"0", "1"} for found in (*same.values(), *disjoint.values()))
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     for name, (loss, accuracy) in learned(results).items():
-        assert len(loss) == len(accuracy) >= 2
+        assert len(loss) == (2 if name.endswith("weak") else 3)
+        assert len(accuracy) == (1 if name.endswith("weak") else 3)  # a teacher's last epoch only
         lowest = -50 if name.startswith("ie") else 0  # exploration is rewarded
         assert all(lowest < value < 100 for value in loss)
         assert all(0 <= value <= 100 for value in accuracy)
-    for method, timing in results["times"].items():
-        assert (timing is None) == (method == "ce")
-        assert timing is None or min(timing["chosen"], timing["reference"]) > 0
+    for part, methods in zip(results["comparisons"], (same, disjoint), strict=True):
+        assert set(part["times"]) == set(methods) - set(PLAIN)
+        assert set(part["steps"]) == set(methods)
+        assert all(min(t["chosen"], t["reference"]) > 0 for t in part["times"].values())
+        assert all(step > 0 for step in part["steps"].values())
+        taught = part["teachers"]["weak"]
+        assert set(taught["induced"]) == {"refilled"}
+        assert all(0 < value <= 100 for value in taught["induced"]["refilled"].values())
     assert not list(folder.rglob("*.partial*"))
 
 
 def test_table_names_every_method(
     whole: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(whole[0])  # everything is done: only reports
-    text = capsys.readouterr().out
+    run(whole[0], *SPLITS)  # everything is done: only reports
+    captured = capsys.readouterr()
+    text = captured.out
     for method in recipes.RECIPES:
-        assert text.count(f"| {method} ") == (2 if method in ("ce", "refilled") else 1)
-    assert "disjoint labels (teacher 0-4, student 5-9)" in text
+        assert text.count(f"| {method} ") == (2 if method in APART else 1), method
+    assert "disjoint: the teachers know classes 0, 1, 2, 3, 4, the students 5, 6, 7, 8, 9" in text
+    assert "without kd, dkd, aekt, dist: logits are compared between the same classes only" in text
     assert text.count("over 2 seeds") == 2
+    assert text.count("the classifier that the weak teacher's embedding induces reaches") == 2
+    # Not a terminal: a line a run, nothing that overwrites itself.
+    runs = len(recipes.RECIPES) + len(APART)
+    assert text.count("] student-") == 2 * runs
+    assert text.count("] teacher-weak ") == 2
+    assert "\r" not in text + captured.err
 
 
 def test_distillation_trains_another_network(whole: tuple[Path, dict[str, Any]]) -> None:
     curves = [loss for name, (loss, _) in learned(whole[1]).items() if name.endswith("-0")]
-    assert len({tuple(loss) for loss in curves}) == len(recipes.RECIPES) + 2  # and disjoint
+    assert len({tuple(loss) for loss in curves}) == len(recipes.RECIPES) + len(APART)
 
 
-# A save is an epoch: teacher 2, then 3 for each student, in the order of the recipes.
-AT = {name: 2 + 3 * place for place, name in enumerate(recipes.RECIPES)}
+# A save is an epoch: 3 of each plain student, 2 of the teacher, then 3 for each method and seed.
+TAUGHT = [name for name in recipes.RECIPES if name not in PLAIN]
+AT = {name: 6 * len(PLAIN) + 2 + 6 * place for place, name in enumerate(TAUGHT)}
 
 
 @pytest.mark.parametrize(
     "saves",
-    [1, 4, 9, AT["iekd"], AT["iekd"] + 1, AT["iedml"] + 2, AT["refilled"] + 1, 6 * len(AT) + 6],
+    [1, AT["kd"] - 1, AT["iekd"], AT["iekd"] + 1, AT["iedml"] + 2, AT["refilled"] + 1, 60],
 )
 def test_resume_equals_uninterrupted(
     whole: tuple[Path, dict[str, Any]],
@@ -70,9 +106,10 @@ def test_resume_equals_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupt in a teacher, in a student, in a method's preparation and between its stages, at a
+    """Interrupt in a student, in a teacher, in a method's preparation and between its stages, at a
     run's end and in the disjoint part: the numbers are the same bits."""
-    write, done = engine.write, 0
+    assert AT["refilled"] + 6 < 60  # the last one is in the disjoint part
+    write, done = checkpoints.write, 0
 
     def interrupted(path: Path, state: dict[str, Any]) -> None:
         nonlocal done
@@ -81,11 +118,15 @@ def test_resume_equals_uninterrupted(
         done += 1
         write(path, state)
 
-    monkeypatch.setattr(engine, "write", interrupted)
-    assert distill.main([*TINY, "--output", str(tmp_path)]) == 130
-    monkeypatch.setattr(engine, "write", write)
+    monkeypatch.setattr(checkpoints, "write", interrupted)
+    # What is slow and not looked at.
+    monkeypatch.setattr(compare.report, "time_steps", lambda jobs: {})
+    monkeypatch.setattr(compare.report, "time_loss", lambda job: None)
+    monkeypatch.setattr(distill.figure, "write", lambda results, folder: None)
+    assert distill.main([*TINY, *SPLITS, "--output", str(tmp_path)]) == 130
+    monkeypatch.setattr(checkpoints, "write", write)
     assert not (tmp_path / "results.json").exists()
-    assert learned(run(tmp_path)) == learned(whole[1])
+    assert learned(run(tmp_path, *SPLITS)) == learned(whole[1])
 
 
 def test_half_written_checkpoint_is_ignored(
@@ -93,7 +134,7 @@ def test_half_written_checkpoint_is_ignored(
 ) -> None:
     """A crash while a checkpoint is written leaves the one before it."""
     path = tmp_path / "state.pt"
-    engine.write(path, {"epoch": 1})
+    checkpoints.write(path, {"epoch": 1})
 
     def crash(state: object, where: Path) -> None:
         where.write_bytes(b"half")
@@ -101,27 +142,27 @@ def test_half_written_checkpoint_is_ignored(
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
-        engine.write(path, {"epoch": 2})
+        checkpoints.write(path, {"epoch": 2})
     assert torch.load(path) == {"epoch": 1}
 
 
 def test_done_runs_are_skipped_and_fresh_starts_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--methods", "ce", "--seeds", "0"]
+    arguments = ["--methods", "ce", "kd", "--seeds", "0"]
     first = run(tmp_path, *arguments)
     written: list[str] = []
-    write = engine.write
+    write = checkpoints.write
 
     def count(path: Path, state: dict[str, Any]) -> None:
         written.append(path.name)
         write(path, state)
 
-    monkeypatch.setattr(engine, "write", count)
-    assert run(tmp_path, *arguments)["students"] == first["students"]
+    monkeypatch.setattr(checkpoints, "write", count)
+    assert learned(run(tmp_path, *arguments)) == learned(first)
     assert written == []
     assert learned(run(tmp_path, *arguments, "--fresh")) == learned(first)
-    assert len(written) == 2 + 3  # every epoch of teacher and student
+    assert len(written) == 2 + 3 + 3  # every epoch of the teacher and of two students
 
 
 def test_other_settings_refuse_the_checkpoint(
@@ -137,19 +178,48 @@ def test_amp(tmp_path: Path) -> None:
 
 
 def test_option_changes_a_weight(tmp_path: Path) -> None:
-    results = run(tmp_path, "--methods", "kd", "--seeds", "0", "--option", "kd.temperature=2")
-    assert results["options"]["kd"]["temperature"] == 2
-    with pytest.raises(SystemExit, match=r"kd\.heat must name one of .*kd\.temperature"):
-        run(tmp_path, "--methods", "kd", "--option", "kd.heat=2")
+    option = ["--option", "kd.temperature=2", "--option", "*.clip=3"]
+    results = run(tmp_path, "--methods", "kd", "kd:clip=5,weight=2", "--seeds", "0", *option)
+    options = results["comparisons"][0]["teachers"]["weak"]["options"]
+    for method, temperature, clip in (("kd", 2, 3), ("kd:clip=5,weight=2", 2, 5)):
+        assert (options[method]["temperature"], options[method]["clip"]) == (temperature, clip)
+    assert options["kd:clip=5,weight=2"]["weight"] == 2
 
 
-def test_disjoint_is_optional(tmp_path: Path) -> None:
-    arguments = ["--seeds", "0", "--methods", "refilled"]
-    assert run(tmp_path, *arguments, "--no-disjoint")["disjoint"] is None
-    found = run(tmp_path, *arguments)["disjoint"]
-    assert set(found["students"]) == {"ce", "refilled"}
-    assert found["images"][:2] == [501, 20]
-    assert run(tmp_path / "other", "--seeds", "0", "--methods", "ce")["disjoint"] is None
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--option kd.heat=2", "an option of kd must be NAME=VALUE with a name among ce, clip"),
+        ("--option heat=2", "--option must be METHOD.NAME=VALUE, got heat=2"),
+        ("--methods kd:temperature=warm", "kd's temperature must be a number, got warm"),
+        ("--methods heat", "METHOD must be NAME[:OPTION=VALUE,...][@TEACHER] with a name among ce"),
+        ("--methods kd@", "METHOD must be NAME[:OPTION=VALUE,...][@TEACHER]"),
+        ("--methods kd@medium", "the teacher of kd@medium must be one of --teachers weak"),
+        ("--teachers huge", "--teachers of digits must be weak, medium, strong, got huge"),
+        ("--splits half", "--splits of digits must be same, overlap, disjoint, got half"),
+        ("--student 4", "size must be WIDTHxBLOCKS, such as 16x2, got 4"),
+    ],
+)
+def test_errors(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        distill.parse([*TINY, *arguments.split()])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_several_teachers(tmp_path: Path) -> None:
+    """Plain students are trained once; a method may ask for one teacher; the other order of
+    teachers finds the same."""
+    arguments = ["--seeds", "0", "--teachers", "weak", "medium", "--methods", "ce", "kd@medium"]
+    accuracy = run(tmp_path, *arguments, "dist")["accuracy"]["same"]
+    assert list(accuracy["weak"]) == ["ce", "dist"]
+    assert list(accuracy["medium"]) == ["ce", "kd", "dist"]
+    assert accuracy["weak"]["ce"] == accuracy["medium"]["ce"]
+    saved = {path.name for path in (tmp_path / "checkpoints" / "same").iterdir()}
+    assert saved == {
+        "student-ce-seed0.pt",
+        *("teacher-weak.pt", "teacher-medium.pt", "student-kd-medium-seed0.pt"),
+        *("student-dist-weak-seed0.pt", "student-dist-medium-seed0.pt"),
+    }
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed part")
@@ -172,7 +242,7 @@ def test_two_processes(tmp_path: Path) -> None:
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("student-kd-seed0 ") == 1
+    assert done.stdout.count("student-kd-weak-seed0 ") == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["processes"] == 2
     assert all(len(loss) >= 2 for loss, _ in learned(results).values())
@@ -188,10 +258,10 @@ def _replica(rank: int, port: int, folder: str) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    world = engine.World.join("cpu")
+    world = World.join("cpu")
     args = distill.parse([*TINY, "--output", folder])
-    teacher = models.build("tiny", 1, 10, seed=5).requires_grad_(False)
-    job = distill.job(args, world, digits(), "student", "dkd", 0, teacher)
+    method = recipes.Method.parse("dkd")
+    job = compare.student_job(args, world, digits(), "same", method, 0, teacher(), "weak")
     before = [p.detach().clone() for p in job.model.parameters()]
     engine.fit(job, world, Path(folder))
     for parameter, start in zip(job.model.parameters(), before, strict=True):

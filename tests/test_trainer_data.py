@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 from pathlib import Path
 
 import pytest
-from trainer import digits, distill
+import torch
+from trainer import digits, distill, loaders, recipes, setups
 
 
 def test_validation_keeps_the_test_split_out() -> None:
@@ -55,3 +57,82 @@ def test_cifar100_without_torchvision(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     with pytest.raises(SystemExit, match=r"not installed.*\n.*pip install torchvision"):
         distill.main(["--dataset", "cifar100", "--output", str(tmp_path)])
+
+
+def write_fashion(folder: Path, pack: bool, labels: int = 30) -> None:
+    """Four idx files of 30 and 20 noise images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = torch.Generator().manual_seed(0)
+    for name in loaders.FASHION:
+        count = 30 if name.startswith("train") else 20
+        shape = [count, 28, 28] if "images" in name else [count if count == 20 else labels]
+        values = torch.randint(256, shape, dtype=torch.uint8, generator=noise)
+        values = values if "images" in name else torch.arange(shape[0], dtype=torch.uint8) % 10
+        header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+        raw = header + values.numpy().tobytes()
+        path = folder / (name + ".gz" * pack)
+        path.write_bytes(gzip.compress(raw) if pack else raw)
+
+
+@pytest.mark.parametrize("layout", ["", "FashionMNIST/raw"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_fashion_mnist_is_found(
+    layout: str, pack: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian's folder and torchvision's, packed and not, by option and by environment."""
+    write_fashion(tmp_path / layout, pack)
+    data = loaders.fashion_mnist(str(tmp_path))
+    assert data.images.shape == (30, 1, 28, 28) and data.test_images.shape == (20, 1, 28, 28)
+    assert data.targets.tolist() == [*range(10)] * 3
+    folder = loaders.fashion_folder(str(tmp_path))
+    assert folder is not None
+    train, test = (loaders.idx(folder / loaders.FASHION[i]).double() for i in (0, 2))
+    expected = (test - train.mean()) / train.std()  # the training images' mean and deviation
+    torch.testing.assert_close(data.test_images[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setenv(loaders.ROOT, str(tmp_path))
+    assert distill.parse([]).dataset == "fashion-mnist"
+    assert distill.parse([]).methods == list(setups.SETUPS["fashion-mnist"].methods)
+
+
+def test_fashion_mnist_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for, it is an error; not asked for, digits take its place. Both say how to get it."""
+    monkeypatch.setenv(loaders.ROOT, str(tmp_path))
+    assert distill.parse([]).dataset == "digits"
+    nowhere = ["--output", str(tmp_path / "runs"), "--data-root", str(tmp_path / "no")]
+    with pytest.raises(SystemExit, match=r"not found under .*no\.\n.*\n.*dataset-fashion-mnist"):
+        distill.main([*nowhere, "--dataset", "fashion-mnist"])
+    few = ["--seeds", "0", "--methods", "ce", "--epochs", "1", "--device", "cpu"]
+    assert distill.main([*nowhere, *few]) == 0
+    text = capsys.readouterr().out
+    assert "digits instead" in text and "apt install dataset-fashion-mnist" in text
+
+
+def test_broken_idx_files(tmp_path: Path) -> None:
+    write_fashion(tmp_path, pack=False, labels=7)
+    path = tmp_path / loaders.FASHION[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="must hold 7 values, got 6"):
+        loaders.idx(path)
+    path.write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match="must be an idx file of bytes, got 3c68746d"):
+        loaders.idx(path)
+
+
+@pytest.mark.parametrize("dataset", list(setups.SETUPS))
+def test_setups_hold_together(dataset: str) -> None:
+    setup = setups.SETUPS[dataset]
+    assert {"medium"} <= set(setup.teachers) <= {"weak", "medium", "strong"}
+    assert list(setup.splits) == ["same", "overlap", "disjoint"]
+    for name, split in setup.splits.items():
+        common = set(split.teacher or ()) & set(split.student or ())
+        assert (split.teacher is None) == (split.student is None) == (name == "same")
+        assert bool(common) == (name == "overlap")
+        assert set(split.teacher or ()) != set(split.student or ()) or name == "same"
+    for text in setup.methods:
+        recipes.Method.parse(text)
+    assert set(recipes.CHOSEN.get(dataset, {})) <= {"*", *recipes.RECIPES}
+    for name, options in recipes.CHOSEN.get(dataset, {}).items():
+        for option, value in options.items():
+            assert recipes.change(f"{option}={value}", name) == (option, value)

@@ -43,6 +43,9 @@ def aekt_loss(
     ``kappa=0`` is exactly DKD. The paper keeps the logits of the distillation apart from those of
     the classification: see :class:`kdkernels.nn.TaskSerialization`.
 
+    In practice: beta = 8 is DKD's, and needs a warm-up, clipping, or a lower value with few images,
+    as there.
+
     Args:
         student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
             float16 or bfloat16; any strides.

@@ -38,6 +38,10 @@ def dkd_loss(
     :math:`\log(1 - q_t)` is a difference of logsumexps, so a confident student or teacher gives no
     inf or NaN where the published code does. ``KD = TCKD + (1 - p_t) NCKD``.
 
+    In practice: beta = 8 on top of :math:`T^2 = 16` makes the first gradients about ten times those
+    of cross-entropy. Warm the weight up, as the published code does, and clip; with few images
+    beta = 1 is the safer choice.
+
     Args:
         student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
             float16 or bfloat16; any strides.

@@ -52,6 +52,11 @@ def tuple_matching_loss(
     KL (both outcomes are counted as samples by ``batchmean``); this is its tuple form, a plain
     mean.
 
+    In practice: the stage needs a teacher whose classes are related to the student's, and few
+    labels: what it can give is what the teacher's embedding already tells apart (classify with
+    :func:`kdkernels.functional.class_centers` to see). The weight of 1000 wants clipped gradients.
+    Stage 2 (:func:`kdkernels.functional.local_classifier_loss`) carries most of the gain.
+
     Args:
         student_embeddings: (B, D), or (B, C, H, W) such as (B, C, 1, 1), which is flattened;
             float64, float32, float16 or bfloat16.
