@@ -248,8 +248,9 @@ def rkd(s: Tensor, t: Tensor, *, distance_weight: Any, angle_weight: Any, reduct
         same = squares == 0
         length = torch.where(same, 0.0, torch.where(same, 1.0, squares).sqrt())
         unit = gaps / torch.where(same, 1.0, length)[..., None]
-        mean = length.sum() / max(samples * (samples - 1), 1)
-        return length / mean.clamp(min=1e-12), unit @ unit.transpose(1, 2)
+        apart = torch.where(same, 1e-6, length) * (1 - torch.eye(samples, dtype=x.dtype))
+        mean = apart.sum() / max(samples * (samples - 1), 1)
+        return apart / mean.clamp(min=1e-12), unit @ unit.transpose(1, 2)
 
     (d_s, a_s), (d_t, a_t) = relations(s), relations(t)
     huber = lambda x: torch.where(x.abs() < 1, x * x / 2, x.abs() - 0.5)  # noqa: E731
