@@ -180,7 +180,7 @@ _of(
     ("gradient_over_logits",
      "return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;",
      "return !rules::PointwiseOf<Rule>::type::centred;", "test_standardize.py", "native"),
-    ("scale_of_value", "loss[row] = «R(problem.scale)» * finish", "R(1)",
+    ("scale_of_value", "«R(problem.scale)»);\n    }\n    if constexpr (kGradient && std::", "R(1)",
      "test_losses.py", "native and kd and gaussian"),
 )  # fmt: skip
 _of(
