@@ -40,6 +40,8 @@ def row_loss(
     class_dim = _checks.logits(student, teacher)
     if target is not None:
         _checks.target(target, student, class_dim, target_name)
+        if target_name != "target":  # by which the kernels know it
+            _checks.allocated(target_name, target)
     elif spec.needs_target:
         raise _checks.fail_type("target", "a Tensor of class indices", "None")
     ignore_index = _checks.integer("ignore_index", ignore_index)

@@ -165,7 +165,63 @@ def aekt(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
     return two_terms(s, t, target, options, ratio)
 
 
-ROWS: dict[str, Callable[..., Rows]] = {"kd": kd, "dkd": dkd, "aekt": aekt}
+def of_tokens(function: Callable[..., Rows]) -> Callable[..., Rows]:
+    """A loss of token distributions: the temperature divides, and there is no T^2."""
+
+    def loss(
+        s: Array, t: Array, target: Array, options: dict[str, Any], move: Callable[[Array], Array]
+    ) -> Rows:
+        temperature, weight = WIDE(options["temperature"]), WIDE(options["loss_weight"])
+        bad = bad_rows(s) | bad_rows(t)
+        s, t = (np.where(bad[:, None], 0, x) / temperature for x in (s, t))
+        value, slope, size = function(log_softmax(move(s)), log_softmax(move(t)), options)
+        value, factor = times(weight, value), weight / temperature
+        slope = factor * slope
+        return (
+            np.where(bad, np.nan, value),
+            np.where(bad[:, None], np.nan, slope),
+            abs(factor) * size,
+        )
+
+    return loss
+
+
+def _projected(q: Array, by_log_q: Array) -> tuple[Array, Array]:
+    """q (x - sum q x), and the size of its terms; NaN where a class makes it infinite."""
+    x = np.where(q == 0, 0, by_log_q)
+    mean = (q * x).sum(-1, keepdims=True)
+    size = q * (abs(x) + (q * abs(x)).sum(-1, keepdims=True) + 1)
+    return np.where(np.isfinite(mean), q * (x - mean), np.nan), size
+
+
+def _reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    q = np.exp(log_q)
+    both = (log_q == -np.inf) & (log_p == -np.inf)
+    gap = np.where(both, 0, log_q - np.where(both, 0, log_p))
+    return kl(log_q, log_p, options["floor"]), *_projected(q, gap)
+
+
+def _jsd(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    beta, floor = WIDE(options["beta"]), options["floor"]
+    p, q = np.exp(log_p), np.exp(log_q)
+    if beta == 0:
+        return kl(log_p, log_q, floor), q - p, q + p
+    if beta == 1:
+        return _reverse_kl(log_q, log_p, options)
+    log_m = np.logaddexp(np.log(beta) + log_p, np.log1p(-beta) + log_q)
+    value = beta * kl(log_p, log_m, floor) + (1 - beta) * kl(log_q, log_m, floor)
+    none = log_q == -np.inf
+    slope, size = _projected(q, np.where(none, 0, log_q - np.where(none, 0, log_m)))
+    return value, (1 - beta) * slope, (1 - beta) * size
+
+
+ROWS: dict[str, Callable[..., Rows]] = {
+    "kd": kd,
+    "dkd": dkd,
+    "aekt": aekt,
+    "reverse_kl": of_tokens(_reverse_kl),
+    "jsd": of_tokens(_jsd),
+}
 
 
 # Losses of a batch: tensors in float64, options -> 0-d value, for autograd.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -28,6 +29,7 @@ class NotSuitable(Exception):
 
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5, 0.1, 0.01, 20.0, 1000.0, 1e6, 1e-6, 1 / 3)
 WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
+FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
 GOOD: dict[str, Sequence[Any]] = {
     "temperature": TEMPERATURES,
     "tau": (1.0, 4.0, 0.5, 2.0, 0.1),
@@ -132,7 +134,7 @@ class Draw:
             kind = self.pick(INTEGERS)
             if kind.itemsize == 1 and classes > 127:
                 kind = torch.int64
-            made["target"] = self.lay_out(target.to(kind).reshape(shape), negate=False)
+            made[spec.target_name] = self.lay_out(target.to(kind).reshape(shape), negate=False)
         return made
 
     def shape_of_rows(self, rows: int) -> tuple[int, ...]:
@@ -297,10 +299,8 @@ class Draw:
             if (
                 name in tensors
                 or parameter.default is parameter.empty
-                or name in ("backend", "labels")
+                or name in ("backend", "labels", "target")
             ):
-                continue
-            if name == "target":
                 continue
             plain[name] = parameter.default
             if self.chance(0.35):
@@ -310,15 +310,19 @@ class Draw:
                 none = spec.by_row or spec.name == "local_classifier"
                 given[name] = plain[name] = self.pick(choices if none else choices[:3])
                 continue
-            value = self.pick(GOOD.get(name, WEIGHTS))
+            low, high = spec.domains.get(name, (-math.inf, math.inf))
+            choices = GOOD.get(name, WEIGHTS)
+            if (low, high) == (0.0, 1.0):
+                choices = FRACTIONS
+            value = self.pick(choices)
             given[name] = plain[name] = value
             if name == "ignore_index":
                 given[name] = self.pick((value, np.int64(value)))
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 plain[name] = float(value)
                 given[name] = self.number(float(value))
-        if "ignore_index" in plain and "target" in tensors:
-            self.mask(tensors["target"], plain["ignore_index"])
+        if "ignore_index" in plain and spec.target_name in tensors:
+            self.mask(tensors[spec.target_name], plain["ignore_index"])
         return given, plain
 
     def number(self, value: float) -> Any:
@@ -356,7 +360,7 @@ class Draw:
         x = tensors[name]
         first = next(iter(tensors))
         kinds: list[Callable[[], Any]] = [
-            lambda: None if name != "target" else 3,
+            lambda: None if name not in ("target", "labels") else 3,
             lambda: x.tolist(),
             lambda: x.to("meta") if name != first else "x",
             lambda: x[..., None, None, None],
