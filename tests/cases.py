@@ -203,7 +203,8 @@ def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str
         tensors = (student, teacher, target) if spec.takes_target else (student, teacher)
     parameters = inspect.signature(spec.function).parameters
     options = option_names(spec)
-    names = [name for name in parameters if name not in options and name != "labels"]
+    other = {"labels", "target"} - {spec.target_name}  # another name of the same
+    names = [name for name in parameters if name not in options and name not in other]
     return dict(zip(names, tensors, strict=True))
 
 

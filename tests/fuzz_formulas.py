@@ -189,6 +189,8 @@ def of_tokens(function: Callable[..., Rows]) -> Callable[..., Rows]:
 def _projected(q: Array, by_log_q: Array) -> tuple[Array, Array]:
     """q (x - sum q x), and the size of its terms; NaN where a class makes it infinite."""
     x = np.where(q == 0, 0, by_log_q)
+    # From the likeliest class, by which nothing changes and a certain row's digits are kept.
+    x = np.where(q == 0, 0, x - np.take_along_axis(x, q.argmax(-1)[:, None], -1))
     mean = (q * x).sum(-1, keepdims=True)
     size = q * (abs(x) + (q * abs(x)).sum(-1, keepdims=True) + 1)
     return np.where(np.isfinite(mean), q * (x - mean), np.nan), size

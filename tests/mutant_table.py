@@ -294,7 +294,8 @@ _of(
     "kdkernels/triton", "dist.py",
     "test_golden.py test_contract.py test_losses.py", "triton and dist",
     ("eps_lost", "total = product «+ eps»", ""),
-    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», tl.where(none, 0.0, -1.0 / total)", "on_a + 0.0 / norm_a"),
+    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», tl.where(none, 0.0, -1.0 / total)",
+     "on_a + 0.0 / norm_a"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "numerics.py", "test_contract.py", "triton and digits",
@@ -408,7 +409,8 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_ops.py", "test_transforms.py", "double and kd",
-    ("twice_silent", "    backward = staticmethod(«no_double_backward»)\n\n    @staticmethod\n    def jvp",
+    ("twice_silent",
+     "    backward = staticmethod(«no_double_backward»)\n\n    @staticmethod\n    def jvp",
      "lambda ctx, g: (torch.zeros_like(g), None, None)"),
 )  # fmt: skip
 _of(
@@ -421,7 +423,8 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_tracing.py", "test_schedules.py", "kd-native",
-    ("symbols_unseen", "    if «all([known(x < pivot) or known(x >= pivot) for x in numbers for pivot in _PIVOTS])»:",
+    ("symbols_unseen",
+     "    if «all([known(x < pivot) or known(x >= pivot) for x in numbers for pivot in _PIVOTS])»:",
      "True"),
 )  # fmt: skip
 _of(

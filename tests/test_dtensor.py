@@ -28,7 +28,7 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
     if ignored and spec.takes_target and spec.by_row:
         labels = torch.tensor([-100, 2, -100, 3, 1])  # more on one rank than on the other
         case.tensors[2:] = []
-        options["target"] = labels
+        options[spec.target_name] = labels
     expected = case.of(case.student, **options)
     slope = gradient(case.function(**options), case.student)
 

@@ -20,7 +20,7 @@ from oracle import verify
 
 DTYPES = {dtype_id(pair): pair for pair in DTYPE_PAIRS}
 INTERPRETED_DTYPES = (DTYPES["float32-float32"], DTYPES["bfloat16-float32"])
-TEACHER_LACKS = ("mask_teacher", "mask_different")
+TEACHER_LACKS = ("mask_teacher", "mask_different", "mask_target", "mask_rest_teacher")
 """Families in which some losses are infinite, without a gradient: ``test_contract.py``."""
 
 
@@ -67,6 +67,9 @@ def test_layouts(case: Case, layouts: tuple[str, str], dtype: torch.dtype) -> No
 )
 def test_samples(case: Case, options: dict[str, Any], family: str) -> None:
     """The options of the registry, and a temperature whose division rounds."""
+    most = case.spec.domains.get("beta", (0.0, None))[1]
+    if family in TEACHER_LACKS and (case.spec.needs_teacher_mass or options.get("beta") == most):
+        pytest.skip("the loss is infinite, without a gradient")
     inputs = make(family, *case.pick((5, 130), (3, 21)), device=case.device)
     for reduction in reductions(case.spec):
         verify(case, *inputs, reduction=reduction, **options)

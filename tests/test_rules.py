@@ -19,6 +19,7 @@ from inputs import make
 from layouts import LAYOUTS
 from torch import Tensor
 
+from kdkernels._calls import RowCall
 from kdkernels.triton import _rule_modules, contract, rowwise
 
 pytestmark = pytest.mark.skipif(
@@ -266,10 +267,9 @@ def interpreted(
 ) -> tuple[Tensor, Tensor]:
     """The Triton rule; arguments as those of ``cuda_emulator.row_loss``."""
     reduction, upstream = named.get("reduction", 1), named.get("upstream")
-    shared = (
-        target, rule, options, named["temperature"], named["scale"], named["standardize"], -100,
-        named["class_dim"], reduction,
-    )  # fmt: skip
+    numbers = [named["temperature"], named["scale"], *options]
+    call = RowCall(rule, numbers, None, named["standardize"], -100, named["class_dim"], reduction)
+    shared = (target, call)
     with toy.among_triton_rules():
         loss, gradient = rowwise.forward(
             student, teacher, *shared, named.get("need_gradient", True) and upstream is None

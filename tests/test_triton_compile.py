@@ -34,51 +34,57 @@ KERNELS = {
 
 def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
     """Calls of the library: (label, function, arguments)."""
+    from kdkernels import _backends
+    from kdkernels._calls import CorrelationCall, FactorCall, RowCall, TupleCall
 
     def pair(dtype: Any, *shape: int) -> tuple[Any, Any]:
         return torch.empty(shape, dtype=dtype), torch.zeros(
             shape[:1] + shape[2:], dtype=torch.int64
         )
 
+    row, correlation, factors, tuples = (
+        _backends.kernels("triton", name)
+        for name in ("row", "correlation", "iekd", "tuple_matching")
+    )
+
+    def call(rule: str, options: list[float], standardize: bool = False) -> RowCall:
+        return RowCall(rule, [4.0, 16.0, *options], None, standardize, -100, 1, 1)
+
+    dist = CorrelationCall("dist", [1.0, 1.0, 1.0, 1e-8], None, 1, 1)
+    dkd = call("dkd", [1.0, 8.0])
     wide = torch.bfloat16, torch.float32, torch.float64
     full = architecture == 90
     for dtype in wide if full else wide[::2]:
         for classes in (100, 8192, 100_000) if full else (100_000,):
             x, target = pair(dtype, 64, classes)
-            row = (4.0, 16.0, False, -100, 1, 1)
             label = f"{dtype}-{classes}"
-            yield f"kd-{label}", triton.row, (x, x, None, "kd", [], *row, True)
-            yield f"jsd-{label}", triton.row, (x, x, None, "jsd", [0.5], *row, True)
-            yield f"dkd-{label}", triton.row, (x, x, target, "dkd", [1.0, 8.0], *row, True)
+            yield f"kd-{label}", row.forward, (x, x, None, call("kd", []), True)
+            yield f"jsd-{label}", row.forward, (x, x, None, call("jsd", [0.5]), True)
+            yield f"dkd-{label}", row.forward, (x, x, target, dkd, True)
             if classes != 100:
-                args = (x, x, target, "dkd", [1.0, 8.0], 4.0, 16.0, True, -100, 1, 1)
-                yield f"dkd-standardize-{label}", triton.row_backward, (torch.ones(()), *args)
+                args = (torch.ones(()), x, x, target, call("dkd", [1.0, 8.0], True))
+                yield f"dkd-standardize-{label}", row.backward, args
             if classes != 8192 or dtype is torch.bfloat16:
-                args = (x, x, "dist", 1.0, 1.0, 1.0, 1e-8, 1, 1, True)
-                yield f"dist-{label}", triton.correlation, args
+                yield f"dist-{label}", correlation.forward, (x, x, dist, True)
     x, target = pair(torch.bfloat16, 2, 19, 16, 32)
-    yield (
-        "dkd-dense",
-        triton.row,
-        (x, x, target, "dkd", [1.0, 8.0], 4.0, 16.0, False, -100, 1, 1, True),
-    )
-    yield "dist-dense", triton.correlation, (x, x, "dist", 1.0, 1.0, 1.0, 1e-8, 1, 1, True)
+    yield "dkd-dense", row.forward, (x, x, target, dkd, True)
+    yield "dist-dense", correlation.forward, (x, x, dist, True)
     for dtype in wide if full else wide[::2]:
         for width in (100, 8192, 100_000) if full else (100_000,):
             x = torch.empty(64, width, dtype=dtype)
             for cosine in (False, True):
-                args = (x, x, x, 50.0, 50.0, cosine, 1, True, True)
+                args = (x, x, x, FactorCall([50.0, 50.0], None, cosine, 1))
                 label = f"{dtype}-{width}-{cosine}"
-                yield f"iekd-{label}", triton.factors, args
-                args = (torch.ones(()), *args[:-2], False, True)
-                yield f"iekd-backward-{label}", triton.factors_backward, args
+                yield f"iekd-{label}", factors.forward, (*args, True, True)
+                args = (torch.ones(()), *args, False, True)
+                yield f"iekd-backward-{label}", factors.backward, args
     for dtype in (torch.float32, torch.float64):
         for batch in (64, 3000):
             d, target = torch.empty(batch, batch, dtype=dtype), torch.zeros(batch).long()
-            args = (d, d, target, 0.2, 4.0, 1.0, 1, True)
-            yield f"tuples-{dtype}-{batch}", triton.tuples, args
+            args = (d, d, target, TupleCall([0.2, 4.0, 1.0], None, 1), True)
+            yield f"tuples-{dtype}-{batch}", tuples.forward, args
     for dtype in wide:
-        yield f"scale-{dtype}", triton.scale_, (torch.empty(5000, dtype=dtype), torch.ones(()))
+        yield f"scale-{dtype}", row.scale_, (torch.empty(5000, dtype=dtype), torch.ones(()))
 
 
 def _compile_all(architecture: int) -> None:

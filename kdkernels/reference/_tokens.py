@@ -18,14 +18,14 @@ def log_softmax(logits: Tensor) -> Tensor:
     minus the sum of the others'.
     """
     index = logits.argmax(-1, keepdim=True)
-    largest = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    largest = torch.arange(logits.shape[-1], device=logits.device) == index
     top = logits.gather(-1, index)
     odds = (logits - top).masked_fill(largest, 0.0)
     log_total = torch.log1p(odds.exp().masked_fill(largest, 0.0).sum(-1, keepdim=True))
     # A row whose largest logit is NaN or infinite is NaN, in the gradient of every class too.
     dead = ~torch.isfinite(top.detach())
     row_sum = torch.where(dead, logits, 0.0).sum(-1, keepdim=True)
-    return odds - log_total + row_sum * torch.where(dead, torch.nan, 1.0)
+    return odds - log_total + row_sum * torch.where(dead, torch.nan, torch.ones_like(row_sum))
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

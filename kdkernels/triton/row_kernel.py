@@ -60,6 +60,20 @@ def terms(
     return q, value, slope
 
 
+@triton.jit
+def slope_of_likeliest(
+    teacher, student_k, teacher_k, student_sum, teacher_sum, log_ratio,
+    first, second, third, fourth, RULE: tl.constexpr, STANDARDIZE: tl.constexpr,
+):  # fmt: skip
+    """The slope, in units of q, of the student's most likely class."""
+    zero = tl.zeros_like(teacher)
+    q, _, slope = terms(
+        zero, teacher, student_k, teacher_k, student_sum, teacher_sum, log_ratio, zero,
+        first, second, third, fourth, RULE, True, STANDARDIZE,
+    )  # fmt: skip
+    return slope / q
+
+
 @triton.jit(do_not_specialize=VARYING)
 def row_kernel(
     student_ptr,  # (rows, classes), strided
@@ -217,12 +231,10 @@ def row_kernel(
 
     pivot = tl.zeros([ROWS, 1], ACC)
     if not CENTRED:
-        q, value, slope = terms(
-            tl.zeros([ROWS, 1], ACC), likeliest_teacher - teacher_max, student_k, teacher_k,
-            student_sum, teacher_sum, log_ratio, pivot, first, second, third, fourth,
-            RULE, CENTRED, STANDARDIZE,
+        pivot = slope_of_likeliest(
+            likeliest_teacher - teacher_max, student_k, teacher_k, student_sum, teacher_sum,
+            log_ratio, first, second, third, fourth, RULE, STANDARDIZE,
         )  # fmt: skip
-        pivot = slope / q
 
     # Sums over the row that the gradient needs, if any: everything is linear in the slopes.
     slope_sum = tl.zeros([ROWS, 1], ACC)
