@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import os
@@ -137,7 +138,9 @@ def cifar100(root: str | None) -> Data:
     return Data(images, targets, test_images, test_targets, 100, shift=4, flip=True)
 
 
+@functools.cache
 def load(dataset: str, root: str | None) -> Data:
+    """Read once; whoever takes parts of it makes new tensors."""
     if dataset == "digits":
         return digits()
     return fashion_mnist(root) if dataset == "fashion-mnist" else cifar100(root)

@@ -244,7 +244,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("student-kd-weak-seed0 ") == 1
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["processes"] == 2
+    assert results["comparisons"][0]["processes"] == 2
     assert all(len(loss) >= 2 for loss, _ in learned(results).values())
     with pytest.raises(SystemExit, match="processes: 2, now 1"):
         run(tmp_path, "--seeds", "0", "--methods", "kd")

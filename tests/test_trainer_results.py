@@ -19,17 +19,17 @@ def test_tables_of_tiny_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(compare.report, "time_steps", lambda jobs: dict.fromkeys(jobs, 1.0))
     monkeypatch.setattr(compare.report, "time_loss", lambda job: None)
     monkeypatch.setattr(reproduce.figure, "write", lambda *arguments: None)
-    arguments = ["--tables", "iekd-halves", "standardisation", "--dataset", "digits"]
+    arguments = ["--tables", "iekd-terms", "standardisation", "--dataset", "digits"]
     arguments += ["--teacher-epochs", "1", "--epochs", "1", "--batch", "20", "--seeds", "0", "1"]
     arguments += ["--images-per-class", "2", "--option", "iekd.coder_epochs=1", "--device", "cpu"]
     folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert reproduce.main([*arguments, *folders]) == 0
     saved = list((tmp_path / "runs" / "main" / "checkpoints" / "same").iterdir())
-    assert len(saved) == 2 * 7  # of eight: plain training is part of both tables
+    assert len(saved) == 2 * 6  # of seven: CE is part of both tables
     found = json.loads((tmp_path / "results" / "results.json").read_text())
     assert {"torch", "kdkernels", "date", "tables"} <= set(found)
     tables = found["tables"]
-    assert list(tables) == ["standardisation", "iekd-halves"]  # their order in the module
+    assert list(tables) == ["standardisation", "iekd-terms"]  # their order in the module
     kd, halves = (table["accuracy"]["same"]["medium"] for table in tables.values())
     assert halves["ce"] == kd["ce"] and set(kd["ce"]) == {"0", "1"}
     differences = [halves["iekd"][s] - halves["iekd:exploration=0"][s] for s in ("0", "1")]
@@ -37,7 +37,7 @@ def test_tables_of_tiny_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     row = next(line for line in lines if "iekd − iekd:exploration=0" in line)
     assert row.split("|")[4].strip() == compare.report.paired(differences)
     written = (tmp_path / "results" / "README.md").read_text()
-    assert all(line in written for line in lines) and "## iekd-halves: " in written
+    assert all(line in written for line in lines) and "## iekd-terms: " in written
 
 
 def test_tables_can_be_run() -> None:
@@ -47,7 +47,7 @@ def test_tables_can_be_run() -> None:
         args = distill.parse(["--dataset", "fashion-mnist", *table.arguments.split()])
         assert args.validate == table.name.startswith("choose")
         (chosen if args.validate else shown).update(args.seeds)
-        assert len(args.seeds) >= (3 if args.validate or table.name.startswith("batch") else 5)
+        assert len(args.seeds) >= (5 if table.name in ("main", "refilled-same") else 2)
         assert args.validate or table.folder != "choices"
     assert not chosen & shown
     names = [table.name for table in reproduce.TABLES]
@@ -61,7 +61,7 @@ def test_readme_shows_the_committed_results() -> None:
     text = README.read_text()
     shown = text.partition(claims.BEGIN)[2].partition(claims.END)[0].strip().splitlines()
     assert shown == claims.table(found["tables"])
-    assert len(shown) == len(claims.CLAIMS) + 2, "a claim has no number"
+    assert len(shown) == len(claims.CLAIMS) + 2
 
 
 def test_committed_results_hold() -> None:
@@ -95,4 +95,4 @@ def test_first_gradient_of_dist(tau: float) -> None:
     centred = student - student.mean(1, keepdim=True)
     expected = tau**2 * (1 - rho**2).sqrt() / (16 * centred.norm(dim=1))
     assert student.grad is not None
-    torch.testing.assert_close(student.grad.norm(dim=1), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(student.grad.norm(dim=1), expected, rtol=1e-2, atol=0)
