@@ -186,21 +186,23 @@ def of_tokens(function: Callable[..., Rows]) -> Callable[..., Rows]:
     return loss
 
 
-def _projected(q: Array, by_log_q: Array) -> tuple[Array, Array]:
+def _projected(q: Array, by_log_q: Array, floor: float) -> tuple[Array, Array]:
     """q (x - sum q x), and the size of its terms; NaN where a class makes it infinite."""
     x = np.where(q == 0, 0, by_log_q)
     # From the likeliest class, by which nothing changes and a certain row's digits are kept.
     x = np.where(q == 0, 0, x - np.take_along_axis(x, q.argmax(-1)[:, None], -1))
     mean = (q * x).sum(-1, keepdims=True)
     size = q * (abs(x) + (q * abs(x)).sum(-1, keepdims=True) + 1)
-    return np.where(np.isfinite(mean), q * (x - mean), np.nan), size
+    slope = np.where(np.isfinite(mean), q * (x - mean), np.nan)
+    # A probability below the floor is 0 in the arithmetic on trial.
+    return slope, np.where(q < floor, abs(slope) * 1e18, size)
 
 
 def _reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     q = np.exp(log_q)
     both = (log_q == -np.inf) & (log_p == -np.inf)
     gap = np.where(both, 0, log_q - np.where(both, 0, log_p))
-    return kl(log_q, log_p, options["floor"]), *_projected(q, gap)
+    return kl(log_q, log_p, options["floor"]), *_projected(q, gap, options["floor"])
 
 
 def _jsd(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
@@ -213,7 +215,7 @@ def _jsd(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     log_m = np.logaddexp(np.log(beta) + log_p, np.log1p(-beta) + log_q)
     value = beta * kl(log_p, log_m, floor) + (1 - beta) * kl(log_q, log_m, floor)
     none = log_q == -np.inf
-    slope, size = _projected(q, np.where(none, 0, log_q - np.where(none, 0, log_m)))
+    slope, size = _projected(q, np.where(none, 0, log_q - np.where(none, 0, log_m)), floor)
     return value, (1 - beta) * slope, (1 - beta) * size
 
 

@@ -49,10 +49,13 @@ def test_the_reference_keeps_its_digits_at_any_temperature(
     value, slope, _ = ROWS[spec.name](*wide, target.numpy(), options, lambda x: x)
     near = 40 * torch.finfo(dtype).eps * max(1.0, 1 / temperature)
     if not spec.t_squared:
-        near *= max(1.0, temperature)  # conditioned for certain students instead
+        near *= max(temperature, 1 / temperature)  # conditioned for certain students instead
     assert (abs(loss.double().numpy() - value) <= near * abs(value)).all()
     # In float64 the difference q - p of nearly equal numbers is what an independent form has too.
-    assert (abs(gradient.double().numpy() - slope) <= 10 * near * abs(slope).max()).all()
+    # Where all rows are certain, a mixture's gradient is below the rounding of the probabilities.
+    rounding = 0.0 if spec.t_squared else 4 * torch.finfo(dtype).eps / temperature
+    error = abs(gradient.double().numpy() - slope)
+    assert (error <= 10 * near * abs(slope).max() + rounding).all()
 
 
 @each_emulated([s for s in ROW_LOSSES if not s.needs_teacher_mass])
