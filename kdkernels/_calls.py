@@ -86,7 +86,8 @@ class Family:
     name: str
     students: tuple[str, ...]
     constants: tuple[str, ...]
-    call: type[tuple[Any, ...]]
+    call: Any
+    """One of the classes above."""
     recomputes: bool = True
 
     @property

@@ -14,7 +14,7 @@ from ._autograd import apply_composed, apply_several, call_operator, keepable
 from ._backends import Kernels
 from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
-from ._dtypes import working_dtype
+from ._dtypes import INTEGERS, working_dtype
 from ._tracing import traced, transformed
 from .reference.refilled import distances
 from .registry import LossSpec
@@ -81,7 +81,7 @@ def labels(value: Any, samples: int, device: torch.device) -> Tensor:
     _checks.allocated("target", value)
     if value.shape != (samples,):
         raise _checks.fail("target", f"of shape {(samples,)}", tuple(value.shape))
-    if value.dtype not in _checks.INTEGERS:
+    if value.dtype not in INTEGERS:
         raise _checks.fail_type("target", "integer class indices", value.dtype)
     if value.device != device:
         raise _checks.fail("target", f"on the student's device {device}", value.device)

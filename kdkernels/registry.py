@@ -76,6 +76,6 @@ def register(spec: LossSpec) -> LossSpec:
     if spec.name in SPECS:
         raise ValueError(f"name must be unused, got {spec.name!r}")
     for scripted in (spec.function, spec.module):  # torch.jit.script asks both for it
-        scripted.__prepare_scriptable__ = _no_script  # type: ignore[attr-defined,union-attr]
+        scripted.__prepare_scriptable__ = _no_script  # type: ignore[union-attr]
     SPECS[spec.name] = spec
     return spec
