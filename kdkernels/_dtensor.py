@@ -19,6 +19,10 @@ from . import _checks
 from ._tracing import plain
 
 
+_USUAL = frozenset({Tensor, torch.nn.Parameter, float, int, str, bool, type(None)})
+"""What arguments are, so that a call looks no further."""
+
+
 def any_sharded(*tensors: Any) -> bool:
     """Whether one of them is a DTensor."""
     others = [x for x in tensors if isinstance(x, Tensor) and not plain(x)]
@@ -99,7 +103,10 @@ def gathered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def loss(*args: Any, **kwargs: Any) -> Tensor:
-        if not any_sharded(*args, *kwargs.values()):
+        for x in (*args, *kwargs.values()):
+            if type(x) not in _USUAL and any_sharded(x):
+                break
+        else:
             return function(*args, **kwargs)
         from torch.distributed.tensor import DTensor, Replicate
 
