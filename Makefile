@@ -40,7 +40,7 @@ install: $(VENV)/.installed  ## create the environment and build the package int
 
 demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; three minutes, no GPU
 	$(PY) examples/distill.py --teachers weak medium strong --methods ce kd dist iekd@medium \
-	  --seeds 0 1 2 --output runs/demo $(DEMO_ARGS)
+	  --seeds 0 1 2 --threads 2 --output runs/demo $(DEMO_ARGS)
 
 reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, an hour
 	$(PY) examples/reproduce.py --dataset fashion-mnist --results examples/results $(DEMO_ARGS)
