@@ -18,7 +18,6 @@ from torch import Tensor
 from . import _checks
 from ._tracing import plain
 
-
 _USUAL = frozenset({Tensor, torch.nn.Parameter, float, int, str, bool, type(None)})
 """What arguments are, so that a call looks no further."""
 
