@@ -53,6 +53,45 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
     return _mean_over_rows(beta * of_teacher + (1 - beta) * of_student)
 
 
+def mixed_kl(
+    student: Tensor, teacher: Tensor, forward_weight: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    classes = 1 if student.dim() == 4 else -1
+    log_q = F.log_softmax(student / temperature, dim=classes)
+    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    reverse = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    return _mean_over_rows(forward_weight * forward + (1 - forward_weight) * reverse)
+
+
+def skew_kl(
+    student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    """As in DistiLLM: the mixture of the probabilities."""
+    classes = 1 if student.dim() == 4 else -1
+    q = F.softmax(student / temperature, dim=classes)
+    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    mixture = alpha * log_p.exp() + (1 - alpha) * q
+    return _mean_over_rows(log_p.exp() * (log_p - mixture.log()))
+
+
+def skew_reverse_kl(
+    student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    classes = 1 if student.dim() == 4 else -1
+    log_q = F.log_softmax(student / temperature, dim=classes)
+    p = F.softmax(teacher / temperature, dim=classes)
+    mixture = (1 - alpha) * p + alpha * log_q.exp()
+    return _mean_over_rows(log_q.exp() * (log_q - mixture.log()))
+
+
+def tv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    classes = 1 if student.dim() == 4 else -1
+    q = F.softmax(student / temperature, dim=classes)
+    p = F.softmax(teacher / temperature, dim=classes)
+    return _mean_over_rows((q - p).abs() / 2)
+
+
 def _collapse(probs: Tensor, target_mask: Tensor, other_mask: Tensor) -> Tensor:
     """Probabilities of the target class and of all others together."""
     target = (probs * target_mask).sum(dim=1, keepdim=True)
@@ -138,6 +177,7 @@ def dist(
 
 EAGER: dict[str, Callable[..., Tensor]] = {
     "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "reverse_kl": reverse_kl, "jsd": jsd,
+    "mixed_kl": mixed_kl, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl, "tv": tv,
     **embedding_eager.EAGER,
 }  # fmt: skip
 

@@ -101,7 +101,8 @@ inline Numbers numbers_of(const std::vector<double>& numbers, const std::optiona
 
 // Without a gradient.
 inline RowProblem row_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
-                              const std::optional<Tensor>& target, const Logits& logits) {
+                              const std::optional<Tensor>& target,
+                              const std::optional<Tensor>& token_weight, const Logits& logits) {
   RowProblem problem{};
   problem.student = rows_of(student, call.class_dim, student.const_data_ptr());
   problem.teacher = rows_of(teacher, call.class_dim, teacher.const_data_ptr());
@@ -115,6 +116,13 @@ inline RowProblem row_problem(const RowCall& call, const Tensor& student, const 
                     "target must be contiguous int64, one for each row");
     require_memory(*target, "target");
     problem.target = static_cast<const int64_t*>(target->const_data_ptr());
+  }
+  if (token_weight) {
+    STD_TORCH_CHECK(token_weight->scalar_type() == logits.loss_type() &&
+                        token_weight->is_contiguous() && token_weight->numel() == logits.rows,
+                    "token_weight must be contiguous, one for each row, of the loss's dtype");
+    require_memory(*token_weight, "token_weight");
+    problem.token_weight = token_weight->const_data_ptr();
   }
   return problem;
 }

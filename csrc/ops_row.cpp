@@ -10,15 +10,16 @@ namespace kdkernels {
 namespace {
 
 std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
-                               std::optional<Tensor> target, std::string rule,
-                               std::vector<double> numbers, std::optional<Tensor> symbolic,
+                               std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                               std::string rule, std::vector<double> numbers,
+                               std::optional<Tensor> symbolic,
                                bool standardize, int64_t ignore_index, int64_t class_dim,
                                int64_t reduction, bool need_gradient) {
   const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
                      ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const auto& kernels = cpu::kernels(rule);
-  RowProblem problem = row_problem(call, student, teacher, target, logits);
+  RowProblem problem = row_problem(call, student, teacher, target, token_weight, logits);
   cpu::finish(problem, kernels, call.scale(), reduction);
   Tensor gradient = empty_gradient(student, need_gradient);
   if (need_gradient) problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
@@ -35,14 +36,15 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
 }
 
 Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                    std::optional<Tensor> target, std::string rule, std::vector<double> numbers,
-                    std::optional<Tensor> symbolic, bool standardize, int64_t ignore_index,
+                    std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                    std::string rule, std::vector<double> numbers, std::optional<Tensor> symbolic,
+                    bool standardize, int64_t ignore_index,
                     int64_t class_dim, int64_t reduction) {
   const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
                      ignore_index, class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const auto& kernels = cpu::kernels(rule);
-  RowProblem problem = row_problem(call, student, teacher, target, logits);
+  RowProblem problem = row_problem(call, student, teacher, target, token_weight, logits);
   cpu::finish(problem, kernels, call.scale(), reduction);
   Tensor gradient = empty_gradient(student);
   problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());

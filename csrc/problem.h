@@ -55,7 +55,8 @@ inline Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t class
 struct RowProblem {
   Rows student, teacher, gradient;  // gradient.data is null where none is wanted
   const int64_t* target;            // class of each row, or null
-  const void* upstream;             // factor of each row in the working type, or null
+  const void* token_weight;         // factor of each row's value in the working type, or null
+  const void* upstream;             // factor of each row's gradient likewise
   void* loss;                       // value of each row in the working type
   int64_t rows, classes;
   int64_t ignore_index;

@@ -123,7 +123,7 @@ class Family:
         return f"(Tensor upstream, {self.arguments()}{needs}) -> ({result})"
 
 
-ROW = Family("row", ("student",), ("teacher", "target?"), RowCall)
+ROW = Family("row", ("student",), ("teacher", "target?", "token_weight?"), RowCall)
 CORRELATION = Family("correlation", ("student",), ("teacher",), CorrelationCall)
 FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCall)
 TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)

@@ -23,6 +23,8 @@ TWO_CLASSES = (
 )
 REDUCTIONS = {"none": 0, "mean": 1, "batchmean": 1, "sum": 2}
 """Reduction names and the code the kernels know them by; ``batchmean`` is ``mean``."""
+NO_INDEX = -(2**63)
+"""What ``ignore_index=None`` is for the kernels: no row is ignored."""
 LARGEST = 1e12
 """Largest magnitude of an option: products of a few of them stay inside float32."""
 COLDEST, HOTTEST = 1e-6, 1e6
@@ -128,17 +130,47 @@ def constant(name: str, value: Tensor) -> None:
         )
 
 
-def target(value: Any, student: Tensor, class_dim: int, name: str = "target") -> None:
-    """Check the class indices: one integer for each row of the logits, on the same device."""
+def target(
+    value: Any, student: Tensor, class_dim: int, name: str = "target", mask: bool = False
+) -> None:
+    """Check the class indices: one integer for each row of the logits, on the same device.
+
+    Where they are but a ``mask`` they may be bools too.
+    """
     tensor(name, value, "a Tensor of class indices")
+    _one_a_row(name, value, student, class_dim)
+    if value.dtype not in INTEGERS and not (mask and value.dtype == torch.bool):
+        expected = "integer class indices" + (" or a bool mask" if mask else "")
+        raise fail_type(name, expected, value.dtype)
+
+
+def token_weight(value: Any, student: Tensor, class_dim: int, name: str = "token_weight") -> None:
+    """Check the weights: one number for each row of the logits, a constant, on the same device."""
+    tensor(name, value)
+    _one_a_row(name, value, student, class_dim)
+    dtype(name, value)
+    constant(name, value)
+    allocated(name, value)
+
+
+def _one_a_row(name: str, value: Tensor, student: Tensor, class_dim: int) -> None:
     shape = student.shape
     rows = shape[:class_dim] + shape[class_dim + 1 :]
     if value.shape != rows:
         raise fail(name, f"of shape {tuple(rows)}", tuple(value.shape))
-    if value.dtype not in INTEGERS:
-        raise fail_type(name, "integer class indices", value.dtype)
     if value.device != student.device:
         raise fail(name, f"on the student's device {student.device}", value.device)
+
+
+def items(value: Any, reduction: str) -> Any:
+    """``num_items_in_batch``: a number > 0, or a 0-d tensor, which nothing reads on the host."""
+    if REDUCTIONS[reduction] != 1:
+        raise fail("reduction", "'mean' where num_items_in_batch is given", repr(reduction))
+    if isinstance(value, Tensor):
+        scalar("num_items_in_batch", value)
+        constant("num_items_in_batch", value)
+        return value
+    return positive("num_items_in_batch", value)
 
 
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:

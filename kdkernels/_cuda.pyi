@@ -13,6 +13,7 @@ def row(
     teacher: int,
     gradient: int,
     target: int,
+    token_weight: int,
     loss: int,
     student_type: int,
     teacher_type: int,

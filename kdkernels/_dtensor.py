@@ -20,6 +20,7 @@ from ._tracing import plain
 
 _USUAL = frozenset({Tensor, torch.nn.Parameter, float, int, str, bool, type(None)})
 """What arguments are, so that a call looks no further."""
+_NONE, _SUM = _checks.REDUCTIONS["none"], _checks.REDUCTIONS["sum"]
 
 
 def any_sharded(*tensors: Any) -> bool:
@@ -54,19 +55,25 @@ def _local(tensor: Any, mesh: Any, placements: Any) -> Tensor:
 
 
 def row_loss(
-    run: Callable[[Tensor, Tensor, Tensor | None, str], Tensor],
+    run: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Tensor],
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    token_weight: Tensor | None,
     *,
     class_dim: int,
     ignore_index: int,
-    reduction: str,
+    reduction: int,
 ) -> Tensor:
-    """``run(student, teacher, target, reduction)`` on each rank's rows, as a DTensor."""
+    """``run`` of student, teacher, target, token_weight and reduction on each rank's rows."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    named = {"student_logits": student, "teacher_logits": teacher, "target": target}
+    named = {
+        "student_logits": student,
+        "teacher_logits": teacher,
+        "target": target,
+        "token_weight": token_weight,
+    }
     mesh = _mesh(named)
     given: Any = student
     by_row = [p.is_shard() and p.dim != class_dim for p in given.placements]
@@ -80,15 +87,15 @@ def row_loss(
     of_sums = [Partial() if own else Replicate() for own in by_row]
     rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     s, t = (_local(x, mesh, placements) for x in (student, teacher))
-    y: Any = None if target is None else _local(target, mesh, of_rows)
-    if reduction == "none":
-        losses = run(s, t, y, "none")
+    y, w = (None if x is None else _local(x, mesh, of_rows) for x in (target, token_weight))
+    if reduction == _NONE:
+        losses = run(s, t, y, w, _NONE)
         strides = torch.empty(rows, device="meta").stride()
         return DTensor.from_local(
             losses, mesh, of_rows, run_check=False, shape=rows, stride=strides
         )
-    total = run(s, t, y, "sum")
-    if reduction != "sum":
+    total = run(s, t, y, w, _SUM)
+    if reduction != _SUM:
         count: Any = max(rows.numel(), 1)
         if y is not None:
             valid = DTensor.from_local((y != ignore_index).sum(), mesh, of_sums, run_check=False)

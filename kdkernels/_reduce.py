@@ -31,6 +31,7 @@ def row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    token_weight: Tensor | None,
     *,
     class_dim: int,
     scale: float,
@@ -56,6 +57,8 @@ def row_loss(
         if needs_target:
             args = (torch.where(valid, target, torch.zeros_like(target)),)
     values = weighted(rows(student, teacher, *args), scale)
+    if token_weight is not None:
+        values = weighted(values, token_weight.reshape(-1).to(values.dtype))
     if valid is not None:
         values = torch.where(valid, values, torch.zeros_like(values))
     if reduction == 0:

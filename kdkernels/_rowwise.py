@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,8 +13,27 @@ from ._autograd import apply
 from ._calls import RowCall
 from ._dispatch import choose
 from ._dtensor import any_sharded
+from ._dtypes import working_dtype
 from ._tracing import plain, traced, transformed
+from .reference._rows import weighted
 from .registry import LossSpec
+
+
+class TokenOptions(TypedDict, total=False):
+    """The keywords that every row loss has; ``row_loss`` has their defaults."""
+
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    token_weight: Tensor | None
+    num_items_in_batch: float | Tensor | None
+    backend: str | None
+
+
+class RowOptions(TokenOptions, total=False):
+    """Likewise, of the losses of classifiers."""
+
+    standardize: bool
 
 
 def row_loss(
@@ -21,88 +41,154 @@ def row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    options: tuple[float, ...],
+    temperature: float,
     *,
-    options: dict[str, float],
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    loss_weight: float | Tensor = 1.0,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    standardize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Check the inputs, choose the backend and run it.
+
+    ``options`` are the loss's own numbers, in the order of ``spec.options``.
+    """
+    code = _checks.reduction(reduction)
+    class_dim = _checks.logits(student, teacher)
+    temperature = _checks.temperature(temperature)
+    if spec.options:
+        named = zip(spec.options.items(), options, strict=True)
+        options = tuple([check(name, value) for (name, check), value in named])
+    if ignore_index is not None:
+        ignore_index = _checks.integer("ignore_index", ignore_index)
+    if standardize is not False:
+        standardize = _checks.flag("standardize", standardize)
+    index = _checks.NO_INDEX if ignore_index is None else ignore_index
+    if target is not None:
+        target, index = _indices(spec, student, target, class_dim, ignore_index)
+    elif spec.needs_target:
+        raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
+    if token_weight is not None:
+        _checks.token_weight(token_weight, student, class_dim)
+    # Weights and counts that are tensors: nothing reads them on the host.
+    factor = divisor = None
+    if isinstance(loss_weight, Tensor):
+        factor, loss_weight = _on_device("loss_weight", _checks.weight(loss_weight), student), 1.0
+    scale = _checks.number("loss_weight", loss_weight)
+    if spec.t_squared:  # here, for every loss
+        scale = scale * temperature * temperature
+    if num_items_in_batch is not None:
+        items = _checks.items(num_items_in_batch, reduction)
+        code = _checks.REDUCTIONS["sum"]
+        if isinstance(items, Tensor):
+            divisor = _on_device("num_items_in_batch", items, student)
+        else:
+            scale = scale / items
+    run = functools.partial(
+        _run,
+        spec,
+        options=options,
+        temperature=temperature,
+        scale=scale,
+        standardize=standardize,
+        ignore_index=index,
+        class_dim=class_dim,
+        backend=backend,
+    )
+    if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
+        loss = _dtensor.row_loss(
+            run,
+            student,
+            teacher,
+            target,
+            token_weight,
+            class_dim=class_dim,
+            ignore_index=index,
+            reduction=code,
+        )
+    else:
+        loss = run(student, teacher, target, token_weight, code)
+    if divisor is not None:
+        loss = loss / divisor.to(loss.dtype)
+    return loss if factor is None else weighted(loss, factor.to(loss.dtype))
+
+
+def _run(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: int,
+    *,
+    options: tuple[float, ...],
     temperature: float,
     scale: float,
     standardize: bool,
     ignore_index: int,
-    reduction: str,
+    class_dim: int,
     backend: str | None,
-    target_name: str = "target",
 ) -> Tensor:
-    """Check the inputs, choose the backend and run it.
-
-    ``options`` are the loss's own numbers in the order in which its rule reads them; ``scale``
-    multiplies the loss (T^2 and ``loss_weight``). ``target_name`` is what the loss calls it.
-    """
-    code = _checks.reduction(reduction)
-    class_dim = _checks.logits(student, teacher)
-    if target is not None:
-        _checks.target(target, student, class_dim, target_name)
-        if target_name != "target":  # by which the kernels know it
-            _checks.allocated(target_name, target)
-    elif spec.needs_target:
-        raise _checks.fail_type("target", "a Tensor of class indices", "None")
-    ignore_index = _checks.integer("ignore_index", ignore_index)
-    if standardize is not False:
-        standardize = _checks.flag("standardize", standardize)
-    if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
-
-        def local(s: Tensor, t: Tensor, y: Tensor | None, reduction: str) -> Tensor:
-            return row_loss(
-                spec,
-                s,
-                t,
-                y,
-                options=options,
-                temperature=temperature,
-                scale=scale,
-                standardize=standardize,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                backend=backend,
-                target_name=target_name,
-            )
-
-        return _dtensor.row_loss(
-            local,
-            student,
-            teacher,
-            target,
-            class_dim=class_dim,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+    """The loss of checked arguments."""
     chosen = choose(spec, student, backend)
     if chosen != "native":  # which checks both itself
         _checks.allocated("student_logits", student)
         _checks.allocated("teacher_logits", teacher)
-        if target is not None:
-            _checks.allocated("target", target)
         if target is not None and spec.needs_target:
             _check_range(target, student.shape[class_dim], ignore_index)
     if chosen == "reference":
         rows = functools.partial(
-            spec.reference, **options, temperature=temperature, standardize=standardize
+            spec.reference,
+            **dict(zip(spec.options, options, strict=True)),
+            temperature=temperature,
+            standardize=standardize,
         )
         return _reduce.row_loss(
             rows,
             student,
             teacher,
             target,
+            token_weight,
             class_dim=class_dim,
             scale=scale,
             ignore_index=ignore_index,
-            reduction=code,
+            reduction=reduction,
             needs_target=spec.needs_target,
         )
     if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
-        _checks.allocated("target", target)
         target = target.to(torch.int64).contiguous()
-    numbers = [temperature, scale, *options.values()]
-    call = RowCall(spec.name, numbers, None, standardize, ignore_index, class_dim, code)
-    return apply(chosen, "row", student, call, teacher, target)
+    if token_weight is not None:
+        token_weight = token_weight.to(working_dtype(student, teacher)).contiguous()
+    if spec.rule_numbers is not None:
+        options = spec.rule_numbers(*options)
+    numbers = [temperature, scale, *options]
+    call = RowCall(spec.rule, numbers, None, standardize, ignore_index, class_dim, reduction)
+    return apply(chosen, "row", student, call, teacher, target, token_weight)
+
+
+def _indices(
+    spec: LossSpec, student: Tensor, target: Any, class_dim: int, ignore_index: int | None
+) -> tuple[Tensor | None, int]:
+    """The class indices, checked; those that are but a mask may be bools, of which True counts."""
+    mask = not spec.needs_target
+    _checks.target(target, student, class_dim, spec.target_name, mask)
+    _checks.allocated(spec.target_name, target)
+    if mask and target.dtype == torch.bool:
+        return target.to(torch.int64) - 1, -1
+    if ignore_index is None:
+        return None if mask else target, _checks.NO_INDEX
+    return target, ignore_index
+
+
+def _on_device(name: str, value: Tensor, student: Tensor) -> Tensor:
+    if not value.is_cpu and value.device != student.device:
+        raise _checks.fail(
+            name, f"on the CPU or on the student's device {student.device}", value.device
+        )
+    return value
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:

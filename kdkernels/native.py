@@ -192,11 +192,17 @@ def _empty_loss(student: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row(
-    student: Tensor, teacher: Tensor, target: Tensor | None, call: RowCall, need_gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    call: RowCall,
+    need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::row``, past the operator machinery where the tensors are plain."""
     if not _addressable(student, teacher, call.class_dim):
-        return torch.ops.kdkernels.row.default(student, teacher, target, *call, need_gradient)
+        operator = torch.ops.kdkernels.row.default
+        return operator(student, teacher, target, token_weight, *call, need_gradient)
     if target is not None and (target.data_ptr() == 0 or target.storage_offset()):
         allocated("target", target)
     shape = student.shape
@@ -211,6 +217,7 @@ def row(
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
         0 if target is None else target.data_ptr(),
+        0 if token_weight is None else token_weight.data_ptr(),
         loss.data_ptr(),
         _CODES[student.dtype],
         _CODES[teacher.dtype],

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Generator, Tensor, dtype
 from torch.nn.modules.loss import _Loss
 
+from . import _checks
+
 
 @dataclass(frozen=True, eq=False)
 class LossSpec:
@@ -22,7 +24,10 @@ class LossSpec:
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
     ``target_name`` is that argument's name. ``t_squared`` says that T^2 is in the loss,
     ``needs_teacher_mass`` that a class which only the teacher excludes makes it infinite, without a
-    gradient; ``domains`` are the least and the largest values of options that are not merely >= 0.
+    gradient. ``options`` are the row losses' own options, each with the function that checks it, of
+    which ``domains`` are the least and the largest values where they are not merely >= 0;
+    ``rule`` is the kernels' rule, where that is not called as the loss is, and ``rule_numbers``
+    makes the rule's numbers of the options.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
@@ -46,7 +51,9 @@ class LossSpec:
     target_name: str = "target"
     t_squared: bool = True
     needs_teacher_mass: bool = False
-    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    options: Mapping[str, Callable[[str, Any], float]] = field(default_factory=dict)
+    rule: str = ""
+    rule_numbers: Callable[..., tuple[float, ...]] | None = None
     constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")
     samples: tuple[Mapping[str, Any], ...] = ({},)
@@ -55,6 +62,15 @@ class LossSpec:
     perturb: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[Generator, dtype], tuple[Tensor, ...]] | None = None
     composed: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rule:
+            object.__setattr__(self, "rule", self.name)
+
+    @property
+    def domains(self) -> dict[str, tuple[float, float]]:
+        unit = _checks.fraction
+        return {name: (0.0, 1.0) for name, check in self.options.items() if check is unit}
 
     @property
     def by_row(self) -> bool:
@@ -77,5 +93,7 @@ def register(spec: LossSpec) -> LossSpec:
         raise ValueError(f"name must be unused, got {spec.name!r}")
     for scripted in (spec.function, spec.module):  # torch.jit.script asks both for it
         scripted.__prepare_scriptable__ = _no_script  # type: ignore[union-attr]
+    if hasattr(spec.module, "bind"):  # its constructor is what its function takes
+        spec.module.bind(spec)
     SPECS[spec.name] = spec
     return spec

@@ -31,7 +31,7 @@ LOSSES = [spec for spec in SPECS.values() if spec.family in LOGIT_FAMILIES]
 ROW_LOSSES = [spec for spec in LOSSES if spec.by_row]
 KERNELS = ("native", "triton")
 NOT_ON_CUDA = cuda_emulator.build_facts().without_kernels()
-"""Losses whose rules say that CUDA does not compile them: nothing to emulate."""
+"""Rules that say that CUDA does not compile them: nothing to emulate."""
 
 LOSS_IDS: Callable[[LossSpec], str] = lambda spec: spec.name  # noqa: E731
 
@@ -111,7 +111,7 @@ def params(specs: Iterable[LossSpec], backends: Iterable[str], emulated: bool = 
                     marks.append(pytest.mark.gpu)
                 name = f"{spec.name}-{backend}" + ("" if device == "cpu" else f"-{device}")
                 made.append(pytest.param(Case(spec, backend, device), id=name, marks=marks))
-            if emulated and backend == "native" and spec.name not in NOT_ON_CUDA:
+            if emulated and backend == "native" and spec.rule not in NOT_ON_CUDA:
                 made.append(_emulated(spec))
     return made
 
@@ -190,7 +190,7 @@ def reductions(spec: LossSpec) -> tuple[str, ...]:
 def option_names(spec: LossSpec) -> dict[str, inspect.Parameter]:
     """The public parameters that are not tensors."""
     parameters = inspect.signature(spec.function).parameters
-    tensors = ("target", "labels")  # whose default says that there are none
+    tensors = ("target", "labels", "token_weight", "num_items_in_batch")  # by default none
     return {n: p for n, p in parameters.items() if p.default is not p.empty and n not in tensors}
 
 
@@ -204,6 +204,7 @@ def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str
     parameters = inspect.signature(spec.function).parameters
     options = option_names(spec)
     other = {"labels", "target"} - {spec.target_name}  # another name of the same
+    other |= {"token_weight", "num_items_in_batch"}  # test_row_keywords.py
     names = [name for name in parameters if name not in options and name not in other]
     return dict(zip(names, tensors, strict=True))
 

@@ -131,6 +131,7 @@ class RowCall(ctypes.Structure):
         ("teacher", View),
         ("gradient", View),
         ("target", ctypes.c_void_p),
+        ("token_weight", ctypes.c_void_p),
         ("upstream", ctypes.c_void_p),
         ("upstream_stride", ctypes.c_int64),
         ("loss", ctypes.c_void_p),
@@ -183,6 +184,7 @@ def row_call(
     ignore_index: int = -100,
     class_dim: int = -1,
     reduction: int = 1,
+    token_weight: Tensor | None = None,
     upstream: Tensor | None = None,
     need_gradient: bool = True,
     device: dict[str, int] | None = None,
@@ -199,6 +201,7 @@ def row_call(
         teacher=view(teacher, class_dim),
         gradient=view(gradient, class_dim),
         target=None if target is None else target.data_ptr(),
+        token_weight=None if token_weight is None else token_weight.data_ptr(),
         upstream=None if upstream is None else upstream.data_ptr(),
         upstream_stride=1 if upstream is not None and upstream.dim() else 0,
         loss=loss.data_ptr() if reduction == 0 else None,
@@ -320,13 +323,17 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _row(
-    student: Tensor, teacher: Tensor, target: Tensor | None, call: _calls.RowCall, need: bool
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    call: _calls.RowCall,
+    need: bool,
 ) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
-    return row_loss(call.rule, student, teacher, target, **_row_options(call), need_gradient=need)[
-        :2
-    ]
+    options = _row_options(call) | {"token_weight": token_weight, "need_gradient": need}
+    return row_loss(call.rule, student, teacher, target, **options)[:2]
 
 
 def _row_options(call: _calls.RowCall) -> dict[str, Any]:
@@ -337,12 +344,17 @@ def _row_options(call: _calls.RowCall) -> dict[str, Any]:
 
 
 def _row_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor | None, call: _calls.RowCall
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    call: _calls.RowCall,
 ) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
     upstream = upstream.to(working_dtype(student, teacher)).contiguous()
-    options = _row_options(call)
+    options = _row_options(call) | {"token_weight": token_weight}
     gradient = row_loss(call.rule, student, teacher, target, upstream=upstream, **options)[1]
     assert gradient is not None
     return gradient

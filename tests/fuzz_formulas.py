@@ -219,12 +219,69 @@ def _jsd(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     return value, (1 - beta) * slope, (1 - beta) * size
 
 
+def _mixed_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    weight, floor = WIDE(options["forward_weight"]), options["floor"]
+    p, q = np.exp(log_p), np.exp(log_q)
+    forward = kl(log_p, log_q, floor)
+    if weight == 1:
+        return forward, q - p, q + p
+    reverse, slope, size = _reverse_kl(log_q, log_p, options)
+    value = times(weight, forward) + times(1 - weight, reverse)
+    slope = weight * (q - p) + (1 - weight) * slope
+    return value, slope, weight * (q + p) + (1 - weight) * size
+
+
+def _skew(log_own: Array, log_other: Array, alpha: Array, floor: float) -> tuple[Array, Array]:
+    """KL of a distribution from its mixture with another one, and the logarithm of the mixture."""
+    log_m = np.logaddexp(np.log(alpha) + log_own, np.log1p(-alpha) + log_other)
+    return kl(log_own, log_m, floor), log_m
+
+
+def _skew_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    alpha, floor = WIDE(options["alpha"]), options["floor"]
+    p, q = np.exp(log_p), np.exp(log_q)
+    if alpha == 0:
+        return kl(log_p, log_q, floor), q - p, q + p
+    if alpha == 1:
+        return 0 * p.sum(-1), 0 * p, 0 * p + 1e-300
+    value, log_m = _skew(log_p, log_q, alpha, floor)
+    ratio = np.where(log_m == -np.inf, 0, np.exp(log_p - np.where(log_m == -np.inf, 0, log_m)))
+    slope, size = _projected(q, 1 - ratio, floor)
+    return value, (1 - alpha) * slope, (1 - alpha) * size
+
+
+def _skew_reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    alpha, floor = WIDE(options["alpha"]), options["floor"]
+    p, q = np.exp(log_p), np.exp(log_q)
+    if alpha == 0:
+        return _reverse_kl(log_q, log_p, options)
+    if alpha == 1:
+        return 0 * p.sum(-1), 0 * p, 0 * p + 1e-300
+    value, log_m = _skew(log_q, log_p, alpha, floor)
+    none = log_q == -np.inf
+    log_ratio = np.where(none, 0, log_q - np.where(none, 0, log_m))
+    return value, *_projected(q, log_ratio + alpha * (1 - np.exp(log_ratio)), floor)
+
+
+def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    p, q = np.exp(log_p), np.exp(log_q)
+    slope, size = _projected(q, np.sign(q - p) / 2, options["floor"])
+    # Where both are nearly equal the sign is that of a rounding error.
+    jumps = (abs(p - q) < 1e-3 * q) & (q > 0)
+    touched = jumps | (jumps * q).sum(-1, keepdims=True).astype(bool)
+    return abs(p - q).sum(-1) / 2, slope, np.where(touched, 1e18 * q, size)
+
+
 ROWS: dict[str, Callable[..., Rows]] = {
     "kd": kd,
     "dkd": dkd,
     "aekt": aekt,
     "reverse_kl": of_tokens(_reverse_kl),
     "jsd": of_tokens(_jsd),
+    "mixed_kl": of_tokens(_mixed_kl),
+    "skew_kl": of_tokens(_skew_kl),
+    "skew_reverse_kl": of_tokens(_skew_reverse_kl),
+    "tv": of_tokens(_tv),
 }
 
 

@@ -29,6 +29,8 @@ class NotSuitable(Exception):
 
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5, 0.1, 0.01, 20.0, 1000.0, 1e6, 1e-6, 1 / 3)
 WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
+NOT_PLAIN = ("backend", "labels", "target", "token_weight", "num_items_in_batch")
+"""Arguments that are no options, and tensors."""
 FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
 GOOD: dict[str, Sequence[Any]] = {
     "temperature": TEMPERATURES,
@@ -67,9 +69,10 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
             "inheritance_weight", "exploration_weight",
         )
     },
+    "forward_weight": (*NOT_A_NUMBER, *NEGATIVE),
     "reduction": ("avg", None, 1, ["mean"], "", "Mean", b"mean", {}),
     "ignore_index": (
-        1.5, "1", None, True, 2**70, -(2**63) - 1, torch.tensor(1.0), [1], np.float64(1)
+        1.5, "1", True, 2**70, -(2**63) - 1, torch.tensor(1.0), [1], np.float64(1)
     ),
     "standardize": (1, 0, None, "yes", [], 1.0, torch.tensor(1)),
     "backend": ("cuda", "", ["native"], 0, False, b"native", {}, ("native",)),
@@ -296,11 +299,7 @@ class Draw:
         """Options as they are given, in any type of number, and plain with the defaults."""
         given, plain = {}, {}
         for name, parameter in inspect.signature(spec.function).parameters.items():
-            if (
-                name in tensors
-                or parameter.default is parameter.empty
-                or name in ("backend", "labels", "target")
-            ):
+            if name in tensors or parameter.default is parameter.empty or name in NOT_PLAIN:
                 continue
             plain[name] = parameter.default
             if self.chance(0.35):
@@ -365,7 +364,7 @@ class Draw:
             lambda: x.to("meta") if name != first else "x",
             lambda: x[..., None, None, None],
             lambda: x.to(torch.complex64),
-            lambda: x > 0,
+            lambda: x > 0 if x.is_floating_point() else x.tolist(),
             lambda: freed(x, self.chance(0.5)) if x.numel() else x.tolist(),
         ]
         if x.numel() == 0:

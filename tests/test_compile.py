@@ -130,13 +130,13 @@ def _operators(
     student, teacher = LAYOUTS[layout](student), LAYOUTS[layout](teacher)
     student = student.detach().requires_grad_()
     dim = class_dim(student)
-    rest: list[Any] = [case.spec.name, [4.0, 8.0, 2.0, 1e-8], None, dim]
+    rest: list[Any] = [case.spec.rule, [4.0, 8.0, 2.0, 1e-8], None, dim]
     family = "correlation"
     if case.spec.by_row:
         target[1] = -100
         index = target_for(student, target)
         numbers = [2.0, 4.0, *_rule_options(case)]
-        rest = [index, case.spec.name, numbers, None, False, -100, dim]
+        rest = [index, None, case.spec.rule, numbers, None, False, -100, dim]
         family = "row"
     name = _ops.operator_name(case.backend, family)
     forward = getattr(torch.ops.kdkernels, name).default

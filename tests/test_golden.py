@@ -64,6 +64,40 @@ GOLDEN: dict[str, list[Golden]] = {
         # a class that both exclude, and one that only the student does: 1/2 ln 2 + 1/2 ln 2
         Golden([[1, 1, 0, 0]], [[1, 1, 2, 0]], ln(2), [[0, 0, 0, 0]]),
     ],
+    "mixed_kl": [
+        # half of KD's first and half of reverse KL's first, added
+        Golden(
+            [[1, 3]],
+            [[1, 1]],
+            ln(4, 3) / 4 + ln(1, 2) / 8 + 3 * ln(3, 2) / 8,
+            [[R(-1, 8) - 3 * ln(3) / 32, R(1, 8) + 3 * ln(3) / 32]],
+        ),
+    ],
+    "skew_kl": [
+        # q = (1/4, 3/4), p = (3/4, 1/4), alpha = 1/2, m = (1/2, 1/2):  3/4 ln 3/2 + 1/4 ln 1/2
+        #   g = -1/2 (3/2, 1/2);  q_1 q_2 (g_1 - g_2) = -3/32
+        Golden(
+            [[1, 3]],
+            [[3, 1]],
+            3 * ln(3, 2) / 4 + ln(1, 2) / 4,
+            [[R(-3, 32), R(3, 32)]],
+            options={"alpha": 0.5},
+        ),
+    ],
+    "skew_reverse_kl": [
+        # likewise 1/4 ln 1/2 + 3/4 ln 3/2;  g = (ln 1/2 - 1/4, ln 3/2 - 3/4)
+        Golden(
+            [[1, 3]],
+            [[3, 1]],
+            3 * ln(3, 2) / 4 + ln(1, 2) / 4,
+            [[-3 * ln(3) / 16 + R(3, 32), 3 * ln(3) / 16 - R(3, 32)]],
+            options={"alpha": 0.5},
+        ),
+    ],
+    "tv": [
+        # q = (1/8, 2/8, 5/8), p = (1/2, 1/4, 1/4):  3/8;  g = (-1/2, 0, 1/2), sum q g = 1/4
+        Golden([[1, 2, 5]], [[2, 1, 1]], R(3, 8), [[R(-3, 32), R(-1, 16), R(5, 32)]]),
+    ],
     "jsd": [
         # q = (1/4, 3/4), p = (3/4, 1/4), m = (1/2, 1/2): both KL are 3/4 ln 3/2 + 1/4 ln 1/2
         #   g = (1/2 ln 1/2, 1/2 ln 3/2);  q_1 q_2 (g_1 - g_2) = -3/32 ln 3

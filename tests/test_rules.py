@@ -269,7 +269,7 @@ def interpreted(
     reduction, upstream = named.get("reduction", 1), named.get("upstream")
     numbers = [named["temperature"], named["scale"], *options]
     call = RowCall(rule, numbers, None, named["standardize"], -100, named["class_dim"], reduction)
-    shared = (target, call)
+    shared = (target, named.get("token_weight"), call)
     with toy.among_triton_rules():
         loss, gradient = rowwise.forward(
             student, teacher, *shared, named.get("need_gradient", True) and upstream is None

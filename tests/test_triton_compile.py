@@ -52,22 +52,23 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
 
     dist = CorrelationCall("dist", [1.0, 1.0, 1.0, 1e-8], None, 1, 1)
     dkd = call("dkd", [1.0, 8.0])
+    mixture = call("mixture", [0.5, 0.5, 0.5, 0.5])
     wide = torch.bfloat16, torch.float32, torch.float64
     full = architecture == 90
     for dtype in wide if full else wide[::2]:
         for classes in (100, 8192, 100_000) if full else (100_000,):
             x, target = pair(dtype, 64, classes)
             label = f"{dtype}-{classes}"
-            yield f"kd-{label}", row.forward, (x, x, None, call("kd", []), True)
-            yield f"jsd-{label}", row.forward, (x, x, None, call("jsd", [0.5]), True)
-            yield f"dkd-{label}", row.forward, (x, x, target, dkd, True)
+            yield f"kd-{label}", row.forward, (x, x, None, None, call("kd", []), True)
+            yield f"mixture-{label}", row.forward, (x, x, None, None, mixture, True)
+            yield f"dkd-{label}", row.forward, (x, x, target, None, dkd, True)
             if classes != 100:
-                args = (torch.ones(()), x, x, target, call("dkd", [1.0, 8.0], True))
+                args = (torch.ones(()), x, x, target, None, call("dkd", [1.0, 8.0], True))
                 yield f"dkd-standardize-{label}", row.backward, args
             if classes != 8192 or dtype is torch.bfloat16:
                 yield f"dist-{label}", correlation.forward, (x, x, dist, True)
     x, target = pair(torch.bfloat16, 2, 19, 16, 32)
-    yield "dkd-dense", row.forward, (x, x, target, dkd, True)
+    yield "dkd-dense", row.forward, (x, x, target, None, dkd, True)
     yield "dist-dense", correlation.forward, (x, x, dist, True)
     for dtype in wide if full else wide[::2]:
         for width in (100, 8192, 100_000) if full else (100_000,):

@@ -52,10 +52,16 @@ KDK_FN bool reads_logits_again(const RowProblem& problem) {
   return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
 }
 
+// What multiplies a row's value, and its gradient.
 template <class R>
-KDK_FN R row_factor(const RowProblem& problem, int64_t row) {
+KDK_FN R value_factor(const RowProblem& problem, int64_t row) {
+  const R weight = problem.token_weight ? static_cast<const R*>(problem.token_weight)[row] : R(1);
+  return R(problem.scale) * weight;
+}
+template <class R>
+KDK_FN R gradient_factor(const RowProblem& problem, int64_t row) {
   const R upstream = problem.upstream ? static_cast<const R*>(problem.upstream)[row] : R(1);
-  return R(problem.scale) * upstream;
+  return value_factor<R>(problem, row) * upstream;
 }
 
 // Calls f with the source of a row's logits, which are at `at` after stage 1.
@@ -105,7 +111,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     const int set = int(row % abreast);
     RowState<ByClass<R>>& state = states[set];
     state.mode = ByClass<R>{classes, problem.target ? problem.target[row] : -1};
-    state.coefficient = row_factor<R>(problem, row);
+    state.coefficient = gradient_factor<R>(problem, row);
     if (classes >= kFetched && row + 1 < end) {
       state.ahead_s = {address(problem.student, row + 1), element_bytes(problem.student.type)};
       state.ahead_t = {address(problem.teacher, row + 1), element_bytes(problem.teacher.type)};
@@ -128,7 +134,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
       if constexpr (kGradient) std::memset(to.to, 0, sizeof(G) * classes);
     } else {
       loss[row] = rules::weighted(finish<Rule, kGradient>(states[row % abreast], problem, to),
-                                  R(problem.scale));
+                                  value_factor<R>(problem, row));
     }
     if constexpr (kGradient && std::is_same_v<G, R>)
       if (!in_place) write_row(problem.gradient, row, classes, to.to);
@@ -174,10 +180,12 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kW) {
     const int count = int(end - row < kW ? end - row : kW);
     typename Simd<R>::I ignored{};
+    Vec<R> weight{};
     state.coefficient = Vec<R>{};
     state.mode.excluded = typename Simd<R>::I{};
     for (int lane = 0; lane < count; ++lane) {
-      state.coefficient[lane] = row_factor<R>(problem, row + lane);
+      weight[lane] = value_factor<R>(problem, row + lane);
+      state.coefficient[lane] = gradient_factor<R>(problem, row + lane);
       if (!problem.target) continue;
       const int64_t target = problem.target[row + lane];
       ignored[lane] = target == problem.ignore_index ? -1 : 0;
@@ -200,7 +208,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     } else {
       value = finish<Rule, false>(state, problem, sink);
     }
-    value = rules::select(ignored, Vec<R>{}, rules::weighted(value, R(problem.scale)));
+    value = rules::select(ignored, Vec<R>{}, rules::weighted(value, weight));
     for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];
   }
 }

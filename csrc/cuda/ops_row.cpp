@@ -14,11 +14,12 @@ namespace {
 
 // Everything but outputs and upstream; the target is where the student is.
 RowProblem checked_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
-                           const std::optional<Tensor>& target, const Logits& logits) {
+                           const std::optional<Tensor>& target,
+                           const std::optional<Tensor>& token_weight, const Logits& logits) {
   STD_TORCH_CHECK(!target || (target->is_cuda() &&
                               target->get_device_index() == student.get_device_index()),
                   "target must be on the student's device");
-  const RowProblem problem = row_problem(call, student, teacher, target, logits);
+  const RowProblem problem = row_problem(call, student, teacher, target, token_weight, logits);
   STD_TORCH_CHECK(problem.target || !reads_target(call.rule) || logits.rows == 0,
                   "target must be a Tensor of class indices, got None");
   return problem;
@@ -31,8 +32,9 @@ void run(const RowCall& call, const Tensor& like, const RowRun& run, const Conte
 }
 
 std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
-                               std::optional<Tensor> target, std::string rule,
-                               std::vector<double> numbers, std::optional<Tensor> symbolic,
+                               std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                               std::string rule, std::vector<double> numbers,
+                               std::optional<Tensor> symbolic,
                                bool standardize, int64_t ignore_index, int64_t class_dim,
                                int64_t reduction, bool need_gradient) {
   const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
@@ -45,7 +47,7 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
   if (logits.rows == 0)
     return {torch::stable::new_zeros(student, shape, logits.loss_type()), gradient};
   Tensor loss = torch::stable::new_empty(student, shape, logits.loss_type());
-  RowRun work{checked_problem(call, student, teacher, target, logits), 0, reduction, nullptr};
+  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), 0, reduction, nullptr};
   (reduction == kNone ? work.problem.loss : work.total) = loss.mutable_data_ptr();
   if (need_gradient)
     work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
@@ -54,8 +56,9 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
 }
 
 Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                    std::optional<Tensor> target, std::string rule, std::vector<double> numbers,
-                    std::optional<Tensor> symbolic, bool standardize, int64_t ignore_index,
+                    std::optional<Tensor> target, std::optional<Tensor> token_weight,
+                    std::string rule, std::vector<double> numbers, std::optional<Tensor> symbolic,
+                    bool standardize, int64_t ignore_index,
                     int64_t class_dim, int64_t reduction) {
   const RowCall call{rule, numbers_of(numbers, symbolic), standardize,
                      ignore_index, class_dim, reduction};
@@ -66,7 +69,7 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   const Tensor by_row = factors(upstream, logits.loss_type());
   const bool one = reduction != kNone;
   STD_TORCH_CHECK(by_row.numel() == (one ? 1 : logits.rows), "upstream must be of the loss's shape");
-  RowRun work{checked_problem(call, student, teacher, target, logits), one ? 0 : 1, reduction,
+  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), one ? 0 : 1, reduction,
               nullptr};
   work.problem.upstream = by_row.const_data_ptr();
   work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());

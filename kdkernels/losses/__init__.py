@@ -14,6 +14,7 @@ from .hint import HintLoss as HintLoss, hint_loss as hint_loss
 from .iekd import IEKDLoss as IEKDLoss, iekd_loss as iekd_loss
 from .jsd import JSDLoss as JSDLoss, jsd_loss as jsd_loss
 from .kd import KDLoss as KDLoss, kd_loss as kd_loss
+from .mixed_kl import MixedKLLoss as MixedKLLoss, mixed_kl_loss as mixed_kl_loss
 from .pkd import PKDLoss as PKDLoss, pkd_loss as pkd_loss
 from .refilled import (
     ClassCenters as ClassCenters,
@@ -26,3 +27,9 @@ from .refilled import (
 )
 from .reverse_kl import ReverseKLLoss as ReverseKLLoss, reverse_kl_loss as reverse_kl_loss
 from .rkd import RKDLoss as RKDLoss, rkd_loss as rkd_loss
+from .skew_kl import SkewKLLoss as SkewKLLoss, skew_kl_loss as skew_kl_loss
+from .skew_reverse_kl import (
+    SkewReverseKLLoss as SkewReverseKLLoss,
+    skew_reverse_kl_loss as skew_reverse_kl_loss,
+)
+from .tv import TVLoss as TVLoss, tv_loss as tv_loss

@@ -1,16 +1,20 @@
-"""What the losses share: weights that are tensors, and modules that hold the common arguments."""
+"""What the losses share: their common keywords, and modules that are bound from functions."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ClassVar, ParamSpec, get_type_hints
 
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from .. import _checks, _dispatch
+from .._rowwise import row_loss
 from ..reference._rows import weighted
+from ..registry import LossSpec
 
 P = ParamSpec("P")
 
@@ -59,32 +63,167 @@ class LossModule(_Loss):
         return ", ".join(f"{key}={value!r}" for key, value in held.items())
 
 
-class TokenLoss(LossModule):
-    """A loss with one value a row and a mask."""
+class _FromFunction(LossModule):
+    """A module whose constructor takes what its function takes besides tensors.
 
-    def __init__(
-        self, *, ignore_index: int, reduction: str, loss_weight: float, backend: str | None
-    ) -> None:
-        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        self.ignore_index = _checks.integer("ignore_index", ignore_index)
+    ``registry.register`` gives it ``_spec``; its function's signature says the rest.
+    """
 
+    _spec: ClassVar[LossSpec]
+    __signature__: ClassVar[inspect.Signature]
 
-class RowLoss(TokenLoss):
-    """A loss with one value a row, a mask and optional logit standardisation."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:  # a user's own constructor
+            own = list(inspect.signature(cls.__init__).parameters.values())
+            cls.__signature__ = inspect.Signature(own[1:])
 
-    def __init__(
-        self,
-        *,
-        ignore_index: int,
-        reduction: str,
-        loss_weight: float,
-        standardize: bool,
-        backend: str | None,
-    ) -> None:
+    @classmethod
+    def bind(cls, spec: LossSpec) -> None:
+        """What ``registry.register`` calls with the loss's row."""
+        parameters = inspect.signature(spec.function).parameters.values()
+        cls._spec = spec
+        cls.__signature__ = inspect.Signature([p for p in parameters if p.name not in _TENSORS])
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        spec = self._spec
+        bound = spec.module.__signature__.bind(*args, **options)  # type: ignore[attr-defined]
+        bound.apply_defaults()
+        given = bound.arguments
+        self._names = tuple(given)
         super().__init__(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            loss_weight=loss_weight,
-            backend=backend,
+            reduction=given["reduction"],
+            loss_weight=given["loss_weight"],
+            backend=given["backend"],
         )
-        self.standardize = _checks.flag("standardize", standardize)
+        for name in self._names:
+            if name not in ("reduction", "loss_weight", "backend"):
+                check = spec.options.get(name) or _CHECKS[name]
+                setattr(self, name, check(name, given[name]))
+
+    def _held(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": lambda name, value: _checks.temperature(value, name),
+    "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
+    "standardize": _checks.flag,
+}
+_TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"}
+_TENSORS |= {"num_items_in_batch"}  # which every step has anew
+
+
+class TokenLoss(_FromFunction):
+    """A loss of tokens: ``labels`` are a mask."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._spec.function(
+            student_logits,
+            teacher_logits,
+            labels=labels,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self._held(),
+        )
+
+
+class RowLoss(_FromFunction):
+    """A loss of classifiers, whose class indices are called ``target`` or ``labels``."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._spec.function(
+            student_logits,
+            teacher_logits,
+            target=target,
+            labels=labels,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self._held(),
+        )
+
+
+# What the row losses' docstrings share, in the order of the arguments.
+_ARGUMENTS = {
+    "student_logits": """(N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
+        float16 or bfloat16; any strides.""",
+    "teacher_logits": "same shape and device; own dtype and strides; a constant.",
+    "temperature": "T > 0, in units of the logits.",
+    "ignore_index": """rows with this label contribute exact zeros, even if they hold NaN. None
+        ignores no row.""",
+    "reduction": """``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored,
+        ``'sum'``, or ``'none'`` (one value a row). Never over classes.""",
+    "loss_weight": "multiplies the loss inside the kernel; a 0-d tensor multiplies the result.",
+    "token_weight": """one number a row, of the shape of the rows, which multiplies its loss; a
+        constant. The mean's denominator stays the number of rows.""",
+    "num_items_in_batch": """the denominator of ``'mean'`` where a step's batch comes in parts: a
+        number, or a 0-d tensor, which nothing reads on the host.""",
+    "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
+        ``(x - mean) / (std + 1e-7)`` first.""",
+    "backend": "``'native'``, ``'triton'``, ``'reference'``; None chooses.",
+}
+_MASK = """optional, only a mask: class indices, (N,), (B, S) or (N, H, W), of which
+        ``ignore_index`` is ignored, or bools, of which True counts."""
+_TARGET = """class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
+        GPU, where a check would synchronise, that row is NaN."""
+_OTHER_NAME = "another name of ``target``, for those who pass it by that keyword."
+
+
+def row_function(options: type) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Write out the common keywords of a row loss: in its signature, and in its docstring.
+
+    ``options`` is the dictionary's type that its last parameter unpacks. The docstring of the loss
+    ends with its own arguments, if there are any; "T^2 is" begins its last sentence.
+    """
+    keywords = [
+        p
+        for name, p in inspect.signature(row_loss).parameters.items()
+        if name in get_type_hints(options)
+    ]
+
+    def write_out(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        own = list(inspect.signature(function).parameters.values())[:-1]
+        signature = inspect.Signature([*own, *keywords], return_annotation="Tensor")
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        function.__doc__ = _documented(function.__doc__, list(signature.parameters))
+        return function
+
+    return write_out
+
+
+def _documented(text: str | None, names: list[str]) -> str | None:
+    if text is None:  # python -OO
+        return None
+    said, _, given = inspect.cleandoc(text).partition("\n\nArgs:\n")
+    about = dict(_ARGUMENTS)
+    for entry in re.split(r"\n(?=    \w)", given):
+        name, _, description = entry.strip().partition(": ")
+        about[name] = description
+    about.setdefault("target", _MASK)
+    about.setdefault("labels", _OTHER_NAME if "target" in names else _MASK)
+    lines = [f"    {name}: {about[name]}" for name in names]
+    return "\n".join([said, "", "Args:", *lines, "", _RESULT])
+
+
+_RESULT = """Returns:
+    float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``.
+
+Raises:
+    ValueError, TypeError: ``name must be <expected>, got <got>``."""

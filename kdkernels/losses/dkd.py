@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from .. import _checks
-from .._rowwise import row_loss
+from .._rowwise import RowOptions, row_loss
 from ..reference.dkd import dkd as reference
 from ..registry import LossSpec, register
-from ._base import RowLoss, weighed
+from ._base import RowLoss, row_function
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-@weighed
+@row_function(RowOptions)
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -21,11 +26,7 @@ def dkd_loss(
     temperature: float = 4.0,
     *,
     labels: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    loss_weight: float = 1.0,
-    standardize: bool = False,
-    backend: str | None = None,
+    **common: Unpack[RowOptions],
 ) -> Tensor:
     r"""Target-class and non-target-class knowledge distillation, weighted apart.
 
@@ -42,48 +43,17 @@ def dkd_loss(
     of cross-entropy. Warm the weight up, as the published code does, and clip; with few images
     beta = 1 is the safer choice.
 
+    T^2 is in.
+
     Args:
-        student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
-            float16 or bfloat16; any strides.
-        teacher_logits: same shape and device; own dtype and strides; a constant.
         target: class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
             GPU, where a check would synchronise, that row is NaN.
         alpha: weight of the target-class term, >= 0.
         beta: weight of the non-target-class term, >= 0 (published: 8, 6 or 2 on CIFAR-100, 0.5 on
             ImageNet).
-        temperature: T > 0.
-        labels: another name of ``target``, for those who pass it by that keyword.
-        ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
-        reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
-            or ``'none'`` (one value a row).
-        loss_weight: multiplies the loss inside the kernel.
-        standardize: logit standardisation (Sun et al., CVPR 2024) of both inputs first.
-        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses.
-
-    Returns:
-        float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``. T^2 is in.
-
-    Raises:
-        ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    temperature = _checks.temperature(temperature)
-    loss_weight = _checks.number("loss_weight", loss_weight)
-    return row_loss(
-        DKD,
-        student_logits,
-        teacher_logits,
-        _checks.given(target, labels),
-        options={
-            "alpha": _checks.non_negative("alpha", alpha),
-            "beta": _checks.non_negative("beta", beta),
-        },
-        temperature=temperature,
-        scale=loss_weight * temperature * temperature,
-        standardize=standardize,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        backend=backend,
-    )
+    index, options = _checks.given(target, labels), (alpha, beta)
+    return row_loss(DKD, student_logits, teacher_logits, index, options, temperature, **common)
 
 
 class DKDLoss(RowLoss):
@@ -91,52 +61,6 @@ class DKDLoss(RowLoss):
 
     ``DKDLoss(alpha=1.0, beta=8.0, temperature=4.0)(student_logits, teacher_logits, target)``
     """
-
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        standardize: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            loss_weight=loss_weight,
-            standardize=standardize,
-            backend=backend,
-        )
-        self.alpha = _checks.non_negative("alpha", alpha)
-        self.beta = _checks.non_negative("beta", beta)
-        self.temperature = _checks.temperature(temperature)
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        return dkd_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            self.alpha,
-            self.beta,
-            self.temperature,
-            labels=labels,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            standardize=self.standardize,
-            backend=self.backend,
-        )
 
 
 DKD = register(
@@ -153,6 +77,7 @@ DKD = register(
         reduction="mean over rows",
         eps="none needed",
         needs_target=True,
+        options={"alpha": _checks.non_negative, "beta": _checks.non_negative},
         takes_target=True,
         samples=(
             {},

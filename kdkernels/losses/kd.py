@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from .. import _checks
-from .._rowwise import row_loss
+from .._rowwise import RowOptions, row_loss
 from ..reference.kd import kd as reference
 from ..registry import LossSpec, register
-from ._base import RowLoss, weighed
+from ._base import RowLoss, row_function
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-@weighed
+@row_function(RowOptions)
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -19,11 +25,7 @@ def kd_loss(
     *,
     target: Tensor | None = None,
     labels: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    loss_weight: float = 1.0,
-    standardize: bool = False,
-    backend: str | None = None,
+    **common: Unpack[RowOptions],
 ) -> Tensor:
     r"""Temperature-scaled Kullback-Leibler divergence from teacher to student.
 
@@ -35,42 +37,10 @@ def kd_loss(
     .. math:: L = T^2 \frac1N \sum_n \sum_c p_{nc} \log\frac{p_{nc}}{q_{nc}},\qquad
               \frac{\partial L}{\partial z_{nc}} = \frac TN (q_{nc} - p_{nc})
 
-    Args:
-        student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
-            float16 or bfloat16; any strides.
-        teacher_logits: same shape and device; own dtype and strides; a constant.
-        temperature: T > 0, in units of the logits.
-        target: optional class indices, (N,), (B, S) or (N, H, W); used only as a mask.
-        labels: another name of ``target``, for those who pass it by that keyword.
-        ignore_index: rows with this target contribute exact zeros, even if they hold NaN.
-        reduction: ``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored, ``'sum'``,
-            or ``'none'`` (one value a row). Never over classes.
-        loss_weight: multiplies the loss inside the kernel.
-        standardize: logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
-            ``(x - mean) / (std + 1e-7)`` first.
-        backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses.
-
-    Returns:
-        float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``. T^2 is in.
-
-    Raises:
-        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    T^2 is in.
     """
-    temperature = _checks.temperature(temperature)
-    loss_weight = _checks.number("loss_weight", loss_weight)
-    return row_loss(
-        KD,
-        student_logits,
-        teacher_logits,
-        _checks.given(target, labels),
-        options={},
-        temperature=temperature,
-        scale=loss_weight * temperature * temperature,
-        standardize=standardize,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        backend=backend,
-    )
+    index = _checks.given(target, labels)
+    return row_loss(KD, student_logits, teacher_logits, index, (), temperature, **common)
 
 
 class KDLoss(RowLoss):
@@ -79,46 +49,6 @@ class KDLoss(RowLoss):
     ``KDLoss(temperature=4.0)(student_logits, teacher_logits)``; a third argument ``target`` masks
     the rows whose class index is ``ignore_index``.
     """
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        standardize: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            loss_weight=loss_weight,
-            standardize=standardize,
-            backend=backend,
-        )
-        self.temperature = _checks.temperature(temperature)
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            self.temperature,
-            target=target,
-            labels=labels,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            standardize=self.standardize,
-            backend=self.backend,
-        )
 
 
 KD = register(
@@ -144,3 +74,6 @@ KD = register(
         laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
     )
 )
+
+KD_OF_TOKENS = dataclasses.replace(KD, t_squared=False, target_name="labels")
+"""What losses of tokens are at the end of their options: KL without T^2."""

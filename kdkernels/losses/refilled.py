@@ -16,7 +16,7 @@ from ..registry import LossSpec, register
 from ._base import LossModule, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
 from ._tuples import semihard_tuples as semihard_tuples
-from .kd import KD
+from .kd import KD_OF_TOKENS
 
 PAPER = "Ye et al., CVPR 2020 (2205.01915)"
 
@@ -211,16 +211,14 @@ def local_classifier_loss(
     with _embedding.full_precision(student_logits.device):
         teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
     return row_loss(
-        KD,
+        KD_OF_TOKENS,
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),
         None,
-        options={},
-        temperature=temperature,
-        scale=loss_weight,
-        standardize=False,
-        ignore_index=-100,
+        (),
+        temperature,
         reduction=reduction,
+        loss_weight=loss_weight,
         backend=backend,
     )
 

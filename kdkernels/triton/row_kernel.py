@@ -79,6 +79,7 @@ def row_kernel(
     student_ptr,  # (rows, classes), strided
     teacher_ptr,  # (rows, classes), strided
     target_ptr,  # (rows,), strided, or None
+    token_weight_ptr,  # (rows,), strided, or None for 1
     count_ptr,  # (), the rows that are not ignored, or None: the mean is already in scale
     upstream_ptr,  # (rows,), strided, or None for 1
     loss_ptr,  # (rows,), or None
@@ -96,6 +97,7 @@ def row_kernel(
     gradient_inner_stride,
     gradient_class_stride,
     target_stride,
+    token_weight_stride,
     upstream_stride,
     ignore_index,
     inverse_temperature: tl.float64,
@@ -126,6 +128,9 @@ def row_kernel(
     weight = tl.full([], scale, ACC) + tl.zeros([ROWS, 1], ACC)
     if count_ptr is not None:
         weight = weight / tl.maximum(tl.load(count_ptr), 1).to(ACC)
+    if token_weight_ptr is not None:
+        at = token_weight_ptr + row * token_weight_stride
+        weight = weight * tl.load(at, mask=exists, other=0.0).to(ACC)
 
     # An ignored row is not read at all; a target that is no class makes the row NaN.
     valid = exists

@@ -17,6 +17,7 @@ def forward(
     student: Tensor,  # (rows..., classes) in any order and strides
     teacher: Tensor,  # as student
     target: Tensor | None,  # (rows...)
+    token_weight: Tensor | None,  # (rows...)
     call: RowCall,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -24,7 +25,7 @@ def forward(
     shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
     losses = student.new_empty(shape, dtype=working_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
-    _run(student, teacher, target, call, None, losses, gradient)
+    _run(student, teacher, target, token_weight, call, None, losses, gradient)
     return losses.sum() if call.reduction else losses, gradient
 
 
@@ -33,11 +34,12 @@ def backward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    token_weight: Tensor | None,
     call: RowCall,
 ) -> Tensor:
     """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
     gradient = torch.empty_like(student)
-    _run(student, teacher, target, call, upstream, None, gradient)
+    _run(student, teacher, target, token_weight, call, upstream, None, gradient)
     return gradient
 
 
@@ -45,6 +47,7 @@ def _run(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
+    token_weight: Tensor | None,
     call: RowCall,
     upstream: Tensor | None,
     losses: Tensor | None,
@@ -72,6 +75,8 @@ def _run(
             count = (target.long() != call.ignore_index).sum()
     if target is not None:
         target = target.reshape(-1)
+    if token_weight is not None:
+        token_weight = token_weight.reshape(-1)
     upstream_stride = 0
     if upstream is not None and upstream.dim() > 0:
         upstream = upstream.reshape(-1)
@@ -87,6 +92,7 @@ def _run(
             student,
             teacher,
             target,
+            token_weight,
             count,
             upstream,
             losses,
@@ -98,6 +104,7 @@ def _run(
             *rows.strides[1],
             *rows.strides[2],
             0 if target is None else target.stride(0),
+            0 if token_weight is None else token_weight.stride(0),
             upstream_stride,
             call.ignore_index,
             1.0 / temperature,

@@ -25,6 +25,7 @@ inline Rows rows_of(const View& view) {
 struct RowCall {
   View student, teacher, gradient;
   const int64_t* target;
+  const void* token_weight;
   const void* upstream;
   int64_t upstream_stride;
   void *loss, *total;
@@ -42,6 +43,7 @@ inline RowProblem problem_of(const RowCall& call) {
   problem.teacher = rows_of(call.teacher);
   problem.gradient = rows_of(call.gradient);
   problem.target = call.target;
+  problem.token_weight = call.token_weight;
   problem.upstream = call.upstream;
   problem.loss = call.loss;
   problem.rows = call.rows;

@@ -1,0 +1,123 @@
+"""KL and reverse KL weighted: symmetric and adaptive KL of token distributions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import _checks
+from .._dtypes import working_dtype
+from .._rowwise import TokenOptions, row_loss
+from ..reference.mixed_kl import mixed_kl as reference
+from ..registry import LossSpec, register
+from ._base import TokenLoss, row_function
+from .kd import KD_OF_TOKENS
+from .reverse_kl import REVERSE_KL
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@row_function(TokenOptions)
+def mixed_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    forward_weight: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    **common: Unpack[TokenOptions],
+) -> Tensor:
+    r"""Kullback-Leibler divergence in both directions, weighted.
+
+    .. math:: L = \frac1N \sum_n w\,\mathrm{KL}(p_n \| q_n) + (1 - w)\,\mathrm{KL}(q_n \| p_n)
+
+    with p and q the softmaxes of both inputs over T and w the ``forward_weight``: symmetric KL
+    (``0.5``, up to a factor), adaptive KL and gates by entropy (one weight a token). **There is no
+    T^2**, as in the trainers of language models.
+
+    A tensor of weights is two evaluations, one a direction, by ``token_weight``.
+
+    Adaptive KL (Wu et al., 2024) weighs each token by its gap on the teacher's head, the likeliest
+    classes up to half of the mass, and on the tail::
+
+        p, q = teacher_logits.softmax(-1), student_logits.detach().softmax(-1)
+        p, order = p.sort(-1, descending=True)
+        gap, head = (p - q.gather(-1, order)).abs(), p.cumsum(-1) - p < 0.5
+        weight = (gap * head).sum(-1) / gap.sum(-1)
+        loss = mixed_kl_loss(student_logits, teacher_logits, labels, forward_weight=weight)
+
+    Args:
+        forward_weight: w, in [0, 1]; or a tensor of one weight a row, which is not checked.
+    """
+    if isinstance(forward_weight, Tensor) and forward_weight.dim():
+        return _by_token(
+            student_logits, teacher_logits, labels, forward_weight, temperature, common
+        )
+    weight = _checks.fraction("forward_weight", forward_weight)
+    if weight == 1.0:
+        return row_loss(
+            KD_OF_TOKENS, student_logits, teacher_logits, labels, (), temperature, **common
+        )
+    return row_loss(
+        MIXED_KL, student_logits, teacher_logits, labels, (weight,), temperature, **common
+    )
+
+
+def _by_token(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor,
+    temperature: float,
+    common: TokenOptions,
+) -> Tensor:
+    class_dim = _checks.logits(student, teacher)
+    _checks.token_weight(weight, student, class_dim, "forward_weight")
+    given = common.pop("token_weight", None)
+    if given is not None:
+        _checks.token_weight(given, student, class_dim)
+    weight = weight.to(working_dtype(student, teacher))
+    parts = []
+    for spec, part in ((KD_OF_TOKENS, weight), (REVERSE_KL, 1 - weight)):
+        common["token_weight"] = part if given is None else part * given
+        parts.append(row_loss(spec, student, teacher, labels, (), temperature, **common))
+    return parts[0] + parts[1]
+
+
+class MixedKLLoss(TokenLoss):
+    """Module form of :func:`kdkernels.functional.mixed_kl_loss`; see there.
+
+    ``MixedKLLoss(forward_weight=0.5)(student_logits, teacher_logits, labels)``;
+    ``labels`` is a mask and may be left out.
+    """
+
+
+MIXED_KL = register(
+    LossSpec(
+        name="mixed_kl",
+        title="Mixed KL",
+        paper="Wu et al., 2024 (2404.02657)",
+        function=mixed_kl_loss,
+        module=MixedKLLoss,
+        reference=reference,
+        family="divergence",
+        formula="mean(w·KL(p‖q) + (1−w)·KL(q‖p))",
+        temperature="T² out",
+        reduction="mean over rows",
+        eps="none needed",
+        takes_target=True,
+        target_name="labels",
+        t_squared=False,
+        needs_teacher_mass=True,
+        options={"forward_weight": _checks.fraction},
+        samples=(
+            {},
+            {"forward_weight": 0.1, "temperature": 2.0},
+            {"forward_weight": 0.9, "temperature": 0.5, "loss_weight": 0.25},
+            {"forward_weight": 0.0},
+        ),
+        laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
+        perturb={"forward_weight": 0.2},
+    )
+)

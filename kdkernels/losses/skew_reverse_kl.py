@@ -1,0 +1,89 @@
+"""Skew reverse KL of token distributions (DistiLLM: Ko et al., 2024; 2402.03898)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import _checks
+from .._rowwise import TokenOptions, row_loss
+from ..reference.mixture import skew_reverse_kl as reference
+from ..registry import LossSpec, register
+from ._base import TokenLoss, row_function
+from .reverse_kl import REVERSE_KL
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@row_function(TokenOptions)
+def skew_reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    **common: Unpack[TokenOptions],
+) -> Tensor:
+    r"""Divergence of the student from a mixture of both, which is finite whatever either excludes.
+
+    .. math:: L = \frac1N \sum_n \mathrm{KL}(q_n \| m_n),\qquad m = (1 - \alpha) p + \alpha q
+
+    with p and q the softmaxes of teacher and student over T. ``alpha=0`` is KL(q || p) and
+    ``alpha=1`` is 0. **There is
+    no T^2**, as in the trainers of language models. The student inside the mixture has its
+    gradient, as in DistiLLM.
+
+    Args:
+        alpha: the student's own share of the mixture, in [0, 1].
+    """
+    alpha = _checks.fraction("alpha", alpha)
+    if alpha == 0.0:  # without a mixture
+        return row_loss(
+            REVERSE_KL, student_logits, teacher_logits, labels, (), temperature, **common
+        )
+    if alpha == 1.0:  # from itself
+        alpha, common["loss_weight"] = 0.5, 0.0
+    return row_loss(
+        SKEW_REVERSE_KL, student_logits, teacher_logits, labels, (alpha,), temperature, **common
+    )
+
+
+class SkewReverseKLLoss(TokenLoss):
+    """Module form of :func:`kdkernels.functional.skew_reverse_kl_loss`; see there.
+
+    ``SkewReverseKLLoss(alpha=0.1)(student_logits, teacher_logits, labels)``;
+    ``labels`` is a mask and may be left out.
+    """
+
+
+SKEW_REVERSE_KL = register(
+    LossSpec(
+        name="skew_reverse_kl",
+        title="Skew reverse KL",
+        paper="Ko et al., 2024 (2402.03898)",
+        function=skew_reverse_kl_loss,
+        module=SkewReverseKLLoss,
+        reference=reference,
+        family="divergence",
+        formula="mean KL(q‖m), m = (1−α)p + αq",
+        temperature="T² out",
+        reduction="mean over rows",
+        eps="none needed",
+        takes_target=True,
+        target_name="labels",
+        t_squared=False,
+        options={"alpha": _checks.fraction},
+        rule="mixture",
+        rule_numbers=lambda alpha: (1.0 - alpha, alpha, 0.0, 1.0),
+        samples=(
+            {},
+            {"alpha": 0.5, "temperature": 2.0},
+            {"alpha": 0.01, "temperature": 0.5, "loss_weight": 0.25},
+            {"alpha": 0.0},
+        ),
+        laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
+        perturb={"alpha": 0.3},
+    )
+)

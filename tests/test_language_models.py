@@ -1,0 +1,196 @@
+"""Losses of tokens against what trainers of language models compute, written as they publish it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.functional import (
+    jsd_loss,
+    kd_loss,
+    mixed_kl_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    skew_reverse_kl_loss,
+    tv_loss,
+)
+
+IGNORED = -100
+
+
+def trl(beta: float, items: int | None = None) -> Callable[..., Tensor]:
+    """TRL's ``generalized_jsd_loss``: KL at 0, reverse KL at 1, the mixture by logsumexp."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+        if beta == 0:
+            terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+        elif beta == 1:
+            terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+        else:
+            shares = torch.stack([log_q + math.log1p(-beta), log_p + math.log(beta)])
+            log_m = torch.logsumexp(shares, 0)
+            terms = beta * F.kl_div(log_m, log_p, reduction="none", log_target=True)
+            terms = terms + (1 - beta) * F.kl_div(log_m, log_q, reduction="none", log_target=True)
+        valid = labels != IGNORED
+        return terms[valid].sum() / (valid.sum() if items is None else items)
+
+    return loss
+
+
+def _entropy(teacher: Tensor, labels: Tensor) -> Tensor:
+    p = torch.softmax(teacher, -1)
+    return -(p * p.log()).sum(-1)[labels != IGNORED].mean()
+
+
+def torchtune_forward(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """torchtune's ``ForwardKLLoss`` is a cross-entropy: KL and the teacher's entropy."""
+    p = F.softmax(teacher, dim=-1, dtype=student.dtype)
+    x = -(p * F.log_softmax(student, dim=-1)).sum(-1)
+    return (x * (labels != IGNORED)).sum() / (labels != IGNORED).sum()
+
+
+def torchtune_symmetric(ratio: float) -> Callable[..., Tensor]:
+    """``SymmetricKLLoss``: the forward one times the ratio, the reverse one with the rest."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        q = F.softmax(student, -1)
+        reverse = (q * (q.log() - F.log_softmax(teacher, -1))).sum(-1)
+        reverse = (reverse * (labels != IGNORED)).sum() / (labels != IGNORED).sum()
+        return ratio * torchtune_forward(student, teacher, labels) + (1 - ratio) * reverse
+
+    return loss
+
+
+def distillm(reverse: bool, alpha: float = 0.1) -> Callable[..., Tensor]:
+    """DistiLLM's skewed divergences, from probabilities; the forward one lacks an entropy."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        p, q = F.softmax(teacher, -1), F.softmax(student, -1)
+        if reverse:
+            mixed = (1 - alpha) * p + alpha * q
+            x = (q * (q.log() - mixed.log())).sum(-1)
+        else:
+            mixed = alpha * p + (1 - alpha) * q
+            x = -(p * mixed.log()).sum(-1)
+        mask = (labels != IGNORED).to(x.dtype)
+        return (x.view(-1) * mask.view(-1)).sum() / mask.sum()
+
+    return loss
+
+
+def categorical(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    q, p = (torch.distributions.Categorical(logits=x) for x in (student, teacher))
+    return torch.distributions.kl_divergence(q, p)[labels != IGNORED].mean()
+
+
+def acceptance(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """What speculative decoding rejects: one minus the sum of the smaller probabilities."""
+    accepted = torch.minimum(F.softmax(student, -1), F.softmax(teacher, -1)).sum(-1)
+    return (1 - accepted)[labels != IGNORED].mean()
+
+
+def automodel(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 2.5) -> Tensor:
+    """NeMo Automodel's ``KDLoss``: T^2 is in."""
+    s, t = (x[labels != IGNORED] / temperature for x in (student, teacher))
+    p = F.softmax(t, -1)
+    kl = (p * (F.log_softmax(t, -1) - F.log_softmax(s, -1))).sum(-1).mean()
+    return kl * temperature**2
+
+
+Rows = list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], bool]]
+EQUAL: Rows = [
+    ("TRL 0", lambda s, t, y: kd_loss(s, t, 1.0, target=y), trl(0.0), False),
+    *(
+        (f"TRL {beta}", lambda s, t, y, beta=beta: jsd_loss(s, t, y, beta), trl(beta), False)
+        for beta in (0.0, 0.1, 0.5, 0.9, 1.0)
+    ),
+    ("TRL items", lambda s, t, y: jsd_loss(s, t, y, num_items_in_batch=11), trl(0.5, 11), False),
+    ("TRL reverse", lambda s, t, y: reverse_kl_loss(s, t, y), trl(1.0), False),
+    ("Categorical", lambda s, t, y: reverse_kl_loss(s, t, y), categorical, False),
+    ("torchtune", lambda s, t, y: kd_loss(s, t, 1.0, labels=y), torchtune_forward, True),
+    (
+        "torchtune symmetric",
+        lambda s, t, y: mixed_kl_loss(s, t, y, forward_weight=1.0),
+        torchtune_symmetric(1.0),
+        True,
+    ),
+    (
+        "torchtune reverse",
+        lambda s, t, y: mixed_kl_loss(s, t, y, forward_weight=0.0),
+        torchtune_symmetric(0.0),
+        False,
+    ),
+    ("DistiLLM", lambda s, t, y: skew_kl_loss(s, t, y), distillm(False), True),
+    ("DistiLLM reverse", lambda s, t, y: skew_reverse_kl_loss(s, t, y), distillm(True), False),
+    ("acceptance", lambda s, t, y: tv_loss(s, t, y), acceptance, False),
+    ("Automodel", lambda s, t, y: kd_loss(s, t, 2.5, labels=y), automodel, False),
+]
+
+
+def _tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = 2 * torch.randn(2, 3, 7, 31, generator=generator, dtype=torch.float64)
+    labels = torch.randint(31, (3, 7), generator=generator)
+    labels[:, :3] = IGNORED
+    return student.to(dtype), teacher.to(dtype), labels
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "entropy"), [x[1:] for x in EQUAL], ids=[x[0] for x in EQUAL]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], entropy: bool, dtype: torch.dtype
+) -> None:
+    """Value and gradient; some leave out the teacher's entropy, which has no gradient."""
+    student, teacher, labels = _tokens(dtype)
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss, expected = ours(leaf, teacher, labels), theirs(wide, teacher.double(), labels)
+    if entropy:
+        expected = expected - _entropy(teacher.double(), labels)
+    tolerance: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
+    if dtype != torch.float64:
+        tolerance = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, wide)
+    if dtype == torch.bfloat16:
+        tolerance = {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(gradient.double(), wanted, **tolerance)
+
+
+def test_jsd_tends_to_kl_but_is_kl_at_the_end() -> None:
+    student, teacher, labels = _tokens()
+    kl = kd_loss(student, teacher, 1.0, labels=labels)
+    torch.testing.assert_close(
+        jsd_loss(student, teacher, labels, 1e-9) / 1e-9, kl, rtol=1e-6, atol=0
+    )
+    assert jsd_loss(student, teacher, labels, 0.0) == kl
+    assert jsd_loss(100 * student, teacher, labels) <= math.log(2)
+
+
+@pytest.mark.parametrize("low", [-math.inf, -120.0, -1e4])
+def test_finite_where_the_published_forms_are_not_numbers(low: float) -> None:
+    """Classes that both exclude, and probabilities that underflow on both sides."""
+    student, teacher, labels = _tokens(torch.float32)
+    student[..., :4] = low
+    teacher[..., 1:5] = low
+    for loss in (jsd_loss, skew_kl_loss, skew_reverse_kl_loss, tv_loss):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, labels)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        assert value.isfinite() and gradient.isfinite().all(), loss.__name__
+    both = student.clone()
+    both[..., :5] = low
+    teacher[..., :5] = low
+    for loss in (reverse_kl_loss, mixed_kl_loss):
+        leaf = both.clone().requires_grad_()
+        value = loss(leaf, teacher, labels)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        assert value.isfinite() and gradient.isfinite().all(), loss.__name__

@@ -1,0 +1,41 @@
+"""What type checkers see of the public names."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdkernels import _stubs
+
+WRONG = """
+from kdkernels import JSDLoss, KDLoss
+from kdkernels.functional import kd_loss
+import torch
+KDLoss(temperatur=3.0)
+JSDLoss(beta="0.5")
+kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), reducton="mean")
+ok: float = KDLoss(4.0, loss_weight=torch.ones(())).temperature
+"""
+
+
+def test_the_stub_is_what_the_registry_says() -> None:
+    written = _stubs.STUB.read_text(encoding="utf-8")
+    assert written == _stubs.text(), "run python -m kdkernels._stubs"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_wrong_arguments_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG)
+    root = _stubs.STUB.parents[2]
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent"]
+    run = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path), str(file)],
+        capture_output=True, text=True, cwd=root,
+    )  # fmt: skip
+    lines = [int(x.split(":")[1]) for x in run.stdout.splitlines() if ": error:" in x]
+    assert lines == [5, 6, 7], run.stdout + run.stderr
