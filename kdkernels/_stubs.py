@@ -13,7 +13,7 @@ from . import losses
 from .registry import SPECS
 
 STUB = Path(losses.__file__).with_suffix(".pyi")
-_HEAD = '''"""Written by ``python -m kdkernels._stubs``: constructors of modules, for type checkers."""
+_HEAD = '''"""Written by ``python -m kdkernels._stubs``: what type checkers read."""
 
 from torch import Tensor
 

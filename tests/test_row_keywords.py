@@ -14,6 +14,7 @@ import torch
 from cases import ROW_LOSSES, Case, call, each_emulated as each, same_bits, value_and_grad
 from inputs import make
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from kdkernels import _rowwise
 from kdkernels.functional import mixed_kl_loss
@@ -208,3 +209,23 @@ def test_adaptive_kl_is_written_out_and_runs() -> None:
         reverse = (q[row] * (q[row] / p[row]).log()).sum().item()
         expected.append((head * forward + tail * reverse) / (head + tail))
     assert names["loss"].item() == pytest.approx(sum(expected) / 5)
+
+
+@pytest.mark.parametrize("spec", ROW_LOSSES[:2], ids=lambda spec: spec.name)
+def test_under_a_compiler_in_one_graph(spec: LossSpec) -> None:
+    """Weights and counts are inputs of the graph; numbers of items that change compile twice."""
+    student, teacher, target = _inputs(Case(spec, "native", "cpu"))
+    counter = CompileCounter()
+    module = spec.module()
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for items in (5, 6, 7, 8, 9):
+        weight = torch.rand(7, dtype=torch.float64)
+        given: dict[str, Any] = {"token_weight": weight, "num_items_in_batch": items}
+        expected = value_and_grad(module, student, teacher, target, **given)
+        actual = value_and_grad(compiled, student, teacher, target, **given)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+    assert counter.frame_count <= 2
+    given = {"token_weight": weight, "num_items_in_batch": torch.tensor(5)}
+    expected = value_and_grad(module, student, teacher, target, **given)
+    actual = value_and_grad(compiled, student, teacher, target, **given)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)

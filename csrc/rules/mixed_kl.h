@@ -16,11 +16,19 @@ struct Rule {
                                F& slope) {
     using R = scalar_t<F>;
     const R forward = R(options.value[0]), reverse = R(1.0 - options.value[0]);
-    F of_p, of_q, gap, unused;
-    kl_terms(p, q, d, of_p, gap);
-    kl_terms(q, p, F(-d), of_q, unused);
-    value = weighted(of_p, forward) + weighted(of_q, reverse);
-    slope = gap * forward + select(q == R(0), F{}, F(-(q * d) * reverse));
+    value = F{};
+    slope = F{};
+    F of_p, of_q, gap;
+    if (forward != R(0)) {  // the same for all classes: the processor foresees it
+      kl_terms(p, q, d, of_p, gap);
+      value = weighted(of_p, forward);
+      slope = gap * forward;
+    }
+    if (reverse != R(0)) {
+      kl_terms(q, p, F(-d), of_q, gap);
+      value = value + weighted(of_q, reverse);
+      slope = slope + select(q == R(0), F{}, F(-(q * d) * reverse));
+    }
   }
 };
 

@@ -13,7 +13,8 @@ struct Rule {
 
   // x = log(p / m) and y = log(q / m), each from the ratio of p and q, so that neither is the difference
   // of larger ones. Both divergences are sums of terms >= 0, p (m / p - 1 + x), whose parts m - p and
-  // m - q cancel where a = c and b = e; what remains of them is excess (q - p).
+  // m - q cancel where a = c and b = e; what remains of them is excess (q - p). A divergence of weight 0
+  // costs nothing: the options are those of all classes, and the processor foresees the branch.
   template <class F>
   KDK_FN static void pointwise(const Options& options, const F& p, const F& q, const F& d, F& value,
                                F& slope) {
@@ -23,20 +24,34 @@ struct Rule {
     const R excess = R(given[2] * given[1] - given[3] * given[0]);
     const F square = d * d;
     const auto near = square < R(0.0625);
-    // Bounded, because one that overflows belongs to a probability that is as good as 0.
+    // Bounded, because a ratio that overflows belongs to a probability that is as good as 0.
     const F most = broadcast<F>(std::numeric_limits<R>::max() / R(4));
-    const F p_over_q = smaller(F(p / q), most), q_over_p = smaller(F(q / p), most);
-    const F less_one = select(near, F(phi_series(F(-d)) * square + d), F(p_over_q - R(1)));
-    const F inverse_less_one = select(near, F(-(less_one * q_over_p)), F(q_over_p - R(1)));
-    const F x = -logarithm_of(F(q_over_p * of_q + of_p), F(inverse_less_one * of_q));
-    const F y = -logarithm_of(F(p_over_q * of_p + of_q), F(less_one * of_p));
-    const F of_x = select(near, F(phi_series(x) * x * x), x), of_y = select(near, F(phi_series(y) * y * y), y);
-    value = select(p == R(0), F{}, F(p * of_x * a)) + select(q == R(0), F{}, F(q * of_y * b));
-    value = value + select(near, F{}, F((q - p) * excess));
+    F ratio{};  // p / m - 1
+    value = F{};
+    slope = F{};
+    if (a != R(0)) {
+      const F q_over_p = smaller(F(q / p), most);
+      const F less_one = select(near, F(phi_series(d) * square - d), F(q_over_p - R(1))) * of_q;
+      const F m_over_p = q_over_p * of_q + of_p;
+      const F x = -logarithm_of(m_over_p, less_one);
+      value = select(p == R(0), F{}, F(p * select(near, F(phi_series(x) * x * x), x) * a));
+      ratio = select(p == R(0), broadcast<F>(R(-1)), F(-(less_one / m_over_p)));
+    }
+    if (b != R(0)) {
+      const F p_over_q = smaller(F(p / q), most);
+      const F less_one = select(near, F(phi_series(F(-d)) * square + d), F(p_over_q - R(1)));
+      const F m_over_q = p_over_q * of_p + of_q;
+      const F y = -logarithm_of(m_over_q, F(less_one * of_p));
+      value = value + select(q == R(0), F{}, F(q * select(near, F(phi_series(y) * y * y), y) * b));
+      slope = y * b;
+      if (excess != R(0)) ratio = less_one / m_over_q * of_q;
+    }
+    if (excess != R(0)) {
+      value = value + select(near, F{}, F((q - p) * excess));
+      slope = slope - ratio * excess;
+    }
     value = select(value < R(0), F{}, value);  // of numbers so small that their products are 0
-    // p / m - 1, which is 1 / c - 1 at most.
-    const F ratio = less_one / (less_one * of_p + R(1)) * of_q;
-    slope = select(q == R(0), F{}, F(q * (y * b - ratio * excess)));
+    slope = select(q == R(0), F{}, F(q * slope));
   }
 };
 

@@ -1,4 +1,4 @@
-"""Written by ``python -m kdkernels._stubs``: constructors of modules, for type checkers."""
+"""Written by ``python -m kdkernels._stubs``: what type checkers read."""
 
 from torch import Tensor
 
