@@ -171,8 +171,8 @@ _of(
     ("mask_of_gradient_by_row",
      "store<R>(sink.to + c * kW, «rules::select(ignored, Vec<R>{}, out)»);", "out"),
     ("mask_of_value_by_row",
-     "value = «rules::select(ignored, Vec<R>{}, rules::weighted(value, R(problem.scale)))»;",
-     "rules::weighted(value, R(problem.scale))"),
+     "value = «rules::select(ignored, Vec<R>{}, rules::weighted(value, weight))»;",
+     "rules::weighted(value, weight)"),
     ("mask_of_gradient_by_class", "std::memset(to.to, 0, sizeof(G) * classes);", ""),
     ("mask_of_value_by_class", "loss[row] = R(«0»);", "1"),
     ("upstream_of_first_row", "static_cast<const R*>(problem.upstream)[«row»]", "0",
@@ -180,8 +180,12 @@ _of(
     ("gradient_over_logits",
      "return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;",
      "return !rules::PointwiseOf<Rule>::type::centred;", "test_standardize.py", "native"),
-    ("scale_of_value", "«R(problem.scale)»);\n    }\n    if constexpr (kGradient && std::", "R(1)",
+    ("scale_of_value", "return «R(problem.scale) * weight»;", "weight",
      "test_losses.py", "native and kd and gaussian"),
+    ("token_weight_of_first_row", "static_cast<const R*>(problem.token_weight)[«row»]", "0",
+     "test_row_keywords.py", "native and token_weight"),
+    ("token_weight_of_value_by_row", "weight[lane] = «value_factor<R>(problem, row + lane)»;",
+     "R(problem.scale)", "test_row_keywords.py", "native and token_weight"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "convert.h", "test_losses.py", "native and kd and bfloat16",
@@ -358,8 +362,8 @@ _of(
     ("sum_as_mean", "if reduction == 2:", "if reduction == 1:"),
 )  # fmt: skip
 _of(
-    "kdkernels/losses", "kd.py", "test_golden.py test_laws.py", "kd and (native or reference)",
-    ("temperature_once", "scale=loss_weight * temperature «* temperature»", ""),
+    "kdkernels", "_rowwise.py", "test_golden.py test_laws.py", "kd and (native or reference)",
+    ("temperature_once", "scale = scale * temperature «* temperature»", ""),
 )  # fmt: skip
 _of(
     "kdkernels/losses", "_centers.py", "test_embedding_refilled.py", "centers",

@@ -51,7 +51,7 @@ def test_rules_are_those_of_the_registry(library: str) -> None:
     assert module is not None
     for family in {spec.family for spec in SPECS.values()}:
         compiled = set(module.rules(family))
-        wanted = {s.name for s in SPECS.values() if s.family == family and "native" in s.backends}
+        wanted = {s.rule for s in SPECS.values() if s.family == family and "native" in s.backends}
         assert compiled == wanted
 
 

@@ -40,3 +40,11 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     near = (d.abs() < 1) & ~absent
     close, far = torch.where(near, d, 0.0), torch.where(near, 0.0, d)
     return torch.where(near, p * (torch.expm1(-close) + close), (q - p) + p * far)
+
+
+def with_nan_of(log_p: Tensor, values: Tensor) -> Tensor:
+    """The rows' values, NaN with a gradient that is NaN where the teacher's row is.
+
+    A sign, or a condition that is false for NaN, would otherwise leave the student's gradient 0.
+    """
+    return values * torch.where(log_p.isnan().any(-1), torch.nan, torch.ones_like(values))

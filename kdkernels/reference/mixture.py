@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._rows import rescale
-from ._tokens import kl_terms, log_softmax
+from ._tokens import kl_terms, log_softmax, with_nan_of
 
 
 def jsd(
@@ -99,7 +99,7 @@ def _from_mixture(
         total = total + a * _excess(p, m, p_over_m)
     if b:
         total = total + b * _excess(q, m, q_over_m)
-    return total.sum(-1)
+    return with_nan_of(log_p, total.sum(-1))
 
 
 def _against_mixture(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._rows import rescale
-from ._tokens import log_softmax
+from ._tokens import log_softmax, with_nan_of
 
 
 def tv(
@@ -30,4 +30,5 @@ def tv(
     # q (exp(d) - 1), where the difference of the probabilities would cancel.
     gap = torch.where(near, q * torch.expm1(torch.where(near, d, 0.0)), p - q)
     equal = d.detach().abs() <= 16 * torch.finfo(d.dtype).eps
-    return 0.5 * torch.where(equal & near, gap.detach(), gap).abs().sum(-1)
+    gap = torch.where(equal & near, gap.detach(), gap)
+    return with_nan_of(log_p, 0.5 * gap.abs().sum(-1))
