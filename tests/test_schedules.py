@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, ONE_A_FAMILY
 from every import every, every_spec, example, gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,16 +23,7 @@ def _schedules(spec: LossSpec) -> dict[str, list[float]]:
 
 
 def _cases() -> Any:
-    """Every loss on its backends by name.
-
-    Losses of logits share an operator: interpreted, which is slow, one of a family runs.
-    """
-    grid = []
-    for param in every().args[1]:
-        spec, backend = param.values
-        another_stands_for_it = spec in LOSSES and spec not in ONE_A_FAMILY
-        if backend and not (backend == "triton" and another_stands_for_it):
-            grid.append(param)
+    grid = [param for param in every().args[1] if param.values[1] is not None]
     return pytest.mark.parametrize(("spec", "backend"), grid)
 
 
