@@ -46,7 +46,7 @@ reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/
 	$(PY) examples/reproduce.py --dataset fashion-mnist --results examples/results $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## run the tests
-	$(PY) -m pytest -n $(JOBS) -rfEs --benchmark-disable tests $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -rfEs --benchmark-disable tests $(PYTEST_ARGS)
 
 mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes; ten minutes
 	$(PY) tests/mutants.py --jobs $(JOBS) $(MUTANTS_ARGS)

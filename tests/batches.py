@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import LOSSES, ONE_A_FAMILY
 from inputs import make
 from torch import Tensor
 
@@ -32,11 +33,15 @@ class Call(NamedTuple):
 
 
 def calls(specs: Iterable[LossSpec] = EVERY, *, interpreted: bool = True) -> pytest.MarkDecorator:
-    """Parametrise ``call`` over losses, each on every backend of its own and on none by name."""
+    """Parametrise ``call`` over losses, each on every backend of its own and on none by name.
+
+    As in ``every.py``, one loss of logits of each family is interpreted.
+    """
     grid = []
     for spec in specs:
         for backend in (None, *spec.backends):
-            if backend == "triton" and not interpreted:
+            another_stands_for_it = spec in LOSSES and spec not in ONE_A_FAMILY
+            if backend == "triton" and (another_stands_for_it or not interpreted):
                 continue
             reasons = _dispatch.why_not(spec, backend, torch.empty(0)) if backend else []
             marks = [pytest.mark.skip(reason="; ".join(reasons))] if reasons else []

@@ -2,15 +2,23 @@
 
 A loss added to the registry is picked up by all tests; a backend that cannot run is skipped with
 the reasons of ``kdkernels._dispatch.why_not``. CUDA variants exist where a CUDA device does.
+
+What a test asks of a loss is either the loss's own (its mathematics: input families, samples,
+temperatures) or a fact of the traversal that its family shares on a backend (layouts, dtypes of
+storage, sizes, integer types of targets). Own axes run on every loss. ``shared`` axes are dealt to
+the losses of a family in turn, so that every point runs on every backend with some loss of each
+family, and a new loss adds one test where the full product would add all points. ``ONE_A_FAMILY``
+is for facts that hold for an operator as a whole.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +37,10 @@ LOGIT_FAMILIES = ("divergence", "decoupled", "correlation")
 
 LOSSES = [spec for spec in SPECS.values() if spec.family in LOGIT_FAMILIES]
 ROW_LOSSES = [spec for spec in LOSSES if spec.by_row]
+ONE_A_FAMILY = [SPECS[name] for name in ("kd", "dkd", "dist")]
+"""A loss of each family, which stands for all in what their operator does."""
+assert {spec.family for spec in LOSSES} == {spec.family for spec in ONE_A_FAMILY}
+
 KERNELS = ("native", "triton")
 NOT_ON_CUDA = cuda_emulator.build_facts().without_kernels()
 """Rules that say that CUDA does not compile them: nothing to emulate."""
@@ -130,41 +142,111 @@ def each(
     kernels: bool = False,
     emulated: bool = False,
     keep: Callable[..., bool] = lambda case, *values: True,
+    shared: Collection[str] = (),
     **axes: Iterable[Any] | Mapping[str, Any],
 ) -> pytest.MarkDecorator:
     """Parametrise ``case`` and every axis (values, or id -> value).
 
     ``kernels=True`` leaves the reference out, where it would judge itself. ``emulated`` adds the
     CUDA kernels on the emulated device. ``keep`` thins the grid where the interpreter is slow.
+    ``shared`` names the axes that are dealt to the losses of a family instead of multiplied.
     """
     cases = params(specs, KERNELS if kernels else (*KERNELS, "reference"), emulated)
-    named = [
-        axis if isinstance(axis, Mapping) else {str(v): v for v in axis} for axis in axes.values()
-    ]
-    grid = [
+    named = {
+        name: list((axis if isinstance(axis, Mapping) else {str(v): v for v in axis}).items())
+        for name, axis in axes.items()
+    }
+    grid = {
+        (i, point): param
+        for i, param in enumerate(cases)
+        for point in itertools.product(*map(range, map(len, named.values())))
+        if keep(*param.values, *_values(named, point))
+    }
+    if shared:
+        assert set(shared) <= set(axes)
+        dealt = [name in shared for name in named]
+        grid = {key: grid[key] for key in sorted(_deal(grid, dealt))}
+    made = [
         pytest.param(
             *param.values,
-            *(value for _, value in point),
-            id="-".join((param.id, *(name for name, _ in point))),
+            *_values(named, point),
+            id="-".join(
+                (param.id, *(axis[k][0] for axis, k in zip(named.values(), point, strict=True)))
+            ),
             marks=param.marks,
         )
-        for param in cases
-        for point in itertools.product(*(axis.items() for axis in named))
-        if keep(*param.values, *(value for _, value in point))
+        for (_, point), param in grid.items()
     ]
-    return pytest.mark.parametrize(("case", *axes), grid)
+    return pytest.mark.parametrize(("case", *axes), made)
+
+
+Point = tuple[int, ...]
+
+
+def _values(axes: Mapping[str, list[tuple[str, Any]]], point: Point) -> list[Any]:
+    return [axis[k][1] for axis, k in zip(axes.values(), point, strict=True)]
+
+
+def _deal(grid: Mapping[tuple[int, Point], Any], shared: list[bool]) -> set[tuple[int, Point]]:
+    """Part of a grid in which each family has, on each backend, every point of all axes, and each
+    loss every point of the axes that are not shared.
+
+    Every turn goes to the loss, and then every loss that had none gets the point, with the fewest
+    turns so far.
+    """
+    groups: dict[Any, dict[Point, list[int]]] = {}
+    for (i, point), param in grid.items():
+        case = param.values[0]
+        where = (case.spec.family, case.backend, case.device, case.emulated)
+        group = (where, _part(point, shared, False))
+        groups.setdefault(group, {}).setdefault(point, []).append(i)
+    kept: set[tuple[int, Point]] = set()
+    turns: collections.Counter[Any] = collections.Counter()
+
+    def take(i: int, point: Point) -> None:
+        kept.add((i, point))
+        turns.update([(group, i), i, (i, _part(point, shared, True))])
+
+    for group, points in groups.items():
+        for point, takers in points.items():
+            take(min(takers, key=lambda i: (turns[group, i], turns[i], i)), point)
+        losses = {i for takers in points.values() for i in takers}
+        for i in sorted(i for i in losses if not turns[group, i]):
+            mine = [point for point, takers in points.items() if i in takers]
+            take(i, min(mine, key=lambda point: (turns[i, _part(point, shared, True)], point)))
+    return kept
+
+
+def _part(point: Point, shared: list[bool], wanted: bool) -> Point:
+    return tuple(k for k, dealt in zip(point, shared, strict=True) if dealt == wanted)
 
 
 def each_sample(
-    specs: Iterable[LossSpec] = LOSSES, *, kernels: bool = False, emulated: bool = False
+    specs: Iterable[LossSpec] = LOSSES,
+    *,
+    kernels: bool = False,
+    emulated: bool = False,
+    keep: Callable[..., bool] = lambda case, sample, *values: True,
+    **axes: Iterable[Any],
 ) -> Any:
-    """Parametrise ``case, options`` over the registry's samples."""
+    """Parametrise ``case, options`` over the registry's samples, and every axis.
+
+    ``keep`` is asked with the number of the sample.
+    """
     grid = [
-        pytest.param(*p.values, dict(sample), id=f"{p.id}-sample{i}", marks=p.marks)
+        pytest.param(
+            *p.values,
+            dict(sample),
+            *point,
+            id="-".join((p.id, f"sample{i}", *map(str, point))),
+            marks=p.marks,
+        )
         for p in params(specs, KERNELS if kernels else (*KERNELS, "reference"), emulated)
         for i, sample in enumerate(p.values[0].spec.samples)
+        for point in itertools.product(*axes.values())
+        if keep(*p.values, i, *point)
     ]
-    return pytest.mark.parametrize(("case", "options"), grid)
+    return pytest.mark.parametrize(("case", "options", *axes), grid)
 
 
 each_emulated = functools.partial(each, emulated=True)
@@ -185,6 +267,15 @@ def at_temperature(spec: LossSpec, value: float) -> dict[str, float]:
 
 def reductions(spec: LossSpec) -> tuple[str, ...]:
     return ("mean", "sum", "none") if spec.by_row else ("mean", "sum")
+
+
+def passes(spec: LossSpec) -> tuple[str, ...]:
+    """One reduction for each way to the gradient: stored by the forward pass, or computed by the
+    backward pass with an upstream number a row.
+
+    For the rest: a sum is a mean times a number, which ``test_contract.py`` checks on every case.
+    """
+    return ("mean", "none") if spec.by_row else ("mean",)
 
 
 def option_names(spec: LossSpec) -> dict[str, inspect.Parameter]:

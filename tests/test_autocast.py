@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from cases import Case, each_emulated as each, reductions, value_and_grad
 from inputs import make
@@ -19,7 +18,7 @@ def _features(case: Case) -> Tensor:
     return torch.randn(8, 6, generator=generator).to(case.device)
 
 
-@each(dtype={"bfloat16": torch.bfloat16, "float16": torch.float16})
+@each(dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}, shared=("dtype",))
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
     """Half logits from the model, a float32 loss from them, float32 gradients of the weights."""
     model = _model(case)
@@ -61,8 +60,11 @@ def test_gradscaler_skips_an_overflow_and_recovers(case: Case) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
-@each(dtype={"float16": torch.float16, "bfloat16": torch.bfloat16})
+@each(
+    dtype={"float16": torch.float16, "bfloat16": torch.bfloat16},
+    loss_scale=(1.0, 65536.0),
+    shared=("dtype", "loss_scale"),
+)
 def test_small_gradients_survive_in_half_precision(
     case: Case, dtype: torch.dtype, loss_scale: float
 ) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSS_IDS, LOSSES, Case, at_temperature, each, reductions, value_and_grad
+from cases import (
+    LOSS_IDS,
+    LOSSES,
+    ONE_A_FAMILY,
+    Case,
+    at_temperature,
+    each,
+    reductions,
+    value_and_grad,
+)
 from inputs import make
 from layouts import LAYOUTS, class_dim, target_for
 from torch import Tensor
@@ -34,21 +43,27 @@ def _assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor])
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@each()
-def test_fullgraph(case: Case) -> None:
-    """Forward and backward, every reduction, student with and without grad."""
-    student, teacher, target = make("gaussian", *case.pick((5, 33), (3, 9)), device=case.device)
-    for reduction in reductions(case.spec):
-        torch._dynamo.reset()
-        compiled = torch.compile(case, fullgraph=True, backend="aot_eager")
-        args, options = (student, teacher, target), {"reduction": reduction}
-        expected = value_and_grad(case, *args, **options)
-        _assert_same(value_and_grad(compiled, *args, **options), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*args, **options), expected[0])
+@each(
+    reduction=("mean", "sum", "none"),
+    keep=lambda case, reduction: reduction in reductions(case.spec),
+    shared=("reduction",),
+)
+def test_fullgraph(case: Case, reduction: str) -> None:
+    """Forward and backward, student with and without grad."""
+    args = make("gaussian", *case.pick((5, 33), (3, 9)), device=case.device)
+    options = {"reduction": reduction}
+    compiled = torch.compile(case, fullgraph=True, backend="aot_eager")
+    expected = value_and_grad(case, *args, **options)
+    _assert_same(value_and_grad(compiled, *args, **options), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args, **options), expected[0])
 
 
-@each(kernels=True, layout=("transposed", "tokens_shifted", "image_channels_last"))
+@each(
+    kernels=True,
+    layout=("transposed", "tokens_shifted", "image_channels_last"),
+    shared=("layout",),
+)
 def test_fullgraph_of_layouts(case: Case, layout: str) -> None:
     """Inside a larger graph, with an operation before and after the loss."""
     student, teacher, target = make("gaussian", 12, 7, device=case.device)
@@ -158,7 +173,7 @@ def _rule_options(case: Case) -> list[float]:
     return [p.default for p in parameters if isinstance(p.default, float) and p.name not in shared]
 
 
-@each(kernels=True)
+@each(ONE_A_FAMILY, kernels=True)
 def test_opcheck(case: Case) -> None:
     for operator, args in _operators(case):
         torch.library.opcheck(operator, args)
@@ -188,7 +203,11 @@ def test_who_looks_on_sees_the_operator(case: Case) -> None:
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
-@each(kernels=True, layout=("transposed", "tokens", "image_channels_last", "expanded_rows"))
+@each(
+    ONE_A_FAMILY,
+    kernels=True,
+    layout=("transposed", "tokens", "image_channels_last", "expanded_rows"),
+)
 def test_fake_kernels_know_strides_and_dtypes(case: Case, layout: str) -> None:
     """What the compiler believes is what the kernel returns, however the inputs lie."""
     for dtypes in ((torch.float32, torch.float64), (torch.bfloat16, torch.float16)):

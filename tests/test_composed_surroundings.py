@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kdkernels import functional as K, nn
 
-HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+HALF_TYPES = (torch.bfloat16, torch.float16)
+HALVES = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 
 
 def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -38,7 +39,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @HALVES
 def test_autocast_changes_no_bit(call: Call, dtype: torch.dtype) -> None:
     """Neither around the loss nor around its backward pass too."""
-    for seed, sample in enumerate(call.spec.samples):
+    # Half of the samples in each dtype, because a sample takes no other path in another dtype.
+    first = HALF_TYPES.index(dtype) if len(call.spec.samples) > 1 else 0
+    for seed, sample in enumerate(call.spec.samples[first::2], first):
         tensors = batch(call.spec, seed=seed)
         expected = graded(call, call.spec, tensors, **sample)
         with autocast(dtype):
@@ -46,15 +49,14 @@ def test_autocast_changes_no_bit(call: Call, dtype: torch.dtype) -> None:
 
 
 @calls(EMBEDDING, interpreted=False)
-@HALVES
-def test_autocast_in_a_compiled_graph(call: Call, dtype: torch.dtype) -> None:
-    """The context inside of the graph, and the graph inside of the context."""
+def test_autocast_in_a_compiled_graph(call: Call) -> None:
+    """The context inside of the graph, and the graph inside of the context: a dtype for each."""
     torch._dynamo.reset()
     tensors = batch(call.spec)
     expected = graded(torch.compile(call, fullgraph=True, backend="aot_eager"), call.spec, tensors)
 
     def around(*args: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", torch.bfloat16):
             return call(*args)
 
     torch._dynamo.reset()
@@ -64,7 +66,7 @@ def test_autocast_in_a_compiled_graph(call: Call, dtype: torch.dtype) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     count = leaves(call.spec)
     students = [x.clone().requires_grad_() for x in tensors[:count]]
-    with autocast(dtype):
+    with autocast(torch.float16):
         loss = compiled(*students, *tensors[count:])
     assert_equal((loss.detach(), *torch.autograd.grad(loss, students)), expected)
 

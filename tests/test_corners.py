@@ -93,7 +93,7 @@ def test_a_student_without_other_classes(case: Case) -> None:
     torch.testing.assert_close(gradient[0], explicit[0])
 
 
-@each_emulated([s for s in LOSSES if s.family == "correlation"], eps=(0.0, 1e-8))
+@each_emulated([s for s in LOSSES if s.family == "correlation"], eps=(0.0, 1e-8), shared=("eps",))
 def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> None:
     """One row: every column is a constant. Not 0 / 0."""
     for rows, constant in ((1, False), (5, True)):
@@ -108,6 +108,7 @@ def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> N
 @each(
     [s for s in LOSSES if s.takes_target],
     dtype={dtype_id(d): d for d in sorted(_checks.INTEGERS, key=str)},
+    shared=("dtype",),
 )
 def test_targets_of_any_integer_type(case: Case, dtype: torch.dtype) -> None:
     """A narrow type wraps neither the classes nor the index that is ignored."""

@@ -258,10 +258,10 @@ def test_module_is_its_function(spec: LossSpec) -> None:
 
 
 @backends()
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_compiles_without_a_break(spec: LossSpec, backend: str, dtype: torch.dtype) -> None:
+def test_compiles_without_a_break(spec: LossSpec, backend: str) -> None:
     torch._dynamo.reset()
-    tensors = inputs(spec, dtype)
+    # float16 is the dtype with a path of its own in kernels; a reference has one path.
+    tensors = inputs(spec, torch.float32 if backend == "reference" else torch.float16)
 
     def loss(*args: Tensor) -> Tensor:
         return spec.function(*args, backend=backend)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, each, value_and_grad
+from cases import ONE_A_FAMILY, Case, each, value_and_grad
 from inputs import make
 from layouts import target_for
 from torch import Tensor
@@ -53,7 +53,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@each(kernels=True, strides=STRIDES, whose=("student", "teacher"))
+@each(kernels=True, strides=STRIDES, whose=("student", "teacher"), shared=("strides", "whose"))
 def test_strides(case: Case, strides: Callable[[Tensor], Tensor], whose: str) -> None:
     """Two rows of nine classes, four gigabytes apart."""
     student, teacher, target = make("gaussian", 2, 9, dtype=torch.bfloat16, device=case.device)
@@ -70,11 +70,12 @@ def test_strides(case: Case, strides: Callable[[Tensor], Tensor], whose: str) ->
     torch.testing.assert_close(actual[1].contiguous(), expected[1].contiguous())
 
 
-@each(kernels=True)
+# Two billion elements take Triton's interpreter days.
+
+
+@each(ONE_A_FAMILY, kernels=True, keep=lambda case: not case.interpreted)
 def test_more_than_two_to_the_31_elements(case: Case) -> None:
     """rows * classes over 2^31 through stride 0: the count itself must not wrap."""
-    if case.interpreted:
-        pytest.skip("two billion elements take Triton's interpreter days")
     classes = 2**16
     rows = 2**15 + 3
     student, teacher, target = make("gaussian", 1, classes, device=case.device)
@@ -87,11 +88,9 @@ def test_more_than_two_to_the_31_elements(case: Case) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
-@each(kernels=True)
+@each(ONE_A_FAMILY, kernels=True, keep=lambda case: not case.interpreted)
 def test_gradient_beyond_two_to_the_31(case: Case) -> None:
     """A gradient of more than 2^31 elements: the last row is written where it belongs."""
-    if case.interpreted:
-        pytest.skip("two billion elements take Triton's interpreter days")
     if os.environ.get("KDKERNELS_LARGE") != "1" and case.device == "cpu":
         pytest.skip("writes 4.3 GB of gradient: set KDKERNELS_LARGE=1 to run it")
     if _available_bytes() < 14 << 30:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import LOSSES, Case, each_emulated as each, reductions, same_bits, value_and_grad
+from cases import LOSSES, Case, each_emulated as each, passes, reductions, same_bits, value_and_grad
 from inputs import DTYPES, dtype_id, make
 from layouts import LAYOUT_ROWS, LAYOUTS, as_rows, target_for
 from oracle import verify
@@ -15,7 +15,12 @@ NAN, INF = float("nan"), float("inf")
 MASKABLE = [spec for spec in LOSSES if spec.takes_target]
 
 
-@each(MASKABLE, ignore_index=(-100, 0, 36, 255, -(2**40)), whose=("student", "teacher", "both"))
+@each(
+    MASKABLE,
+    ignore_index=(-100, 0, 36, 255, -(2**40)),
+    whose=("student", "teacher", "both"),
+    shared=("ignore_index", "whose"),
+)
 def test_ignored_rows_are_exact_zeros(case: Case, ignore_index: int, whose: str) -> None:
     student, teacher, target = make("gaussian", 6, 37, device=case.device)
     target = target.clamp(1, 35)
@@ -62,6 +67,7 @@ def _dense(x: Tensor) -> Tensor:
     keep=lambda case, layout, dtype: (
         dtype == torch.float32 or not (case.interpreted or case.emulated)
     ),
+    shared=("layout", "dtype"),
 )
 def test_ignored_rows_in_every_layout(case: Case, layout: Any, dtype: torch.dtype) -> None:
     """Ignored rows processed side by side with others, as ordinary numbers and as NaN."""
@@ -78,7 +84,7 @@ def test_ignored_rows_in_every_layout(case: Case, layout: Any, dtype: torch.dtyp
             student[1], student[7], teacher[4], teacher[7] = NAN, -INF, NAN, INF
         student, teacher = layout(student), layout(teacher)
         target = target_for(student, index)
-        for reduction in reductions(case.spec):
+        for reduction in passes(case.spec):
             loss, gradient = verify(case, student, teacher, target=target, reduction=reduction)
             gradient = as_rows(gradient)
             assert same_bits(gradient[ignored], torch.zeros_like(gradient[ignored]))
@@ -98,14 +104,17 @@ def _assert_attached_zero(case: Case, student: Tensor, teacher: Tensor, **option
         assert same_bits(s.grad, torch.zeros_like(student))
 
 
-@each(MASKABLE, dtype={dtype_id(d): d for d in DTYPES})
+@each(MASKABLE, dtype={dtype_id(d): d for d in DTYPES}, shared=("dtype",))
 def test_all_rows_ignored(case: Case, dtype: torch.dtype) -> None:
     student = torch.full((4, 7), NAN, device=case.device, dtype=dtype)
     target = torch.full((4,), -100, device=case.device)
     _assert_attached_zero(case, student, student.clone(), target=target)
 
 
-@each(shape={"x".join(map(str, s)): s for s in ((0, 7), (2, 0, 7), (0, 7, 2, 2), (2, 7, 0, 3))})
+@each(
+    shape={"x".join(map(str, s)): s for s in ((0, 7), (2, 0, 7), (0, 7, 2, 2), (2, 7, 0, 3))},
+    shared=("shape",),
+)
 def test_no_rows(case: Case, shape: tuple[int, ...]) -> None:
     student = torch.empty(shape, device=case.device)
     rows = shape[:1] + shape[2:] if len(shape) == 4 else shape[:-1]

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from benchmarks.gpu_clock import CudaClock
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _small_heap() -> Iterator[None]:
-    """Hide what other tests left from the collector: a collection then takes no time."""
+    """Hide what other tests left from the collector: a collection then takes no time.
+
+    Once a module, because the collection before it takes as long as ten tests.
+    """
     gc.collect()
     gc.freeze()
     yield
@@ -41,10 +44,16 @@ def _peak(function: Callable[[], object], device: str) -> int:
     return peak
 
 
-@each(kernels=True, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16})
+# Triton's interpreter copies every tensor.
+
+
+@each(
+    kernels=True,
+    dtype={"float32": torch.float32, "bfloat16": torch.bfloat16},
+    keep=lambda case, dtype: not case.interpreted,
+    shared=("dtype",),
+)
 def test_one_gradient(case: Case, dtype: torch.dtype) -> None:
-    if case.interpreted:
-        pytest.skip("Triton's interpreter copies every tensor")
     rows, classes = 512, 2048
     student, teacher, target = make("gaussian", rows, classes, dtype=dtype, device=case.device)
     size = student.numel() * student.element_size()

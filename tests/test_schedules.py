@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from every import every, example, gradient
+from every import every, every_spec, example, gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels.registry import LossSpec
@@ -23,27 +23,23 @@ def _schedules(spec: LossSpec) -> dict[str, list[float]]:
 
 
 def _cases() -> Any:
-    grid = []
-    for param in every().args[1]:
-        spec, backend = param.values
-        if backend is None:
-            continue
-        for name in _schedules(spec):
-            grid.append(
-                pytest.param(spec, backend, name, id=f"{param.id}-{name}", marks=param.marks)
-            )
-    return pytest.mark.parametrize(("spec", "backend", "name"), grid)
+    grid = [param for param in every().args[1] if param.values[1] is not None]
+    return pytest.mark.parametrize(("spec", "backend"), grid)
+
+
+# All options change at once: one that is compiled as a constant compiles for every step.
 
 
 @_cases()
-def test_a_schedule_compiles_twice(spec: LossSpec, backend: str, name: str) -> None:
-    """As an argument of the function and as an attribute of the module."""
-    case = example(spec)
+def test_a_schedule_compiles_twice(spec: LossSpec, backend: str) -> None:
+    """As arguments of the function."""
+    case, schedules = example(spec), _schedules(spec)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.of, fullgraph=True, backend=counter)
-    for value in _schedules(spec)[name]:
-        options: dict[str, Any] = {name: value, "backend": backend}
+    for step in range(VALUES):
+        options: dict[str, Any] = {name: values[step] for name, values in schedules.items()}
+        options["backend"] = backend
         given = gradient(lambda x: compiled(x, **options), case.student)  # noqa: B023
         expected = gradient(case.function(**options), case.student)
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-7)
@@ -51,17 +47,17 @@ def test_a_schedule_compiles_twice(spec: LossSpec, backend: str, name: str) -> N
     torch._dynamo.reset()
 
 
-@_cases()
-def test_a_scheduled_module_compiles_twice(spec: LossSpec, backend: str, name: str) -> None:
-    if backend != spec.backends[0]:
-        pytest.skip("modules call the function, which the other test compiles on each backend")
-    case = example(spec)
+@every_spec()
+def test_a_scheduled_module_compiles_twice(spec: LossSpec) -> None:
+    """As attributes of the module, which calls the function: on the default backend."""
+    case, schedules = example(spec), _schedules(spec)
     torch._dynamo.reset()
-    module = spec.module(backend=backend)
+    module = spec.module()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
-    for value in _schedules(spec)[name]:
-        setattr(module, name, value)
+    for step in range(VALUES):
+        for name, values in schedules.items():
+            setattr(module, name, values[step])
         given = compiled(*case.tensors)
         torch.testing.assert_close(given, module(*case.tensors), rtol=1e-5, atol=1e-7)
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations for {VALUES} values"

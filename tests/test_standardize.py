@@ -88,6 +88,7 @@ def _expected(
         or dtype == torch.float32
         or (rows is ROWS["offset"] and layout == "image")
     ),
+    shared=("rows", "layout", "dtype"),
 )
 def test_against_extended_precision(
     case: Case, rows: Callable[[Draw], Logits], layout: str, dtype: torch.dtype
@@ -99,7 +100,12 @@ def test_against_extended_precision(
     _compare(case, draw, rows(draw), layout, dtype, weight)
 
 
-@each(STANDARDIZABLE, number=(-3.7, 0.1, 1234.567), layout=("contiguous", "transposed"))
+@each(
+    STANDARDIZABLE,
+    number=(-3.7, 0.1, 1234.567),
+    layout=("contiguous", "transposed"),
+    shared=("number", "layout"),
+)
 def test_constant_rows_of_many_lengths(case: Case, number: float, layout: str) -> None:
     """A sum over the classes, divided by their number, is the constant for some numbers only."""
     for classes in case.pick((47, 55, 56, 60, 61, 63, 100, 333, 1000), (7, 47)):

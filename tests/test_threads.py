@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from cases import Case, each, each_sample, reductions, same_bits, value_and_grad
+from cases import Case, each, reductions, same_bits, value_and_grad
 from inputs import make
 from torch import Tensor
 
@@ -24,11 +24,12 @@ def _restore_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@each()
+@each(keep=lambda case: not case.interpreted)
 def test_eight_threads_give_the_bits_of_one(case: Case) -> None:
-    """From a cold start: the caches of dispatch and kernels are filled by all threads at once."""
-    if case.interpreted:
-        pytest.skip("Triton's interpreter patches the language while it runs: one thread at a time")
+    """From a cold start: the caches of dispatch and kernels are filled by all threads at once.
+
+    Triton's interpreter patches the language while it runs: one thread at a time.
+    """
     shapes = [case.pick((rows + 5, 40 * rows + 7), (2, rows + 3)) for rows in range(WORKERS)]
     inputs = [make("gaussian", *shape, device=case.device) for shape in shapes]
 
@@ -58,17 +59,16 @@ SHAPES = ((1, 70001), (3, 4099), (300, 1000), (5000, 19))
 
 
 @pytest.mark.usefixtures("_restore_threads")
-@each_sample(kernels=True)
-def test_the_number_of_threads_does_not_change_a_bit(case: Case, options: dict) -> None:
-    if case.backend != "native" or case.device != "cpu":
-        pytest.skip("only the compiled CPU kernels use torch's threads")
+@each(keep=lambda case: case.backend == "native" and case.device == "cpu")
+def test_the_number_of_threads_does_not_change_a_bit(case: Case) -> None:
+    """Only the compiled CPU kernels use torch's threads, in a way that no option changes."""
     for shape in SHAPES:
         batch = make("gaussian", *shape, device=case.device)
         for reduction in reductions(case.spec):
             results = []
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
-                results.append(value_and_grad(case, *batch, **options, reduction=reduction))
+                results.append(value_and_grad(case, *batch, reduction=reduction))
             for other in results[1:]:
                 assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 

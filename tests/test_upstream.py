@@ -32,7 +32,7 @@ def _loss_shape(case: Case, target: Tensor, reduction: str) -> Tensor:
     return torch.empty(target.shape if reduction == "none" else (), device=case.device)
 
 
-@each(upstream=UPSTREAM)
+@each(upstream=UPSTREAM, shared=("upstream",))
 def test_upstream_scales_the_gradient(case: Case, upstream: Callable[[Tensor], Tensor]) -> None:
     student, teacher, target = _inputs(case)
     for reduction in reductions(case.spec):
@@ -42,7 +42,7 @@ def test_upstream_scales_the_gradient(case: Case, upstream: Callable[[Tensor], T
         assert same_bits(given, before)
 
 
-@each(ROW_LOSSES, upstream=BY_ROW)
+@each(ROW_LOSSES, upstream=BY_ROW, shared=("upstream",))
 def test_upstream_by_row(case: Case, upstream: Callable[[Tensor], Tensor]) -> None:
     student, teacher, target = _inputs(case)
     given = upstream(_loss_shape(case, target, "none"))
@@ -51,7 +51,10 @@ def test_upstream_by_row(case: Case, upstream: Callable[[Tensor], Tensor]) -> No
     assert same_bits(gradient[stopped].abs(), torch.zeros_like(gradient[stopped]))
 
 
-@each(dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16})
+@each(
+    dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+    shared=("dtype",),
+)
 def test_zero_upstream_gives_exact_zero(case: Case, dtype: torch.dtype) -> None:
     student, teacher, target = _inputs(case, dtype)
     for reduction in reductions(case.spec):
