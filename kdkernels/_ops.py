@@ -12,13 +12,14 @@ they must not exist twice; the extension only adds implementations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _checks
 from ._calls import FAMILIES, Family
 from ._dtypes import working_dtype
 
@@ -64,6 +65,36 @@ class _Once(torch.autograd.Function):
 once: Callable[[Tensor, Tensor, Tensor], Tensor] = _Once.apply  # typed: torch leaves it untyped
 
 
+_NOT_STRIDED = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU",
+                "NestedTensorCPU", "NestedTensorCUDA")  # fmt: skip
+
+
+def _guard(name: str, names: Sequence[str]) -> None:
+    """Refuse dual tensors and tensors without strides in direct calls of an operator.
+
+    The losses check their tensors and send dual ones to the reference. An operator that has no
+    formula for forward mode drops tangents silently where no input requires grad.
+    """
+    operator = getattr(torch.ops.kdkernels, name).default
+
+    def without_tangents(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for name, x in zip(names, args, strict=False):
+                if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                    raise _checks.fail(name, "without a forward-mode tangent", "a dual tensor")
+        return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def strided(*args: Any) -> Any:
+        for name, x in zip(names, args, strict=False):
+            if x is not None:
+                _checks.tensor(name, x)
+        raise AssertionError("a tensor without strides")
+
+    _library.impl(name, without_tangents, "ADInplaceOrView", with_keyset=True)
+    for key in _NOT_STRIDED:
+        _library.impl(name, strided, key)
+
+
 def _fake_loss(family: Family, args: tuple[Any, ...]) -> Tensor:
     tensors = args[: family.tensors]
     students = len(family.students)
@@ -87,6 +118,7 @@ def _define(backend: str, family: Family) -> None:
     count = len(family.students)
     name = operator_name(backend, family.name)
     fields = family.tensors + len(family.call._fields)
+    names = [x.rstrip("?") for x in (*family.students, *family.constants)]
 
     def fake_forward(*args: Any) -> tuple[Tensor, ...]:
         return (_fake_loss(family, args), *_gradients(args[:count], args[fields:]))
@@ -135,11 +167,13 @@ def _define(backend: str, family: Family) -> None:
     torch.library.register_autograd(
         f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=_library
     )
+    _guard(name, names)
     if not family.recomputes:
         return
     _library.define(f"{name}_backward{family.backward_schema()}", tags=_TAGS)
     torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=_library)
+    _guard(f"{name}_backward", ["upstream", *names])
 
 
 def _implement_triton(family: Family) -> None:

@@ -235,21 +235,39 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     formula = formulas.ROWS[spec.name]
 
     wide = loss.dtype == torch.float64
-    options = {**options, "floor": 1e-307 if wide else 1e-37}
+    # Autograd of the plain formula takes no pivot; the kernels do.
+    options = {**options, "pivot": case.backend != "reference"}
+    info = torch.finfo(torch.float64 if wide else torch.float32)
+    flushed, least = (1e-307, 5e-324) if wide else (1e-37, 1.4e-45)
 
-    def exact(move: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    def exact(move: Callable[[Any], Any], floor: float = flushed) -> tuple[Any, Any, Any]:
         with np.errstate(all="ignore"):
-            value, slope, size = formula(s, t, target, options, move)
+            value, slope, size = formula(s, t, target, {**options, "floor": floor}, move)
         ours = valid[:, None]
         return np.where(valid, value, 0), np.where(ours, slope, 0), np.where(ours, size, 0)
 
     value, slope, terms = exact(lambda x: x)
-    moves = [exact(rounding(wide, seed)) for seed in range(4)]
+    moves = [exact(rounding(wide, seed, case.backend == "reference")) for seed in range(4)]
     factor = upstream.reshape(-1).double().numpy().astype(formulas.WIDE)
     mean = options["reduction"] in ("mean", "batchmean")
     share = max(int(valid.sum()), 1) if mean else 1
     actual = loss.reshape(-1).double().numpy()
-    noise = np.stack([abs(v - value) for v, _, _ in moves]).max(0)
+    gradient = flat(gradients["student_logits"])
+    # A subnormal probability may count as 0 or not, which decides whether the row is infinite.
+    kept, kept_slope, _ = exact(lambda x: x, least)
+    either = np.isinf(kept) & np.isfinite(value)
+    # A factor that underflows on the way costs what the factors behind it make of it.
+    weights = max(1.0, *(abs(float(options.get(n, 1.0))) for n in ("alpha", "beta")))
+    weights *= abs(float(options["loss_weight"])) * max(options["temperature"], 1.0) ** 2
+    lost = formulas.WIDE(info.smallest_normal) * weights / K
+    value = np.where(either & ~np.isfinite(actual), kept, value)
+    slope = np.where((either & ~np.isfinite(gradient).all(1))[:, None], kept_slope, slope)
+    noise = np.stack([abs(v - value) for v, _, _ in moves]).max(0) + lost
+    # Pairwise sums of n terms, those of the divergence and of the probabilities: half a rounding
+    # each for every level. Equal distributions differ by the formula's own rounding, squared.
+    size = np.where(np.isfinite(value), abs(value), 0)
+    own = (32 * formulas.WIDE(np.finfo(formulas.WIDE).eps)) ** 2 * weights
+    noise = noise + (formulas.WIDE(info.eps) * np.log2(classes) * size + own) / K
     if options["reduction"] == "none":
         close(actual, value, noise, loss.dtype, "loss")
         if (actual[~valid] != 0).any():
@@ -261,7 +279,6 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         size = np.where(np.isfinite(value), abs(value), 0).sum()
         extra = finite.sum() / share + formulas.WIDE(torch.finfo(loss.dtype).eps) * size / share / K
         close(actual, np.array([total]), np.array([extra]), loss.dtype, "loss")
-    gradient = flat(gradients["student_logits"])
     # An infinite loss whose formula leaves the gradient open: any that is not finite.
     free = np.isinf(value)[:, None] & np.isnan(slope)
     gradient = np.where(free, np.nan, gradient)
@@ -269,10 +286,10 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         expected = slope * factor[:, None] / share
         moved = np.stack([abs((g - slope) * factor[:, None] / share) for _, g, _ in moves])
     noise = np.where(np.isfinite(moved), moved, 0).max((0, 2), initial=0)[:, None]
-    working = formulas.WIDE(torch.finfo(torch.float64 if wide else torch.float32).eps)
+    working = formulas.WIDE(info.eps)
     size = np.where(np.isfinite(expected), abs(expected), 0).max(1, initial=0)[:, None]
     terms = np.where(np.isfinite(terms), terms, 0) * abs(factor[:, None]) / share
-    noise = noise + working * (size / K + terms / 2)
+    noise = noise + working * (size / K + terms / 2) + lost * abs(factor[:, None])
     close(gradient, expected, noise, student.dtype, "gradient")
     if (gradient[~valid] != 0).any():
         raise Wrong("an ignored row has a gradient")
@@ -280,13 +297,20 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         alone(case, valid)
 
 
-def rounding(wide: bool, seed: int) -> Callable[[Any], Any]:
-    """Moves every scaled logit by one rounding error."""
+def rounding(wide: bool, seed: int, from_top: bool) -> Callable[[Any], Any]:
+    """Moves every scaled logit by one rounding error, its own or that of its distance from the top.
+
+    The reference subtracts the row's largest logit first, the target's too.
+    """
     generator = np.random.default_rng(seed)
     eps = formulas.WIDE(np.finfo(np.float64 if wide else np.float32).eps)
 
     def move(x: Any) -> Any:
-        step = eps * np.maximum(abs(x), 1) * generator.normal(size=x.shape)
+        size = np.maximum(abs(x), 1)
+        if from_top:
+            below = x.max(-1, keepdims=True, initial=-np.inf) - x
+            size = np.maximum(size, np.where(np.isfinite(below), below, 0))
+        step = eps * size * generator.normal(size=x.shape)
         return np.where(np.isfinite(x), x + np.where(np.isfinite(step), step, 0), x)
 
     return move
@@ -422,7 +446,8 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
             move = np.stack([abs(wide(m[1][i]) - truth) for m in moves])
         move = np.where(np.isfinite(move), move, 0)
         noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
-        noise += working * scale / max(len(truth), 1) / 4 / max(spread(x), 1e-30)
+        terms = scale * float(upstream.abs().amax()) if upstream.numel() else 0.0
+        noise += working * terms / max(len(truth), 1) / 4 / max(spread(x), 1e-30)
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
 

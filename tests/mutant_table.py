@@ -223,6 +223,7 @@ _of(
     ("both_must_be_unit", "norm_a.unit && norm_t.unit", "norm_a.unit"),
     ("small_norm_projected", "n.unit ? factor * projection : R(0)", "factor * projection"),
     ("squares_out_of_range", "!(sum > 1e-30 && sum < 1e30)", "false"),
+    ("squares_out_of_double", "std::is_same_v<R, double> && «sum > 1e300»", "false"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "embedding_tuple.h",
@@ -372,6 +373,8 @@ _of(
 _of(
     "kdkernels/reference", "_rows.py", "test_standardize.py", "reference",
     ("base_lost", "logits = logits «- logits[..., :1].detach()»", ""),
+    ("common_error", "return probs «/ torch.where(total == 0, 1.0, total)»", "",
+     "test_corners.py", "many_classes"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "refilled.py", "test_embedding_refilled.py", "margin",
@@ -410,6 +413,10 @@ _of(
 _of(
     "kdkernels", "_ops.py", "test_compile.py", "fullgraph and kd and native",
     ("operator_unscaled", "made = [(«g * factor»).to(g.dtype)", "g * 1"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_ops.py", "test_compile.py", "refuse and kd and native",
+    ("tangents_dropped", "if «forward_ad._current_level >= 0»:", "False"),
 )  # fmt: skip
 _of(
     "kdkernels", "_ops.py", "test_transforms.py", "double and kd",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from cases import (
     LOSS_IDS,
     LOSSES,
@@ -177,6 +178,27 @@ def _rule_options(case: Case) -> list[float]:
 def test_opcheck(case: Case) -> None:
     for operator, args in _operators(case):
         torch.library.opcheck(operator, args)
+
+
+@each(kernels=True)
+def test_operators_refuse_what_they_cannot_see(case: Case) -> None:
+    """A direct call has no reference to turn to: a lost tangent would be a derivative of 0."""
+    for operator, args in _operators(case):
+        first = int("backward" in str(operator))
+        for name, place in (("student", first), ("teacher", first + 1)):
+            plain = args[place].detach()
+
+            def given(x: Tensor, place: int = place, args: Any = args) -> list[Any]:
+                constants = [a.detach() if isinstance(a, Tensor) else a for a in args]
+                return [*constants[:place], x, *constants[place + 1 :]]
+
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(plain, torch.ones_like(plain))
+                with pytest.raises(ValueError, match=f"{name} must be without a forward-mode tan"):
+                    operator(*given(dual))
+                operator(*given(plain))
+            with pytest.raises(TypeError, match=f"{name} must be a dense Tensor .*sparse_coo"):
+                operator(*given(plain.to_sparse()))
 
 
 @each(kernels=True)

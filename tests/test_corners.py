@@ -41,7 +41,7 @@ def test_the_reference_keeps_its_digits_at_any_temperature(
     options |= {"temperature": temperature, "reduction": "none"}
     case = Case(spec, "reference", "cpu")
     given = {k: v for k, v in options.items() if k != "backend"}
-    options["floor"] = 0.0
+    options |= {"floor": 0.0, "pivot": False}
     loss, gradient = value_and_grad(
         case, student, teacher, target, **given, upstream=torch.ones(6, dtype=dtype)
     )
@@ -56,6 +56,22 @@ def test_the_reference_keeps_its_digits_at_any_temperature(
     rounding = 0.0 if spec.t_squared else 4 * torch.finfo(dtype).eps / temperature
     error = abs(gradient.double().numpy() - slope)
     assert (error <= 10 * near * abs(slope).max() + rounding).all()
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_the_reference_keeps_its_digits_over_many_classes(name: str) -> None:
+    """What the logsumexps lose is common to all classes, and no sum over them averages it out."""
+    draw = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(64, 4096, generator=draw) / 4 for _ in range(2))
+    target = torch.arange(64)
+    options = {"temperature": 1.0} | ({"alpha": 0.0} if name == "dkd" else {})
+    case = Case(SPECS[name], "reference", "cpu")
+    loss, truth = (
+        case(student.to(dtype), teacher.to(dtype), target, reduction="none", **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    error = (loss.double() / truth - 1) / torch.finfo(torch.float32).eps
+    assert error.square().mean().sqrt() <= 12
 
 
 @each_emulated([s for s in ROW_LOSSES if not s.needs_teacher_mass])

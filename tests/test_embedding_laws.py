@@ -238,3 +238,23 @@ def test_iekd_squares_beyond_float32(backend: str, similarity: str, size: float)
         zero = [x.clone() for x in three]
         zero[0][1] = 0
         assert torch.allclose(loss, K.iekd_loss(*zero, **options), rtol=1e-5)
+
+
+@kernels
+@similarities
+@pytest.mark.parametrize("size", (1e151, 1e210, 1e306))
+def test_iekd_squares_beyond_float64(backend: str, similarity: str, size: float) -> None:
+    """Of a student's factor and of the teacher's: the direction is what counts."""
+    three = [draw(3, 20, seed=s) for s in range(3)]
+    options: dict[str, Any] = {"similarity": similarity, "backend": backend}
+    far = [x.clone() for x in three]
+    far[0][1] *= size
+    far[2][2] *= size
+    results = []
+    for tensors in (three, far):
+        leaves = [x.requires_grad_() for x in tensors[:2]]
+        loss = K.iekd_loss(*leaves, tensors[2], **options)
+        results.append((loss, *gradients(loss, *leaves)))
+    results[1][1][1] *= size  # a gradient shrinks as its factor grows
+    for mine, true in zip(*results, strict=True):
+        assert torch.allclose(mine, true, rtol=1e-10, atol=1e-13)

@@ -19,14 +19,19 @@ struct Norm {
 
 template <class Rule, class R>
 inline Norm<R> norm(const R* x, int64_t width, R squares) {
-  double sum = double(squares);
+  double sum = double(squares), scale = 1.0;
   if (std::is_same_v<R, float> && !(sum > 1e-30 && sum < 1e30)) {  // the squares left float's range
     sum = 0.0;
     for (int64_t i = 0; i < width; ++i) sum += double(x[i]) * double(x[i]);
   }
+  if (std::is_same_v<R, double> && sum > 1e300) {  // or double's, whose small squares eps covers
+    sum = 0.0;
+    scale = Rule::shrink;
+    for (int64_t i = 0; i < width; ++i) sum += (double(x[i]) * scale) * (double(x[i]) * scale);
+  }
   const double length = std::sqrt(sum);
-  const bool small = length < Rule::eps;  // NaN is not small
-  return {R(1.0 / (small ? Rule::eps : length)), !small};
+  const bool small = length < Rule::eps * scale;  // NaN is not small
+  return {R(small ? 1.0 / Rule::eps : scale / length), !small};
 }
 
 // Where a sample's values lie: in place, or converted to scratch.

@@ -206,18 +206,21 @@ KDK_DEVICE void factor_norms(Source& source, Group& group, FactorNorm<R> (&norms
     norms[k] = {R(1) / std::sqrt(squares[k]), true};
   }
   if (inside[0] && inside[1] && inside[2]) return;
-  double wide[3] = {0, 0, 0};
+  double wide[3] = {0, 0, 0}, scale[3];
+  KDK_UNROLL
+  for (int k = 0; k < 3; ++k)
+    scale[k] = std::is_same_v<R, double> && double(squares[k]) > 1e300 ? Rule::shrink : 1.0;
   source.each([&](R a, R e, R t) {
-    wide[0] += double(a) * double(a);
-    wide[1] += double(e) * double(e);
-    wide[2] += double(t) * double(t);
+    wide[0] += (double(a) * scale[0]) * (double(a) * scale[0]);
+    wide[1] += (double(e) * scale[1]) * (double(e) * scale[1]);
+    wide[2] += (double(t) * scale[2]) * (double(t) * scale[2]);
   });
   group.template reduce<Sum>(wide);
   KDK_UNROLL
   for (int k = 0; k < 3; ++k) {
     const double length = std::sqrt(wide[k]);
-    const bool small = length < Rule::eps;  // NaN is not small
-    if (!inside[k]) norms[k] = {R(1.0 / (small ? Rule::eps : length)), !small};
+    const bool small = length < Rule::eps * scale[k];  // NaN is not small
+    if (!inside[k]) norms[k] = {R(small ? 1.0 / Rule::eps : scale[k] / length), !small};
   }
 }
 

@@ -8,6 +8,7 @@ namespace kdkernels::rules::iekd {
 struct Rule {
   static constexpr Family family = Family::factor;
   static constexpr double eps = 1e-12;  // lower bound of a norm
+  static constexpr double shrink = 0x1p-600;  // what a double is multiplied by whose square is none
 
   // One element of the normalised factors x and t: the term of the sample's sum V, and the direction
   // u whose projection P = sum u x the gradient needs. L1: |x - t| and its sign; cosine: (x - t)^2 / 2

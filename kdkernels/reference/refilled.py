@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._rows import kl_terms
+from ._rows import kl_terms, probabilities
 from .kd import kd
 
 NEAR = 1e-14
@@ -70,8 +70,9 @@ def matching(
 
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     keep = member & tuples[:, :, None]
-    log_p, log_q = torch.where(keep, log_p, 0.0), torch.where(keep, log_q, 0.0)
-    total = kl_terms(log_p, log_q, log_p - log_q).sum()
+    p, q = (torch.where(keep, probabilities(x), 0.0) for x in (log_p, log_q))
+    d = torch.where(keep, log_p, 0.0) - torch.where(keep, log_q, 0.0)
+    total = kl_terms(p, q, d).sum()
     return total if reduction == "sum" else total / tuples.sum().clamp(min=1)
 
 

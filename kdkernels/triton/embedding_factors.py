@@ -51,10 +51,24 @@ def norm(
                 x = load_block(ptr, columns, stride, inside, tl.float64)
                 wide += tl.sum(x * x, axis=1, keep_dims=True)
             total = tl.where(outside, wide, total)
+    scale = tl.full([], 1.0, tl.float64) + tl.zeros_like(total)
+    if squares.dtype == tl.float64:
+        # Likewise float64's; small squares are below EPS.
+        outside = exists & (squares >= 1e300)
+        if tl.max(outside.to(tl.int32)) > 0:
+            shrink = tl.full([], 2.0**-600, tl.float64)
+            wide = tl.zeros_like(total)
+            for start in range(0, BLOCK if RESIDENT else width, BLOCK):
+                columns = block_columns(start, BLOCK)
+                inside = outside & (columns < width)
+                x = load_block(ptr, columns, stride, inside, tl.float64) * shrink
+                wide += tl.sum(x * x, axis=1, keep_dims=True)
+            total = tl.where(outside, wide, total)
+            scale = tl.where(outside, shrink, scale)
     length = tl.sqrt(total)
     eps = tl.full([], EPS, tl.float64)
-    small = length < eps  # NaN is not small
-    return (1.0 / tl.where(small, eps, length)).to(ACC), small == 0
+    small = length < eps * scale  # NaN is not small
+    return tl.where(small, 1.0 / eps, scale / length).to(ACC), small == 0
 
 
 @triton.jit(do_not_specialize=("samples",))
