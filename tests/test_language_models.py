@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import functional
 from kdkernels.functional import (
     jsd_loss,
     kd_loss,
@@ -194,3 +197,40 @@ def test_finite_where_the_published_forms_are_not_numbers(low: float) -> None:
         value = loss(leaf, teacher, labels)
         (gradient,) = torch.autograd.grad(value, leaf)
         assert value.isfinite() and gradient.isfinite().all(), loss.__name__
+
+
+README = Path(__file__).parents[1] / "README.md"
+BETA, RATIO, LAM, ITEMS, T = 0.3, 0.7, 0.2, 11, 2.5
+WRITTEN: dict[str, tuple[Callable[..., Tensor], float]] = {
+    "TRL's `generalized_jsd_loss(s, t, labels, beta)`": (trl(BETA), 0.0),
+    "TRL's `generalized_jsd_loss(s, t, labels, beta, num": (trl(BETA, ITEMS), 0.0),
+    "torchtune's `ForwardKLLoss`": (torchtune_forward, 1.0),
+    "torchtune's `ReverseKLLoss`": (torchtune_symmetric(0.0), 0.0),
+    "torchtune's `SymmetricKLLoss": (torchtune_symmetric(RATIO), RATIO),
+    "DistiLLM's `skewed_forward": (distillm(False, LAM), 1.0),
+    "DistiLLM's `skewed_reverse": (distillm(True, LAM), 0.0),
+    "NeMo Automodel's": (automodel, 0.0),
+    "one minus the acceptance": (acceptance, 0.0),
+}
+
+
+def _rows() -> dict[str, str]:
+    """The table of README: what one has, and the call to write."""
+    text = README.read_text(encoding="utf-8").split("### Losses of language models")[1]
+    found = re.findall(r"^\| (?!you have|---)(.*?) \| `(.*?)` \|$", text.split("\n### ")[0], re.M)
+    return dict(found)
+
+
+def test_every_row_of_readme_is_known() -> None:
+    assert len(_rows()) == len(WRITTEN) > 5
+
+
+@pytest.mark.parametrize("start", WRITTEN)
+def test_the_row_of_readme_is_their_loss(start: str) -> None:
+    (code,) = (code for left, code in _rows().items() if left.startswith(start))
+    theirs, entropy = WRITTEN[start]
+    s, t, labels = _tokens()
+    names = {"s": s, "t": t, "labels": labels, "beta": BETA, "ratio": RATIO, "lam": LAM, "T": T}
+    ours = eval(code, {**vars(functional), **names, "n": ITEMS})
+    expected = theirs(s, t, labels) - entropy * _entropy(t, labels)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
