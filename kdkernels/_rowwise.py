@@ -65,6 +65,8 @@ def row_loss(
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     if standardize is not False:
+        if spec.target_name == "labels":  # a loss of tokens
+            raise TypeError(f"{spec.name}_loss() got an unexpected keyword argument 'standardize'")
         standardize = _checks.flag("standardize", standardize)
     index = _checks.NO_INDEX if ignore_index is None else ignore_index
     if target is not None:

@@ -107,6 +107,29 @@ _of(
     ("slope_unweighted", "slope = slope * weight * alpha;", "slope = slope * alpha;"),
 )  # fmt: skip
 _of(
+    "csrc/rules", "mixture.h", "test_golden.py test_language_models.py", "native or equals",
+    ("excess_lost", "slope = slope «- ratio * excess»;", ""),
+    ("excess_of_value", "value = value «+ select(near, F{}, F((q - p) * excess))»;", ""),
+    ("shares_swapped", "R(given[2] * given[1] - given[3] * given[0])",
+     "R(given[2] * given[0] - given[3] * given[1])"),
+    ("impossible_class", "select(p == R(0), broadcast<F>(R(-1)), F(-(less_one / m_over_p)))",
+     "F(less_one / m_over_p)"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "mixed_kl.h", "test_golden.py", "native",
+    ("reverse_slope_sign", "F(«-(q * d)» * reverse)", "q * d"),
+    ("forward_slope_lost", "slope = gap * «forward»;", "R(1)"),
+    ("weights_swapped", "R(options.value[0]), reverse = R(«1.0 - options.value[0]»)",
+     "options.value[0]"),
+)  # fmt: skip
+_of(
+    "csrc/rules", "tv.h", "test_golden.py", "native",
+    ("sign", "select(less, F(q * R(«-0.5»))", "0.5"),
+    ("half", "F(-gap), gap) * R(«0.5»)", "1.0"),
+    ("equal_not_seen", "const F equal = «q * (R(16) * std::numeric_limits<R>::epsilon())»;",
+     "F{}"),
+)  # fmt: skip
+_of(
     "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
     ("norm_zero", "norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse",
      "rho * quotient(norm_b, norm_a) * inverse"),
@@ -294,6 +317,19 @@ _of(
      "tl.exp(log_ratio * kappa)"),
     ("nothing_over_nothing", "tl.where(log_p_target == none, none, log_p_target - log_q_target)",
      "log_p_target - log_q_target"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "mixture.py", "test_golden.py", "triton",
+    ("excess_lost", "q * (y * b «- ratio * excess»)", ""),
+    ("excess_of_value", "value = value «+ tl.where(near, 0.0, (q - p) * excess)»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "mixed_kl.py", "test_golden.py", "triton",
+    ("reverse_slope_sign", "tl.where(q == 0, 0.0, «-(q * d)» * reverse)", "(q * d)"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "tv.py", "test_golden.py", "triton",
+    ("sign", "tl.where(gap < -equal, «-0.5» * q, gap * 0.0)", "0.5"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "dist.py",

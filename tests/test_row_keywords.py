@@ -229,3 +229,15 @@ def test_under_a_compiler_in_one_graph(spec: LossSpec) -> None:
     expected = value_and_grad(module, student, teacher, target, **given)
     actual = value_and_grad(compiled, student, teacher, target, **given)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+@row_losses
+def test_unknown_keywords_are_errors(spec: LossSpec) -> None:
+    """Whatever the common keywords of other losses are."""
+    student, teacher, target = _inputs(Case(spec, "reference", "cpu"))
+    unknown = ["redction", *({"standardize"} - set(inspect.signature(spec.function).parameters))]
+    for name in unknown:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            call(spec, student, teacher, target=target, **{name: True})
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            spec.module(**{name: True})

@@ -110,8 +110,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
     "standardize": _checks.flag,
 }
-_TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"}
-_TENSORS |= {"num_items_in_batch"}  # which every step has anew
+_TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
+    "num_items_in_batch"  # which every step has anew
+}
 
 
 class TokenLoss(_FromFunction):
@@ -181,8 +182,6 @@ _ARGUMENTS = {
 }
 _MASK = """optional, only a mask: class indices, (N,), (B, S) or (N, H, W), of which
         ``ignore_index`` is ignored, or bools, of which True counts."""
-_TARGET = """class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
-        GPU, where a check would synchronise, that row is NaN."""
 _OTHER_NAME = "another name of ``target``, for those who pass it by that keyword."
 
 
@@ -190,7 +189,7 @@ def row_function(options: type) -> Callable[[Callable[P, Tensor]], Callable[P, T
     """Write out the common keywords of a row loss: in its signature, and in its docstring.
 
     ``options`` is the dictionary's type that its last parameter unpacks. The docstring of the loss
-    ends with its own arguments, if there are any; "T^2 is" begins its last sentence.
+    ends with its own arguments, if there are any.
     """
     keywords = [
         p
