@@ -24,7 +24,8 @@ class LossSpec:
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
     ``target_name`` is that argument's name. ``t_squared`` says that T^2 is in the loss,
     ``needs_teacher_mass`` that a class which only the teacher excludes makes it infinite, without a
-    gradient. ``options`` are the row losses' own options, each with the function that checks it, of
+    gradient; ``smooth`` that the gradient has no jumps, and the value no term of first order near
+    equality. ``options`` are the row losses' own options, each with the function that checks it, of
     which ``domains`` are the least and the largest values where they are not merely >= 0;
     ``rule`` is the kernels' rule, where that is not called as the loss is, and ``rule_numbers``
     makes the rule's numbers of the options.
@@ -51,6 +52,7 @@ class LossSpec:
     target_name: str = "target"
     t_squared: bool = True
     needs_teacher_mass: bool = False
+    smooth: bool = True
     options: Mapping[str, Callable[[str, Any], float]] = field(default_factory=dict)
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None

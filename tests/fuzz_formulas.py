@@ -260,7 +260,7 @@ def _skew_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
         return 0 * p.sum(-1), 0 * p, 0 * p + 1e-300
     value, log_m = _skew(log_p, log_q, alpha, floor)
     ratio = np.where(log_m == -np.inf, 0, np.exp(log_p - np.where(log_m == -np.inf, 0, log_m)))
-    slope, size = _projected(q, 1 - ratio, floor)
+    slope, size = _projected(q, 1 - ratio, options)
     return value, (1 - alpha) * slope, (1 - alpha) * size
 
 
@@ -274,12 +274,12 @@ def _skew_reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Row
     value, log_m = _skew(log_q, log_p, alpha, floor)
     none = log_q == -np.inf
     log_ratio = np.where(none, 0, log_q - np.where(none, 0, log_m))
-    return value, *_projected(q, log_ratio + alpha * (1 - np.exp(log_ratio)), floor)
+    return value, *_projected(q, log_ratio + alpha * (1 - np.exp(log_ratio)), options)
 
 
 def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     p, q = np.exp(log_p), np.exp(log_q)
-    slope, size = _projected(q, np.sign(q - p) / 2, options["floor"])
+    slope, size = _projected(q, np.sign(q - p) / 2, options)
     # Where both are nearly equal the sign is that of a rounding error.
     jumps = (abs(p - q) < 1e-3 * q) & (q > 0)
     touched = jumps | (jumps * q).sum(-1, keepdims=True).astype(bool)

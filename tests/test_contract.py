@@ -293,7 +293,7 @@ def test_nearly_equal_rows(case: Case, shift: float) -> None:
     truth = Case(case.spec, "reference", case.device)(
         student.double(), teacher.double(), target, reduction="none", **options
     )
-    assert (truth < 1e-3).all()
+    assert (truth < (1e-3 if case.spec.smooth else 3e-2)).all()
     loss = case(student, teacher, target, reduction="none", **options)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
 

@@ -82,7 +82,7 @@ def test_gradcheck_with_ignored_rows(case: Case) -> None:
         _gradcheck(case, student / 3, teacher / 3, target, True, reduction=reduction)
 
 
-@each()
+@each([s for s in LOSSES if s.smooth])  # a step of a difference would cross jumps
 def test_many_classes(case: Case) -> None:
     """More classes than any block, in a few directions."""
     classes = case.pick(5003, 130)

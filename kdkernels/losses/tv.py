@@ -60,6 +60,7 @@ TV = register(
         takes_target=True,
         target_name="labels",
         t_squared=False,
+        smooth=False,
         samples=({}, {"temperature": 2.0}, {"temperature": 0.5, "loss_weight": 0.25}),
         laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
     )

@@ -51,8 +51,9 @@ def norm(
                 x = load_block(ptr, columns, stride, inside, tl.float64)
                 wide += tl.sum(x * x, axis=1, keep_dims=True)
             total = tl.where(outside, wide, total)
-    scale = tl.full([], 1.0, tl.float64) + tl.zeros_like(total)
+    eps = tl.full([], EPS, tl.float64)
     if squares.dtype == tl.float64:
+        scale = tl.full([], 1.0, tl.float64) + tl.zeros_like(total)
         # Likewise float64's; small squares are below EPS.
         outside = exists & (squares >= 1e300)
         if tl.max(outside.to(tl.int32)) > 0:
@@ -65,10 +66,14 @@ def norm(
                 wide += tl.sum(x * x, axis=1, keep_dims=True)
             total = tl.where(outside, wide, total)
             scale = tl.where(outside, shrink, scale)
-    length = tl.sqrt(total)
-    eps = tl.full([], EPS, tl.float64)
-    small = length < eps * scale  # NaN is not small
-    return tl.where(small, 1.0 / eps, scale / length).to(ACC), small == 0
+        length = tl.sqrt(total)
+        small = length < eps * scale  # NaN is not small
+        inverse = tl.where(small, 1.0 / eps, scale / length)
+    else:
+        length = tl.sqrt(total)
+        small = length < eps
+        inverse = (1.0 / tl.where(small, eps, length)).to(ACC)
+    return inverse, small == 0
 
 
 @triton.jit(do_not_specialize=("samples",))
