@@ -89,20 +89,10 @@ def row_loss(
             divisor = _on_device("num_items_in_batch", items, student)
         else:
             scale = scale / items
-    run = functools.partial(
-        _run,
-        spec,
-        options=options,
-        temperature=temperature,
-        scale=scale,
-        standardize=standardize,
-        ignore_index=index,
-        class_dim=class_dim,
-        backend=backend,
-    )
+    checked = (spec, backend, options, temperature, scale, standardize, index, class_dim)
     if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
         loss = _dtensor.row_loss(
-            run,
+            lambda *local: _run(*checked, *local),
             student,
             teacher,
             target,
@@ -112,7 +102,7 @@ def row_loss(
             reduction=code,
         )
     else:
-        loss = run(student, teacher, target, token_weight, code)
+        loss = _run(*checked, student, teacher, target, token_weight, code)
     if divisor is not None:
         loss = loss / divisor.to(loss.dtype)
     return loss if factor is None else weighted(loss, factor.to(loss.dtype))
@@ -120,19 +110,18 @@ def row_loss(
 
 def _run(
     spec: LossSpec,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    reduction: int,
-    *,
+    backend: str | None,
     options: tuple[float, ...],
     temperature: float,
     scale: float,
     standardize: bool,
     ignore_index: int,
     class_dim: int,
-    backend: str | None,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: int,
 ) -> Tensor:
     """The loss of checked arguments."""
     chosen = choose(spec, student, backend)

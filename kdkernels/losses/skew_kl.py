@@ -31,9 +31,8 @@ def skew_kl_loss(
     .. math:: L = \frac1N \sum_n \mathrm{KL}(p_n \| m_n),\qquad m = \alpha p + (1 - \alpha) q
 
     with p and q the softmaxes of teacher and student over T. ``alpha=0`` is KL(p || q) and
-    ``alpha=1`` is 0. **There is
-    no T^2**, as in the trainers of language models. The student inside the mixture has its
-    gradient, as in DistiLLM.
+    ``alpha=1`` is 0. **There is no T^2**, as in the trainers of language models. The student inside
+    the mixture has its gradient, as in DistiLLM.
 
     Args:
         alpha: the teacher's own share of the mixture, in [0, 1].
