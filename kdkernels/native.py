@@ -191,6 +191,16 @@ def _empty_loss(student: Tensor, dtype: torch.dtype) -> Tensor:
     return student.new_empty((), dtype=dtype)
 
 
+def _address(name: str, x: Tensor | None) -> int:
+    """The address of what a row has one number of; 0 where there is none."""
+    if x is None:
+        return 0
+    address = x.data_ptr()
+    if address == 0 or x.storage_offset():  # freed since it was checked, or of no rows
+        allocated(name, x)
+    return address
+
+
 def row(
     student: Tensor,
     teacher: Tensor,
@@ -203,8 +213,6 @@ def row(
     if not _addressable(student, teacher, call.class_dim):
         operator = torch.ops.kdkernels.row.default
         return operator(student, teacher, target, token_weight, *call, need_gradient)
-    if target is not None and (target.data_ptr() == 0 or target.storage_offset()):
-        allocated("target", target)
     shape = student.shape
     classes = shape[-1]
     dtype = working_dtype(student, teacher)
@@ -216,8 +224,8 @@ def row(
         student.data_ptr(),
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
-        0 if target is None else target.data_ptr(),
-        0 if token_weight is None else token_weight.data_ptr(),
+        _address("target", target),
+        _address("token_weight", token_weight),
         loss.data_ptr(),
         _CODES[student.dtype],
         _CODES[teacher.dtype],

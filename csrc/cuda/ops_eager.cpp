@@ -42,7 +42,8 @@ struct Launches {
 
 void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
          std::uintptr_t target, std::uintptr_t token_weight, std::uintptr_t loss,
-         int student_type, int teacher_type, int64_t rows, int64_t classes, const py::tuple& given, int device, std::uintptr_t stream) {
+         int student_type, int teacher_type, int64_t rows, int64_t classes,
+         const py::tuple& given, int device, std::uintptr_t stream) {
   const RowCall call = row_call(given);
   RowRun run{};
   RowProblem& problem = run.problem;

@@ -12,13 +12,15 @@
 namespace kdkernels::cuda {
 namespace {
 
-// Everything but outputs and upstream; the target is where the student is.
+// Everything but outputs and upstream; target and weights are where the student is.
 RowProblem checked_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
                            const std::optional<Tensor>& target,
                            const std::optional<Tensor>& token_weight, const Logits& logits) {
-  STD_TORCH_CHECK(!target || (target->is_cuda() &&
-                              target->get_device_index() == student.get_device_index()),
-                  "target must be on the student's device");
+  const auto beside = [&](const std::optional<Tensor>& x) {
+    return !x || (x->is_cuda() && x->get_device_index() == student.get_device_index());
+  };
+  STD_TORCH_CHECK(beside(target), "target must be on the student's device");
+  STD_TORCH_CHECK(beside(token_weight), "token_weight must be on the student's device");
   const RowProblem problem = row_problem(call, student, teacher, target, token_weight, logits);
   STD_TORCH_CHECK(problem.target || !reads_target(call.rule) || logits.rows == 0,
                   "target must be a Tensor of class indices, got None");
@@ -47,7 +49,8 @@ std::tuple<Tensor, Tensor> row(const Tensor& student, const Tensor& teacher,
   if (logits.rows == 0)
     return {torch::stable::new_zeros(student, shape, logits.loss_type()), gradient};
   Tensor loss = torch::stable::new_empty(student, shape, logits.loss_type());
-  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), 0, reduction, nullptr};
+  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), 0, reduction,
+              nullptr};
   (reduction == kNone ? work.problem.loss : work.total) = loss.mutable_data_ptr();
   if (need_gradient)
     work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
@@ -69,8 +72,8 @@ Tensor row_backward(const Tensor& upstream, const Tensor& student, const Tensor&
   const Tensor by_row = factors(upstream, logits.loss_type());
   const bool one = reduction != kNone;
   STD_TORCH_CHECK(by_row.numel() == (one ? 1 : logits.rows), "upstream must be of the loss's shape");
-  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), one ? 0 : 1, reduction,
-              nullptr};
+  RowRun work{checked_problem(call, student, teacher, target, token_weight, logits), one ? 0 : 1,
+              reduction, nullptr};
   work.problem.upstream = by_row.const_data_ptr();
   work.problem.gradient = rows_of(gradient, class_dim, gradient.mutable_data_ptr());
   run(call, student, work, context);
