@@ -34,18 +34,22 @@ def _mean_over_rows(terms: Tensor) -> Tensor:
     return terms.sum() / (terms.numel() // terms.shape[1 if terms.dim() == 4 else -1])
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def _log_softmaxes(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     classes = 1 if student.dim() == 4 else -1
-    log_q = F.log_softmax(student / temperature, dim=classes)
-    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    return (
+        F.log_softmax(student / temperature, dim=classes),
+        F.log_softmax(teacher / temperature, dim=classes),
+    )
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    log_q, log_p = _log_softmaxes(student, teacher, temperature)
     return _mean_over_rows(F.kl_div(log_p, log_q, reduction="none", log_target=True))
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """As in TRL: the mixture by logsumexp of the log-probabilities."""
-    classes = 1 if student.dim() == 4 else -1
-    log_q = F.log_softmax(student / temperature, dim=classes)
-    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    log_q, log_p = _log_softmaxes(student, teacher, temperature)
     shares = (log_q + math.log1p(-beta), log_p + math.log(beta))
     log_m = torch.logsumexp(torch.stack(shares), dim=0)
     of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True)
@@ -56,9 +60,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
 def mixed_kl(
     student: Tensor, teacher: Tensor, forward_weight: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    classes = 1 if student.dim() == 4 else -1
-    log_q = F.log_softmax(student / temperature, dim=classes)
-    log_p = F.log_softmax(teacher / temperature, dim=classes)
+    log_q, log_p = _log_softmaxes(student, teacher, temperature)
     forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)
     reverse = F.kl_div(log_p, log_q, reduction="none", log_target=True)
     return _mean_over_rows(forward_weight * forward + (1 - forward_weight) * reverse)

@@ -162,6 +162,13 @@ def _one_a_row(name: str, value: Tensor, student: Tensor, class_dim: int) -> Non
         raise fail(name, f"on the student's device {student.device}", value.device)
 
 
+def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Check that a 0-d tensor lies where the student's device can read it without the host."""
+    if not value.is_cpu and value.device != device:
+        raise fail(name, f"on the CPU or on the student's device {device}", value.device)
+    return value
+
+
 def items(value: Any, reduction: str) -> Any:
     """``num_items_in_batch``: a number > 0, or a 0-d tensor, which nothing reads on the host."""
     if REDUCTIONS[reduction] != 1:

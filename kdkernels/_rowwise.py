@@ -41,7 +41,7 @@ def row_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    options: tuple[float, ...],
+    options: tuple[Any, ...],
     temperature: float,
     *,
     ignore_index: int | None = -100,
@@ -78,15 +78,21 @@ def row_loss(
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
     if isinstance(loss_weight, Tensor):
-        factor, loss_weight = _on_device("loss_weight", _checks.weight(loss_weight), student), 1.0
+        _checks.weight(loss_weight)
+        factor = _checks.on_device("loss_weight", loss_weight, student.device)
+        loss_weight = 1.0
     scale = _checks.number("loss_weight", loss_weight)
     if spec.t_squared:  # here, for every loss
         scale = scale * temperature * temperature
+    for value, end in spec.ends:
+        if options[0] == value:
+            spec, options, scale = end.spec, end.options, scale * end.factor
+            break
     if num_items_in_batch is not None:
         items = _checks.items(num_items_in_batch, reduction)
         code = _checks.REDUCTIONS["sum"]
         if isinstance(items, Tensor):
-            divisor = _on_device("num_items_in_batch", items, student)
+            divisor = _checks.on_device("num_items_in_batch", items, student.device)
         else:
             scale = scale / items
     checked = (spec, backend, options, temperature, scale, standardize, index, class_dim)
@@ -172,14 +178,6 @@ def _indices(
     if ignore_index is None:
         return None if mask else target, _checks.NO_INDEX
     return target, ignore_index
-
-
-def _on_device(name: str, value: Tensor, student: Tensor) -> Tensor:
-    if not value.is_cpu and value.device != student.device:
-        raise _checks.fail(
-            name, f"on the CPU or on the student's device {student.device}", value.device
-        )
-    return value
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:

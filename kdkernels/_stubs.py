@@ -23,7 +23,7 @@ from ._base import RowLoss, TokenLoss
 
 def text() -> str:
     """The stub: names as ``losses/__init__.py`` exports them, bound modules written out."""
-    bound = {spec.module.__name__: spec.module for spec in SPECS.values() if _is_bound(spec.module)}
+    bound = {s.module.__name__: s.module for s in SPECS.values() if hasattr(s.module, "bind")}
     lines = [_HEAD.rstrip()]
     for name, value in sorted(vars(losses).items()):
         if name.startswith("_") or inspect.ismodule(value) or name in bound:
@@ -43,10 +43,6 @@ def text() -> str:
             lines.append(f"        {p.name}: {p.annotation} = ...,")
         lines.append("    ) -> None: ...")
     return "\n".join(lines) + "\n"
-
-
-def _is_bound(module: type) -> bool:
-    return hasattr(module, "bind")
 
 
 if __name__ == "__main__":

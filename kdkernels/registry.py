@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Generator, Tensor, dtype
 from torch.nn.modules.loss import _Loss
 
 from . import _checks
+
+
+class End(NamedTuple):
+    """What a loss is where its option has a value at which the rule does not hold."""
+
+    spec: LossSpec
+    options: tuple[float, ...] = ()
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +35,9 @@ class LossSpec:
     gradient; ``smooth`` that the gradient has no jumps, and the value no term of first order near
     equality. ``options`` are the row losses' own options, each with the function that checks it, of
     which ``domains`` are the least and the largest values where they are not merely >= 0;
-    ``rule`` is the kernels' rule, where that is not called as the loss is, and ``rule_numbers``
-    makes the rule's numbers of the options.
+    ``ends`` are values of the first one at which the loss is another (pairs: the compiler compares
+    a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
+    called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
@@ -54,6 +63,7 @@ class LossSpec:
     needs_teacher_mass: bool = False
     smooth: bool = True
     options: Mapping[str, Callable[[str, Any], float]] = field(default_factory=dict)
+    ends: tuple[tuple[float, End], ...] = ()
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
     constant_weight: str = ""

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec, get_type_hints
+from typing import Any, ClassVar, ParamSpec
 
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
@@ -38,11 +38,7 @@ def _weigh(function: Callable[..., Tensor], weight: Tensor, *args: Any, **option
     _checks.weight(weight)
     options["loss_weight"] = 1.0
     loss = function(*args, **options)
-    if not weight.is_cpu and weight.device != loss.device:
-        raise _checks.fail(
-            "loss_weight", f"on the CPU or on the student's device {loss.device}", weight.device
-        )
-    return weighted(loss, weight.to(loss.dtype))
+    return weighted(loss, _checks.on_device("loss_weight", weight, loss.device).to(loss.dtype))
 
 
 class LossModule(_Loss):
@@ -191,11 +187,8 @@ def row_function(options: type) -> Callable[[Callable[P, Tensor]], Callable[P, T
     ``options`` is the dictionary's type that its last parameter unpacks. The docstring of the loss
     ends with its own arguments, if there are any.
     """
-    keywords = [
-        p
-        for name, p in inspect.signature(row_loss).parameters.items()
-        if name in get_type_hints(options)
-    ]
+    taken = options.__annotations__
+    keywords = [p for p in inspect.signature(row_loss).parameters.values() if p.name in taken]
 
     def write_out(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         own = list(inspect.signature(function).parameters.values())[:-1]

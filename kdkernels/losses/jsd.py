@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks
 from .._rowwise import TokenOptions, row_loss
 from ..reference.mixture import jsd as reference
-from ..registry import LossSpec, register
+from ..registry import End, LossSpec, register
 from ._base import TokenLoss, row_function
 from .kd import KD_OF_TOKENS
 from .reverse_kl import REVERSE_KL
@@ -45,10 +45,6 @@ def jsd_loss(
     Args:
         beta: the teacher's weight in the mixture, in [0, 1].
     """
-    beta = _checks.fraction("beta", beta)
-    if beta == 0.0 or beta == 1.0:  # without a mixture
-        plain = KD_OF_TOKENS if beta == 0.0 else REVERSE_KL
-        return row_loss(plain, student_logits, teacher_logits, labels, (), temperature, **common)
     return row_loss(JSD, student_logits, teacher_logits, labels, (beta,), temperature, **common)
 
 
@@ -77,6 +73,7 @@ JSD = register(
         target_name="labels",
         t_squared=False,
         options={"beta": _checks.fraction},
+        ends=((0.0, End(KD_OF_TOKENS)), (1.0, End(REVERSE_KL))),
         rule="mixture",
         rule_numbers=lambda beta: (beta, 1.0 - beta, beta, 1.0 - beta),
         samples=(

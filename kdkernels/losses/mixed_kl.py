@@ -10,7 +10,7 @@ from .. import _checks
 from .._dtypes import working_dtype
 from .._rowwise import TokenOptions, row_loss
 from ..reference.mixed_kl import mixed_kl as reference
-from ..registry import LossSpec, register
+from ..registry import End, LossSpec, register
 from ._base import TokenLoss, row_function
 from .kd import KD_OF_TOKENS
 from .reverse_kl import REVERSE_KL
@@ -54,13 +54,8 @@ def mixed_kl_loss(
         return _by_token(
             student_logits, teacher_logits, labels, forward_weight, temperature, common
         )
-    weight = _checks.fraction("forward_weight", forward_weight)
-    if weight == 1.0:
-        return row_loss(
-            KD_OF_TOKENS, student_logits, teacher_logits, labels, (), temperature, **common
-        )
     return row_loss(
-        MIXED_KL, student_logits, teacher_logits, labels, (weight,), temperature, **common
+        MIXED_KL, student_logits, teacher_logits, labels, (forward_weight,), temperature, **common
     )
 
 
@@ -111,6 +106,7 @@ MIXED_KL = register(
         t_squared=False,
         needs_teacher_mass=True,
         options={"forward_weight": _checks.fraction},
+        ends=((1.0, End(KD_OF_TOKENS)),),
         samples=(
             {},
             {"forward_weight": 0.1, "temperature": 2.0},

@@ -9,8 +9,9 @@ from torch import Tensor
 from .. import _checks
 from .._rowwise import TokenOptions, row_loss
 from ..reference.mixture import skew_kl as reference
-from ..registry import LossSpec, register
+from ..registry import End, LossSpec, register
 from ._base import TokenLoss, row_function
+from .jsd import JSD
 from .kd import KD_OF_TOKENS
 
 if TYPE_CHECKING:
@@ -37,13 +38,6 @@ def skew_kl_loss(
     Args:
         alpha: the teacher's own share of the mixture, in [0, 1].
     """
-    alpha = _checks.fraction("alpha", alpha)
-    if alpha == 0.0:  # without a mixture
-        return row_loss(
-            KD_OF_TOKENS, student_logits, teacher_logits, labels, (), temperature, **common
-        )
-    if alpha == 1.0:  # from itself
-        alpha, common["loss_weight"] = 0.5, 0.0
     return row_loss(
         SKEW_KL, student_logits, teacher_logits, labels, (alpha,), temperature, **common
     )
@@ -74,6 +68,7 @@ SKEW_KL = register(
         target_name="labels",
         t_squared=False,
         options={"alpha": _checks.fraction},
+        ends=((0.0, End(KD_OF_TOKENS)), (1.0, End(JSD, (0.5,), 0.0))),
         rule="mixture",
         rule_numbers=lambda alpha: (alpha, 1.0 - alpha, 1.0, 0.0),
         samples=(

@@ -35,11 +35,17 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     and nothing cancels when p and q agree. A class with p = 0 gives q; p > 0 = q gives +inf.
     """
     p, q = log_p.exp(), log_q.exp()
-    absent = p == 0
-    d = torch.where(absent, 0.0, log_p - log_q)
-    near = (d.abs() < 1) & ~absent
-    close, far = torch.where(near, d, 0.0), torch.where(near, 0.0, d)
-    return torch.where(near, p * (torch.expm1(-close) + close), (q - p) + p * far)
+    return excess(p, q, torch.where(p == 0, 0.0, log_p - log_q))
+
+
+def excess(p: Tensor, m: Tensor, x: Tensor) -> Tensor:
+    """p (exp(-x) - 1 + x), the class's part of KL(p || m) with x = log(p / m); >= 0.
+
+    That is p x + (m - p), whose last part sums to 0 over the classes.
+    """
+    near = (x.abs() < 1) & (p != 0)
+    close, far = torch.where(near, x, 0.0), torch.where(near, 0.0, x)
+    return torch.where(near, p * (torch.expm1(-close) + close), (m - p) + p * far)
 
 
 def with_nan_of(log_p: Tensor, values: Tensor) -> Tensor:

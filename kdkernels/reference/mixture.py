@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._rows import rescale
-from ._tokens import kl_terms, log_softmax, with_nan_of
+from ._tokens import excess, kl_terms, log_softmax, with_nan_of
 
 
 def jsd(
@@ -96,9 +96,9 @@ def _from_mixture(
     p_over_m, q_over_m = _against_mixture(log_p, log_q, shares)
     total = torch.zeros_like(p)
     if a:
-        total = total + a * _excess(p, m, p_over_m)
+        total = total + a * excess(p, m, p_over_m)
     if b:
-        total = total + b * _excess(q, m, q_over_m)
+        total = total + b * excess(q, m, q_over_m)
     return with_nan_of(log_p, total.sum(-1))
 
 
@@ -128,13 +128,3 @@ def _against_mixture(
         torch.where(teacher_larger, p_over_m, q_over_m + below),
         torch.where(teacher_larger, p_over_m - above, q_over_m),
     )
-
-
-def _excess(p: Tensor, m: Tensor, x: Tensor) -> Tensor:
-    """p (exp(-x) - 1 + x), the class's part of KL(p || m) with x = log(p / m); >= 0.
-
-    That is p x + (m - p), whose last part sums to 0 over the classes.
-    """
-    near = (x.abs() < 1) & (p != 0)
-    close, far = torch.where(near, x, 0.0), torch.where(near, 0.0, x)
-    return torch.where(near, p * (torch.expm1(-close) + close), (m - p) + p * far)
