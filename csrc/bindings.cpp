@@ -40,18 +40,18 @@ void run(const Pair& pair, Problem& problem, const Kernels& kernels, int64_t red
 }
 
 void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
-         std::uintptr_t target, std::uintptr_t token_weight, std::uintptr_t loss,
-         int student_type, int teacher_type, int64_t rows, int64_t classes, const py::tuple& given) {
+         const py::tuple& of_rows, std::uintptr_t loss, std::uintptr_t parts, int student_type,
+         int teacher_type, int64_t rows, int64_t classes, const py::tuple& given) {
   const RowCall call = row_call(given);
   const Pair pair{student, teacher, gradient, student_type, teacher_type};
   const Kernels& chosen = kernels(call.rule);
   RowProblem problem{};
   pair.fill(problem, rows, classes);
   call.fill(problem);
-  problem.target = reinterpret_cast<const int64_t*>(target);
-  problem.token_weight = reinterpret_cast<const void*>(token_weight);
+  RowAddresses(of_rows).fill(problem);
   problem.loss = reinterpret_cast<void*>(loss);
-  finish(problem, chosen, call.scale(), call.reduction);
+  problem.parts = reinterpret_cast<void*>(parts);
+  finish(problem, chosen, call.reduction);
   run(pair, problem, chosen, call.reduction, loss);
 }
 

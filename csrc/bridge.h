@@ -99,10 +99,32 @@ inline Numbers numbers_of(const std::vector<double>& numbers, const std::optiona
   return Numbers(data, data + symbolic->numel());
 }
 
+// What a row has one number of; the names are those of the family's constants in kdkernels/_calls.py.
+struct RowTensors {
+  std::optional<Tensor> target, token_weight, hard_token_weight, row_temperature;
+
+  template <class F>
+  void each(F&& f) const {
+    f("target", target);
+    f("token_weight", token_weight);
+    f("hard_token_weight", hard_token_weight);
+    f("row_temperature", row_temperature);
+  }
+};
+
+inline const void* row_numbers(const char* name, const std::optional<Tensor>& x, ScalarType type,
+                               int64_t rows) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous() && x->numel() == rows, name,
+                  type == ScalarType::Long ? " must be contiguous int64, one for each row"
+                                           : " must be contiguous, one for each row, of the loss's dtype");
+  require_memory(*x, name);
+  return x->const_data_ptr();
+}
+
 // Without a gradient.
 inline RowProblem row_problem(const RowCall& call, const Tensor& student, const Tensor& teacher,
-                              const std::optional<Tensor>& target,
-                              const std::optional<Tensor>& token_weight, const Logits& logits) {
+                              const RowTensors& of_rows, const Logits& logits) {
   RowProblem problem{};
   problem.student = rows_of(student, call.class_dim, student.const_data_ptr());
   problem.teacher = rows_of(teacher, call.class_dim, teacher.const_data_ptr());
@@ -110,20 +132,14 @@ inline RowProblem row_problem(const RowCall& call, const Tensor& student, const 
   problem.rows = logits.rows;
   problem.classes = logits.classes;
   call.fill(problem);
-  if (target) {
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->is_contiguous() &&
-                        target->numel() == logits.rows,
-                    "target must be contiguous int64, one for each row");
-    require_memory(*target, "target");
-    problem.target = static_cast<const int64_t*>(target->const_data_ptr());
-  }
-  if (token_weight) {
-    STD_TORCH_CHECK(token_weight->scalar_type() == logits.loss_type() &&
-                        token_weight->is_contiguous() && token_weight->numel() == logits.rows,
-                    "token_weight must be contiguous, one for each row, of the loss's dtype");
-    require_memory(*token_weight, "token_weight");
-    problem.token_weight = token_weight->const_data_ptr();
-  }
+  const auto numbers = [&](const char* name, const std::optional<Tensor>& x) {
+    return row_numbers(name, x, logits.loss_type(), logits.rows);
+  };
+  problem.target = static_cast<const int64_t*>(
+      row_numbers("target", of_rows.target, ScalarType::Long, logits.rows));
+  problem.token_weight = numbers("token_weight", of_rows.token_weight);
+  problem.hard_token_weight = numbers("hard_token_weight", of_rows.hard_token_weight);
+  problem.row_temperature = numbers("row_temperature", of_rows.row_temperature);
   return problem;
 }
 
@@ -148,6 +164,14 @@ Tensor allocated(const char* what, int64_t elements, const Allocate& allocate) {
     throw std::runtime_error(std::string("memory must be enough for ") + what + " of " +
                              std::to_string(elements) + " elements, got too little");
   }
+}
+
+// What RowProblem::parts points to, or nothing.
+inline Tensor empty_parts(const RowCall& call, const Tensor& student, const Logits& logits) {
+  if (!call.parts) return torch::stable::new_empty(student, {0}, logits.loss_type());
+  std::vector<int64_t> shape = row_shape(student, call.class_dim);
+  shape.insert(shape.begin(), 3);
+  return torch::stable::new_empty(student, shape, logits.loss_type());
 }
 
 inline Tensor empty_gradient(const Tensor& student, bool wanted = true) {

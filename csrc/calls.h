@@ -21,21 +21,21 @@ inline void expect_numbers(const Numbers& numbers, size_t least, size_t most) {
 
 struct RowCall {
   std::string rule;
-  Numbers numbers;  // temperature, scale, then the rule's own options
-  bool standardize;
+  Numbers numbers;  // temperature, scale, weight of the cross-entropy, then the rule's own options
+  bool standardize, parts;
   int64_t ignore_index, class_dim, reduction;
 
   static constexpr size_t kOptions = sizeof(Options::value) / sizeof(double);
 
-  double scale() const { return numbers[1]; }
-  // Everything but the tensors; the scale not yet divided by the rows.
+  // Everything but the tensors; the scales not yet divided by the rows.
   void fill(RowProblem& problem) const {
-    expect_numbers(numbers, 2, 2 + kOptions);
+    expect_numbers(numbers, 3, 3 + kOptions);
     problem.temperature = numbers[0];
     problem.scale = numbers[1];
+    problem.hard = numbers[2];
     problem.standardize = standardize;
     problem.ignore_index = ignore_index;
-    for (size_t i = 2; i < numbers.size(); ++i) problem.options.value[i - 2] = numbers[i];
+    for (size_t i = 3; i < numbers.size(); ++i) problem.options.value[i - 3] = numbers[i];
   }
 };
 

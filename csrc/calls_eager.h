@@ -16,13 +16,31 @@ T field(const pybind11::tuple& call, size_t index) {
 
 inline RowCall row_call(const pybind11::tuple& call) {
   return {field<std::string>(call, 0), field<Numbers>(call, 1), field<bool>(call, 3),
-          field<int64_t>(call, 4),     field<int64_t>(call, 5), field<int64_t>(call, 6)};
+          field<bool>(call, 4),        field<int64_t>(call, 5), field<int64_t>(call, 6),
+          field<int64_t>(call, 7)};
 }
 
 inline CorrelationCall correlation_call(const pybind11::tuple& call) {
   return {field<std::string>(call, 0), field<Numbers>(call, 1), field<int64_t>(call, 3),
           field<int64_t>(call, 4)};
 }
+
+// Addresses of what a row has one number of, in the order of the family's constants; 0 for none.
+struct RowAddresses {
+  std::uintptr_t target, token_weight, hard_token_weight, row_temperature;
+
+  explicit RowAddresses(const pybind11::tuple& given)
+      : target(field<std::uintptr_t>(given, 0)),
+        token_weight(field<std::uintptr_t>(given, 1)),
+        hard_token_weight(field<std::uintptr_t>(given, 2)),
+        row_temperature(field<std::uintptr_t>(given, 3)) {}
+  void fill(RowProblem& problem) const {
+    problem.target = reinterpret_cast<const int64_t*>(target);
+    problem.token_weight = reinterpret_cast<const void*>(token_weight);
+    problem.hard_token_weight = reinterpret_cast<const void*>(hard_token_weight);
+    problem.row_temperature = reinterpret_cast<const void*>(row_temperature);
+  }
+};
 
 // Addresses and dtype codes of student, teacher and gradient, all contiguous.
 struct Pair {

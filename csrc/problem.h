@@ -55,13 +55,17 @@ inline Rows contiguous_rows(void* data, Scalar type, int64_t rows, int64_t class
 struct RowProblem {
   Rows student, teacher, gradient;  // gradient.data is null where none is wanted
   const int64_t* target;            // class of each row, or null
-  const void* token_weight;         // factor of each row's value in the working type, or null
+  const void* token_weight;         // factor of each row's divergence in the working type, or null
+  const void* hard_token_weight;    // factor of each row's cross-entropy likewise
+  const void* row_temperature;      // temperature of each row likewise, instead of `temperature`
   const void* upstream;             // factor of each row's gradient likewise
   void* loss;                       // value of each row in the working type
+  void* parts;  // likewise, or null: all rows' weighted divergences, then cross-entropies, then entropies
   int64_t rows, classes;
   int64_t ignore_index;
   double temperature;
-  double scale;           // multiplies the values (mean: already divided by the valid rows)
+  double scale;           // multiplies the divergences (mean: already divided by the valid rows)
+  double hard;            // likewise the cross-entropies of the targets at temperature 1; 0 for none
   bool standardize;
   Options options;
 };

@@ -43,9 +43,9 @@ def row(
     student: int,
     teacher: int,
     gradient: int,
-    target: int,
-    token_weight: int,
+    of_rows: tuple[int, int, int, int],  # addresses of the family's other constants
     loss: int,
+    parts: int,
     student_type: int,
     teacher_type: int,
     rows: int,

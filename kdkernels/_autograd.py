@@ -64,18 +64,25 @@ def _batched(upstream: Tensor) -> bool:
     )
 
 
+def _forward(
+    ctx: Any, student: Tensor, kernels: Kernels, call: Any, constants: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """What the kernels give; the gradient is kept, where it is stored."""
+    ctx.stored = stored = stores_gradient(student, call.reduction)
+    given = kernels.forward(student, *constants, call, stored)
+    ctx.gradient = given[1] if stored else None
+    ctx.kernels = kernels
+    ctx.call = call
+    _save(ctx, (student, *constants))
+    return given
+
+
 class _Fused(torch.autograd.Function):
     """One student: rows, correlations, composed losses."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, kernels: Kernels, call: Any, *constants: Any) -> Tensor:
-        ctx.stored = stored = stores_gradient(student, call.reduction)
-        loss, gradient = kernels.forward(student, *constants, call, stored)
-        ctx.gradient = gradient if stored else None
-        ctx.kernels = kernels
-        ctx.call = call
-        _save(ctx, (student, *constants))
-        return loss  # type: ignore[return-value]
+        return _forward(ctx, student, kernels, call, constants)[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
@@ -113,6 +120,25 @@ def _batched_backward(upstream: Tensor, kernels: Kernels, call: Any, saved: Any)
 # Typed: torch leaves `apply` untyped. Without `Function.apply`'s own preparation for functorch
 # transforms, a tenth of a small loss's time, because those never come here.
 _apply_fused: Callable[..., Tensor] = super(torch.autograd.Function, _Fused).apply
+
+
+class _FusedWithParts(_Fused):
+    """Likewise, with the parts of the loss."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, kernels: Kernels, call: Any, *constants: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, _, parts = _forward(ctx, student, kernels, call, constants)
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return _Fused.backward(ctx, upstream)
+
+
+_apply_with_parts: Callable[..., Any] = super(torch.autograd.Function, _FusedWithParts).apply
 
 
 class _FusedSeveral(torch.autograd.Function):
@@ -163,11 +189,27 @@ def apply(backend: str, family: str, student: Tensor, call: Any, *constants: Any
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if traced(student, constants[0]):
         store = needs_grad and stores_gradient(student, call.reduction)
-        return call_operator(backend, family, (student,), constants, call, (store,))
+        return call_operator(backend, family, (student,), constants, call, (store,))[0]
     kernels = kernels_of(backend, family)
     if needs_grad:
         return _apply_fused(student, kernels, call, *constants)
     return kernels.forward(student, *constants, call, False)[0]  # type: ignore[return-value]
+
+
+def apply_with_parts(
+    backend: str, family: str, student: Tensor, call: Any, *constants: Any
+) -> tuple[Tensor, Tensor]:
+    """As ``apply``, of a family that gives the loss's parts too."""
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if traced(student, constants[0]):
+        store = needs_grad and stores_gradient(student, call.reduction)
+        given = call_operator(backend, family, (student,), constants, call, (store,))
+        return given[0], given[2]
+    kernels = kernels_of(backend, family)
+    if needs_grad:
+        return _apply_with_parts(student, kernels, call, *constants)
+    loss, _, parts = kernels.forward(student, *constants, call, False)
+    return loss, parts  # type: ignore[return-value]
 
 
 def apply_several(
@@ -179,7 +221,7 @@ def apply_several(
     if traced(*students, *constants):
         stored = all(stores_gradient(x, call.reduction) for x in students)
         wanted = needs if stored else (False,) * len(students)
-        return call_operator(backend, family, students, constants, call, wanted)
+        return call_operator(backend, family, students, constants, call, wanted)[0]
     kernels = kernels_of(backend, family)
     if any(needs):
         return _apply_several(len(students), kernels, call, *students, *constants)
@@ -200,14 +242,14 @@ def call_operator(
     constants: tuple[Tensor | None, ...],
     call: Any,
     needs: tuple[bool, ...],
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """The family's operator; ``needs`` says for which students the gradient is stored."""
     symbolic = symbolic_numbers(call.numbers)
     if symbolic is not None:
         call = call._replace(numbers=[], symbolic=symbolic)
     if not any(needs) and torch.is_grad_enabled() and any([x.requires_grad for x in students]):
         constants = tuple([None if x is None else keepable(x) for x in constants])  # read again
-    return operator(backend, family)(*students, *constants, *call, *needs)[0]
+    return operator(backend, family)(*students, *constants, *call, *needs)
 
 
 def keepable(constant: Tensor) -> Tensor:

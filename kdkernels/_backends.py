@@ -15,7 +15,8 @@ from torch import Tensor
 class Kernels(NamedTuple):
     """A family's kernels on one backend.
 
-    ``forward(*students, *constants, call, *needs)`` gives the loss and a gradient for each student,
+    ``forward(*students, *constants, call, *needs)`` gives the loss, a gradient for each student and
+    the family's other outputs,
     ``backward(upstream, *students, *constants, call, *needs)`` the gradients alone (``needs`` only
     where there are several students), ``scale_`` multiplies a private gradient in place by a 0-d
     tensor.

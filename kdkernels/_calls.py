@@ -19,9 +19,12 @@ class RowCall(NamedTuple):
 
     rule: str
     numbers: Sequence[float]
-    """temperature, scale, then the rule's own options; ``scale`` multiplies the loss."""
+    """temperature, scale, weight of the cross-entropy, then the rule's own options; ``scale``
+    multiplies the divergence."""
     symbolic: Tensor | None
     standardize: bool
+    parts: bool
+    """Whether the rows' divergences, cross-entropies and entropies are given: (3, rows...)."""
     ignore_index: int
     class_dim: int
     reduction: int
@@ -79,8 +82,9 @@ class Family:
     """The kernels that share a schema.
 
     ``students`` are the tensors that get gradients, ``constants`` the others, by name; a constant
-    whose name ends in ``?`` may be None. ``recomputes`` says that a second operator computes the
-    gradients from the inputs in the backward pass.
+    whose name ends in ``?`` may be None. ``outputs`` are tensors without gradient that the forward
+    operator returns too. ``recomputes`` says that a second operator computes the gradients from the
+    inputs in the backward pass.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Family:
     constants: tuple[str, ...]
     call: Any
     """One of the classes above."""
+    outputs: tuple[str, ...] = ()
     recomputes: bool = True
 
     @property
@@ -112,7 +117,8 @@ class Family:
         """The loss, and a gradient for each student: an empty tensor where none is wanted."""
         needs = "".join(f", bool {name}" for name in self.needs)
         gradients = "".join(f", Tensor {name.removeprefix('need_')}" for name in self.needs)
-        return f"({self.arguments()}{needs}) -> (Tensor loss{gradients})"
+        others = "".join(f", Tensor {name}" for name in self.outputs)
+        return f"({self.arguments()}{needs}) -> (Tensor loss{gradients}{others})"
 
     def backward_schema(self) -> str:
         """The gradients, recomputed; for which students, is asked only where there are several."""
@@ -123,7 +129,15 @@ class Family:
         return f"(Tensor upstream, {self.arguments()}{needs}) -> ({result})"
 
 
-ROW = Family("row", ("student",), ("teacher", "target?", "token_weight?"), RowCall)
+ROW = Family(
+    "row",
+    ("student",),
+    ("teacher", "target?", "token_weight?", "hard_token_weight?", "row_temperature?"),
+    RowCall,
+    outputs=("parts",),
+)
+"""``token_weight`` multiplies a row's divergence, ``hard_token_weight`` its cross-entropy;
+``row_temperature`` counts instead of the number."""
 CORRELATION = Family("correlation", ("student",), ("teacher",), CorrelationCall)
 FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCall)
 TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)

@@ -169,6 +169,25 @@ def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
     return value
 
 
+def row_temperature(value: Tensor, student: Tensor, class_dim: int, name: str) -> None:
+    """Check a temperature that is a tensor: 0-d, or one number for each row of the logits."""
+    tensor(name, value)
+    if value.dim():
+        _one_a_row(name, value, student, class_dim)
+        dtype(name, value)
+        return
+    scalar(name, value)
+    if value.device != student.device and not value.is_cpu:
+        raise fail(name, f"on the student's device {student.device}", value.device)
+
+
+def temperature_range(value: Tensor) -> None:
+    """Check temperatures of a CPU tensor (reads the data)."""
+    bad = ~((value >= COLDEST) & (value <= HOTTEST))
+    if bad.any():
+        raise fail("temperature", f"in [{COLDEST:g}, {HOTTEST:g}]", float(value[bad].flatten()[0]))
+
+
 def items(value: Any, reduction: str) -> Any:
     """``num_items_in_batch``: a number > 0, or a 0-d tensor, which nothing reads on the host."""
     if REDUCTIONS[reduction] != 1:

@@ -63,6 +63,15 @@ def choose(spec: LossSpec, student: Tensor, backend: str | None) -> str:
     return _choose(spec.name, requested, "cpu" if student.is_cpu else student.device.type)
 
 
+def beside_cuda(spec: LossSpec, student: Tensor, backend: str | None) -> str:
+    """What runs a call that compiled CUDA kernels would have to run and cannot."""
+    requested = _requested if backend is None else backend
+    if requested is not None:
+        reasons = "compiled CUDA kernels give neither hard_weight nor return_parts"
+        raise _unable(spec, requested, reasons)
+    return "reference" if why_not(spec, "triton", student) else "triton"
+
+
 _choices: dict[tuple[str, str | None, str], str] = {}
 
 

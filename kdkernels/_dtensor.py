@@ -55,48 +55,47 @@ def _local(tensor: Any, mesh: Any, placements: Any) -> Tensor:
 
 
 def row_loss(
-    run: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Tensor],
+    run: Callable[..., Tensor],
     student: Tensor,
     teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
+    of_rows: dict[str, Tensor | None],
     *,
     class_dim: int,
     ignore_index: int,
     reduction: int,
 ) -> Tensor:
-    """``run`` of student, teacher, target, token_weight and reduction on each rank's rows."""
+    """``run`` of student, teacher, what has one number a row, and reduction on each rank's rows."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    named = {
-        "student_logits": student,
-        "teacher_logits": teacher,
-        "target": target,
-        "token_weight": token_weight,
-    }
-    mesh = _mesh(named)
+    rank_shared = {k for k, x in of_rows.items() if x is not None and x.dim() == 0 and plain(x)}
+    sharded = {k: x for k, x in of_rows.items() if k not in rank_shared}
+    mesh = _mesh({"student_logits": student, "teacher_logits": teacher, **sharded})
     given: Any = student
     by_row = [p.is_shard() and p.dim != class_dim for p in given.placements]
     placements = [
         p if own else Replicate() for p, own in zip(given.placements, by_row, strict=True)
     ]
-    of_rows = [
+    row_placements = [
         Shard(p.dim - (p.dim > class_dim)) if own else Replicate()
         for p, own in zip(given.placements, by_row, strict=True)
     ]
     of_sums = [Partial() if own else Replicate() for own in by_row]
     rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     s, t = (_local(x, mesh, placements) for x in (student, teacher))
-    y, w = (None if x is None else _local(x, mesh, of_rows) for x in (target, token_weight))
+    local = {
+        k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
+        for k, x in of_rows.items()
+    }
     if reduction == _NONE:
-        losses = run(s, t, y, w, _NONE)
+        losses = run(s, t, *local.values(), _NONE)
         strides = torch.empty(rows, device="meta").stride()
         return DTensor.from_local(
-            losses, mesh, of_rows, run_check=False, shape=rows, stride=strides
+            losses, mesh, row_placements, run_check=False, shape=rows, stride=strides
         )
-    total = run(s, t, y, w, _SUM)
+    total = run(s, t, *local.values(), _SUM)
     if reduction != _SUM:
         count: Any = max(rows.numel(), 1)
+        y = local["target"]
         if y is not None:
             valid = DTensor.from_local((y != ignore_index).sum(), mesh, of_sums, run_check=False)
             count = valid.full_tensor().clamp(min=1)

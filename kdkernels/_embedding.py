@@ -194,4 +194,5 @@ def tuples(
             d_teacher = distances(teacher).to(dtype)
     need_gradient = d_student.requires_grad and torch.is_grad_enabled()
     constants = d_teacher, target
-    return call_operator(backend, "tuple_matching", (d_student,), constants, call, (need_gradient,))
+    needs = (need_gradient,)
+    return call_operator(backend, "tuple_matching", (d_student,), constants, call, needs)[0]

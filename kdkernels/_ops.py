@@ -107,6 +107,20 @@ def _fake_loss(family: Family, args: tuple[Any, ...]) -> Tensor:
     return tensors[0].new_empty(shape, dtype=working_dtype(*floats))
 
 
+def _fake_outputs(family: Family, args: tuple[Any, ...], loss: Tensor) -> list[Tensor]:
+    if not family.outputs:
+        return []
+    student, call = (
+        args[0],
+        family.call(*args[family.tensors : family.tensors + len(family.call._fields)]),
+    )
+    shape: list[Any] = [0]
+    if call.parts:
+        shape = [3, *student.shape]
+        del shape[1 + call.class_dim]
+    return [loss.new_empty(shape)]
+
+
 def _gradients(students: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor]:
     return [
         torch.empty_like(x) if wanted else x.new_empty([0])
@@ -121,7 +135,9 @@ def _define(backend: str, family: Family) -> None:
     names = [x.rstrip("?") for x in (*family.students, *family.constants)]
 
     def fake_forward(*args: Any) -> tuple[Tensor, ...]:
-        return (_fake_loss(family, args), *_gradients(args[:count], args[fields:]))
+        loss = _fake_loss(family, args)
+        gradients = _gradients(args[:count], args[fields:])
+        return (loss, *gradients, *_fake_outputs(family, args, loss))
 
     def fake_backward(upstream: Tensor, *args: Any) -> Any:
         if count == 1:
@@ -135,7 +151,7 @@ def _define(backend: str, family: Family) -> None:
         call = family.call(*inputs[family.tensors : fields])
         ctx.call = call._replace(symbolic=None)
         if ctx.stored:
-            ctx.save_for_backward(*output[1:], *inputs[:count])
+            ctx.save_for_backward(*output[1 : 1 + count], *inputs[:count])
         else:
             ctx.save_for_backward(*inputs[: family.tensors], call.symbolic)
 
@@ -183,13 +199,14 @@ def _implement_triton(family: Family) -> None:
     def forward(*args: Any) -> Any:
         kernels = _backends.kernels("triton", family.name)
         call = family.call(*args[family.tensors : fields])
-        loss, *gradients = kernels.forward(*args[: family.tensors], call, *args[fields:])
-        students = args[: len(family.students)]
+        loss, *others = kernels.forward(*args[: family.tensors], call, *args[fields:])
+        # What is None has the dtype of its student, or of the loss.
+        like = [*args[: len(family.students)], *(loss for _ in family.outputs)]
         return (
             loss,
             *(
-                x.new_empty([0]) if g is None else g
-                for g, x in zip(gradients, students, strict=True)
+                x.new_empty([0]) if made is None else made
+                for made, x in zip(others, like, strict=True)
             ),
         )
 

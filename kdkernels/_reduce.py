@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .reference._rows import weighted
+from .reference.hard import cross_entropy, entropy
 
 
 def as_rows(logits: Tensor, class_dim: int) -> Tensor:
@@ -32,14 +33,20 @@ def row_loss(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     *,
+    temperature: float,
     class_dim: int,
     scale: float,
+    hard: float,
+    standardize: bool,
     ignore_index: int,
     reduction: int,
     needs_target: bool,
-) -> Tensor:
-    """Evaluate a row reference with its mask, scale and reduction.
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate a row reference with its mask, scale and reduction; and the parts, (3, rows...).
 
     Rows whose target is ``ignore_index`` are replaced by zeros before anything is computed, so they
     contribute exact zeros to the loss and to the gradient even if they hold NaN.
@@ -47,6 +54,9 @@ def row_loss(
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     student, teacher = promote(student, teacher)
     student, teacher = as_rows(student, class_dim), as_rows(teacher, class_dim)
+    heat: float | Tensor = temperature
+    if row_temperature is not None:
+        heat = row_temperature.reshape(-1, 1).to(student.dtype)
     valid = None
     args: tuple[Tensor, ...] = ()
     if target is not None:
@@ -54,17 +64,38 @@ def row_loss(
         valid = target != ignore_index
         student = torch.where(valid.unsqueeze(-1), student, torch.zeros_like(student))
         teacher = torch.where(valid.unsqueeze(-1), teacher, torch.zeros_like(teacher))
+        if isinstance(heat, Tensor):
+            heat = torch.where(valid.unsqueeze(-1), heat, torch.ones_like(heat))
+        target = torch.where(valid, target, torch.zeros_like(target))
         if needs_target:
-            args = (torch.where(valid, target, torch.zeros_like(target)),)
-    values = weighted(rows(student, teacher, *args), scale)
-    if token_weight is not None:
-        values = weighted(values, token_weight.reshape(-1).to(values.dtype))
-    if valid is not None:
-        values = torch.where(valid, values, torch.zeros_like(values))
+            args = (target,)
+
+    def weigh(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
+        values = weighted(values, factor)
+        if weight is not None:
+            values = weighted(values, weight.reshape(-1).to(values.dtype))
+        return values if valid is None else torch.where(valid, values, torch.zeros_like(values))
+
+    values = rows(student, teacher, *args, temperature=heat, standardize=standardize)
+    soft = total = weigh(values, scale, token_weight)
+    hard_values = torch.zeros_like(soft)
+    if hard != 0.0:
+        assert target is not None  # checked before
+        hard_values = weigh(cross_entropy(student, target), hard, hard_token_weight)
+        total = soft + hard_values
+    separate = None
+    if parts:
+        spread = entropy(student, heat, standardize)
+        if valid is not None:
+            spread = torch.where(valid, spread, torch.zeros_like(spread))
+        separate = torch.stack([soft.detach(), hard_values.detach(), spread])
+        separate = separate.reshape(3, *shape)
     if reduction == 0:
-        return values.reshape(shape)
-    total = values.sum()
-    if reduction == 2:
-        return total
-    count = valid.sum().clamp(min=1) if valid is not None else max(values.shape[0], 1)
-    return total / count
+        return total.reshape(shape), separate
+    loss = total.sum()
+    if reduction == 1:
+        count = valid.sum().clamp(min=1) if valid is not None else max(student.shape[0], 1)
+        loss = loss / count
+        if separate is not None:
+            separate = torch.cat([separate[:2] / count, separate[2:]])
+    return loss, separate

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor, _reduce
-from ._autograd import apply
-from ._calls import RowCall
-from ._dispatch import choose
+from . import _checks, _dtensor, _temperature
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
-from ._tracing import plain, traced, transformed
+from ._rowrun import run
+from ._tracing import plain
 from .reference._rows import weighted
 from .registry import LossSpec
 
@@ -25,8 +23,10 @@ class TokenOptions(TypedDict, total=False):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
     token_weight: Tensor | None
     num_items_in_batch: float | Tensor | None
+    return_parts: bool
     backend: str | None
 
 
@@ -36,28 +36,47 @@ class RowOptions(TokenOptions, total=False):
     standardize: bool
 
 
+class LossParts(NamedTuple):
+    """What ``return_parts=True`` gives beside the loss, the sum of the first two; detached."""
+
+    distillation: Tensor
+    """The divergence with its weights, reduced as the loss is."""
+    hard: Tensor
+    """The cross-entropy of the labels, likewise."""
+    entropy: Tensor
+    """Entropy in nats of the student's softened distribution of each row; 0 where it is ignored."""
+
+
+_OF_ROWS = ("target", "token_weight", "hard_token_weight", "temperature")
+
+
 def row_loss(
     spec: LossSpec,
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
     options: tuple[Any, ...],
-    temperature: float,
+    temperature: float | Tensor,
     *,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     loss_weight: float | Tensor = 1.0,
+    hard_weight: float = 0.0,
     token_weight: Tensor | None = None,
     num_items_in_batch: float | Tensor | None = None,
+    return_parts: bool = False,
     standardize: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """Check the inputs, choose the backend and run it.
+) -> Any:
+    """Check the inputs, choose the backend and run it: the loss, or with it its ``LossParts``.
 
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
     code = _checks.reduction(reduction)
     class_dim = _checks.logits(student, teacher)
+    heats: Tensor | None = None
+    if isinstance(temperature, Tensor):
+        temperature, heats = _temperature.split(temperature, student, class_dim)
     temperature = _checks.temperature(temperature)
     if spec.options:
         named = zip(spec.options.items(), options, strict=True)
@@ -68,13 +87,30 @@ def row_loss(
         if spec.target_name == "labels":  # a loss of tokens
             raise TypeError(f"{spec.name}_loss() got an unexpected keyword argument 'standardize'")
         standardize = _checks.flag("standardize", standardize)
+    if return_parts is not False:
+        return_parts = _checks.flag("return_parts", return_parts)
+    hard = _checks.number("hard_weight", hard_weight)
+    reads_target = spec.needs_target or hard != 0.0
     index = _checks.NO_INDEX if ignore_index is None else ignore_index
     if target is not None:
-        target, index = _indices(spec, student, target, class_dim, ignore_index)
-    elif spec.needs_target:
+        target, index = _indices(spec, student, target, class_dim, ignore_index, not reads_target)
+    elif reads_target:
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
     if token_weight is not None:
         _checks.token_weight(token_weight, student, class_dim)
+    if isinstance(loss_weight, Tensor) and hard != 0.0:
+        common: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "token_weight": token_weight,
+            "num_items_in_batch": num_items_in_batch,
+            "return_parts": return_parts,
+            "standardize": standardize,
+            "backend": backend,
+        }
+        given = temperature if heats is None else heats
+        once = functools.partial(row_loss, spec, student, teacher, target, options, given, **common)
+        return joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
     if isinstance(loss_weight, Tensor):
@@ -82,8 +118,16 @@ def row_loss(
         factor = _checks.on_device("loss_weight", loss_weight, student.device)
         loss_weight = 1.0
     scale = _checks.number("loss_weight", loss_weight)
-    if spec.t_squared:  # here, for every loss
+    hard_token_weight = token_weight if hard != 0.0 else None
+    learned = heats is not None and _temperature.learned(spec, heats)
+    if heats is not None:
+        given_heats, heats = heats, heats.detach().to(working_dtype(student, teacher))
+        if spec.t_squared:
+            squares = heats * heats
+            token_weight = squares if token_weight is None else token_weight * squares
+    elif spec.t_squared:  # here, for every loss
         scale = scale * temperature * temperature
+    asked = spec
     for value, end in spec.ends:
         if options[0] == value:
             spec, options, scale = end.spec, end.options, scale * end.factor
@@ -94,83 +138,66 @@ def row_loss(
         if isinstance(items, Tensor):
             divisor = _checks.on_device("num_items_in_batch", items, student.device)
         else:
-            scale = scale / items
-    checked = (spec, backend, options, temperature, scale, standardize, index, class_dim)
+            scale, hard = scale / items, hard / items
+    checked = (
+        spec, backend, options, temperature, scale, hard, standardize, return_parts,
+        index, class_dim,
+    )  # fmt: skip
+    of_rows = (target, token_weight, hard_token_weight, heats)
+    parts = None
     if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
+        if return_parts:
+            raise _checks.fail("return_parts", "False where logits are DTensors", True)
+        if learned:
+            raise _checks.fail("temperature", "a constant where logits are DTensors", "another")
         loss = _dtensor.row_loss(
-            lambda *local: _run(*checked, *local),
+            lambda *local: run(*checked, *local)[0],
             student,
             teacher,
-            target,
-            token_weight,
+            dict(zip(_OF_ROWS, of_rows, strict=True)),
             class_dim=class_dim,
             ignore_index=index,
             reduction=code,
         )
     else:
-        loss = _run(*checked, student, teacher, target, token_weight, code)
+        loss, parts = run(*checked, student, teacher, *of_rows, code)
+        if learned:
+            loss = _temperature.with_gradient(
+                asked, loss, given_heats, student, teacher, target, token_weight,
+                scale=scale, standardize=standardize, ignore_index=index,
+                class_dim=class_dim, reduction=code,
+            )  # fmt: skip
+    if parts is None:
+        return _weigh(loss, factor, divisor)
+    values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
+    values = _weigh(values, None if factor is None else factor.detach(), divisor)
+    return _weigh(loss, factor, divisor), LossParts(values[0], values[1], parts[2])
+
+
+def _weigh(values: Tensor, factor: Tensor | None, divisor: Tensor | None) -> Tensor:
     if divisor is not None:
-        loss = loss / divisor.to(loss.dtype)
-    return loss if factor is None else weighted(loss, factor.to(loss.dtype))
+        values = values / divisor.to(values.dtype)
+    return values if factor is None else weighted(values, factor.to(values.dtype))
 
 
-def _run(
-    spec: LossSpec,
-    backend: str | None,
-    options: tuple[float, ...],
-    temperature: float,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    reduction: int,
-) -> Tensor:
-    """The loss of checked arguments."""
-    chosen = choose(spec, student, backend)
-    if chosen != "native":  # which checks both itself
-        _checks.allocated("student_logits", student)
-        _checks.allocated("teacher_logits", teacher)
-        if target is not None and spec.needs_target:
-            _check_range(target, student.shape[class_dim], ignore_index)
-    if chosen == "reference":
-        rows = functools.partial(
-            spec.reference,
-            **dict(zip(spec.options, options, strict=True)),
-            temperature=temperature,
-            standardize=standardize,
-        )
-        return _reduce.row_loss(
-            rows,
-            student,
-            teacher,
-            target,
-            token_weight,
-            class_dim=class_dim,
-            scale=scale,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            needs_target=spec.needs_target,
-        )
-    if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
-        target = target.to(torch.int64).contiguous()
-    if token_weight is not None:
-        token_weight = token_weight.to(working_dtype(student, teacher)).contiguous()
-    if spec.rule_numbers is not None:
-        options = spec.rule_numbers(*options)
-    numbers = [temperature, scale, *options]
-    call = RowCall(spec.rule, numbers, None, standardize, ignore_index, class_dim, reduction)
-    return apply(chosen, "row", student, call, teacher, target, token_weight)
+def joined(one: Any, other: Any) -> Any:
+    """The sum of two losses of the same logits, with their parts where they have them."""
+    if isinstance(one, Tensor):
+        return one + other
+    (loss, parts), (added, others) = one, other
+    sums = (parts.distillation + others.distillation, parts.hard + others.hard)
+    return loss + added, LossParts(*sums, parts.entropy)
 
 
 def _indices(
-    spec: LossSpec, student: Tensor, target: Any, class_dim: int, ignore_index: int | None
+    spec: LossSpec,
+    student: Tensor,
+    target: Any,
+    class_dim: int,
+    ignore_index: int | None,
+    mask: bool,
 ) -> tuple[Tensor | None, int]:
     """The class indices, checked; those that are but a mask may be bools, of which True counts."""
-    mask = not spec.needs_target
     _checks.target(target, student, class_dim, spec.target_name, mask)
     _checks.allocated(spec.target_name, target)
     if mask and target.dtype == torch.bool:
@@ -178,9 +205,3 @@ def _indices(
     if ignore_index is None:
         return None if mask else target, _checks.NO_INDEX
     return target, ignore_index
-
-
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
-    if target.device.type == "cpu" and not traced(target) and not transformed():
-        _checks.target_range(target, classes, ignore_index)

@@ -206,27 +206,36 @@ def row(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     call: RowCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``kdkernels::row``, past the operator machinery where the tensors are plain."""
     if not _addressable(student, teacher, call.class_dim):
         operator = torch.ops.kdkernels.row.default
-        return operator(student, teacher, target, token_weight, *call, need_gradient)
+        numbers = (target, token_weight, hard_token_weight, row_temperature)
+        return operator(student, teacher, *numbers, *call, need_gradient)
     shape = student.shape
     classes = shape[-1]
     dtype = working_dtype(student, teacher)
     one = call.reduction != 0
     loss = _empty_loss(student, dtype) if one else student.new_empty(shape[:-1], dtype=dtype)
     gradient = torch.empty_like(student) if need_gradient else None
+    parts = student.new_empty((3, *shape[:-1]), dtype=dtype) if call.parts else None
     module, where = _where(student)
     module.row(
         student.data_ptr(),
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
-        _address("target", target),
-        _address("token_weight", token_weight),
+        (
+            _address("target", target),
+            _address("token_weight", token_weight),
+            _address("hard_token_weight", hard_token_weight),
+            _address("row_temperature", row_temperature),
+        ),
         loss.data_ptr(),
+        0 if parts is None else parts.data_ptr(),
         _CODES[student.dtype],
         _CODES[teacher.dtype],
         student.numel() // classes,
@@ -234,7 +243,7 @@ def row(
         call,
         *where,
     )
-    return loss, gradient
+    return loss, gradient, parts
 
 
 def correlation(

@@ -38,6 +38,7 @@ class LossSpec:
     ``ends`` are values of the first one at which the loss is another (pairs: the compiler compares
     a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
+    ``by_temperature`` gives each row's derivative by its temperature, for those who learn it.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
@@ -66,6 +67,7 @@ class LossSpec:
     ends: tuple[tuple[float, End], ...] = ()
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
+    by_temperature: Callable[..., Tensor] | None = None
     constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")
     samples: tuple[Mapping[str, Any], ...] = ({},)

@@ -279,10 +279,10 @@ def passes(spec: LossSpec) -> tuple[str, ...]:
 
 
 def option_names(spec: LossSpec) -> dict[str, inspect.Parameter]:
-    """The public parameters that are not tensors."""
+    """The public parameters that are not tensors, and do not change what is returned."""
     parameters = inspect.signature(spec.function).parameters
-    tensors = ("target", "labels", "token_weight", "num_items_in_batch")  # by default none
-    return {n: p for n, p in parameters.items() if p.default is not p.empty and n not in tensors}
+    others = ("target", "labels", "token_weight", "num_items_in_batch", "return_parts")
+    return {n: p for n, p in parameters.items() if p.default is not p.empty and n not in others}
 
 
 def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -295,7 +295,7 @@ def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str
     parameters = inspect.signature(spec.function).parameters
     options = option_names(spec)
     other = {"labels", "target"} - {spec.target_name}  # another name of the same
-    other |= {"token_weight", "num_items_in_batch"}  # test_row_keywords.py
+    other |= {"token_weight", "num_items_in_batch", "return_parts"}  # test_row_keywords.py
     names = [name for name in parameters if name not in options and name not in other]
     return dict(zip(names, tensors, strict=True))
 

@@ -132,10 +132,13 @@ class RowCall(ctypes.Structure):
         ("gradient", View),
         ("target", ctypes.c_void_p),
         ("token_weight", ctypes.c_void_p),
+        ("hard_token_weight", ctypes.c_void_p),
+        ("row_temperature", ctypes.c_void_p),
         ("upstream", ctypes.c_void_p),
         ("upstream_stride", ctypes.c_int64),
         ("loss", ctypes.c_void_p),
         ("total", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("classes", ctypes.c_int64),
         ("ignore_index", ctypes.c_int64),
@@ -143,6 +146,7 @@ class RowCall(ctypes.Structure):
         ("standardize", ctypes.c_int64),
         ("temperature", ctypes.c_double),
         ("scale", ctypes.c_double),
+        ("hard", ctypes.c_double),
         ("options", ctypes.c_double * 4),
         ("arch", ctypes.c_int64),
         ("multiprocessors", ctypes.c_int64),
@@ -185,6 +189,7 @@ def row_call(
     class_dim: int = -1,
     reduction: int = 1,
     token_weight: Tensor | None = None,
+    row_temperature: Tensor | None = None,
     upstream: Tensor | None = None,
     need_gradient: bool = True,
     device: dict[str, int] | None = None,
@@ -202,6 +207,7 @@ def row_call(
         gradient=view(gradient, class_dim),
         target=None if target is None else target.data_ptr(),
         token_weight=None if token_weight is None else token_weight.data_ptr(),
+        row_temperature=None if row_temperature is None else row_temperature.data_ptr(),
         upstream=None if upstream is None else upstream.data_ptr(),
         upstream_stride=1 if upstream is not None and upstream.dim() else 0,
         loss=loss.data_ptr() if reduction == 0 else None,
@@ -327,17 +333,21 @@ def _row(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     call: _calls.RowCall,
     need: bool,
 ) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
-    options = _row_options(call) | {"token_weight": token_weight, "need_gradient": need}
-    return row_loss(call.rule, student, teacher, target, **options)[:2]
+    numbers = {"token_weight": token_weight, "row_temperature": row_temperature}
+    options = _row_options(call) | numbers | {"need_gradient": need}
+    return (*row_loss(call.rule, student, teacher, target, **options)[:2], None)
 
 
 def _row_options(call: _calls.RowCall) -> dict[str, Any]:
-    temperature, scale, *options = call.numbers
+    temperature, scale, hard, *options = call.numbers
+    assert hard == 0.0 and not call.parts  # Triton's
     named = {"temperature": temperature, "scale": scale, "options": options}
     same = ("standardize", "ignore_index", "class_dim", "reduction")
     return named | {name: getattr(call, name) for name in same}
@@ -349,12 +359,15 @@ def _row_backward(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     call: _calls.RowCall,
 ) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
     upstream = upstream.to(working_dtype(student, teacher)).contiguous()
-    options = _row_options(call) | {"token_weight": token_weight}
+    numbers = {"token_weight": token_weight, "row_temperature": row_temperature}
+    options = _row_options(call) | numbers
     gradient = row_loss(call.rule, student, teacher, target, upstream=upstream, **options)[1]
     assert gradient is not None
     return gradient
@@ -387,7 +400,7 @@ def _correlation_backward(
 def _nothing(student: Tensor, teacher: Tensor, call: Any) -> Any:
     shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
     loss = torch.zeros(shape if call.reduction == 0 else (), dtype=working_dtype(student, teacher))
-    return loss, torch.empty_like(student)
+    return (loss, torch.empty_like(student), None)[: 3 if isinstance(call, _calls.RowCall) else 2]
 
 
 @contextlib.contextmanager

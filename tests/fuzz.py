@@ -221,7 +221,7 @@ def flat(logits: Tensor) -> np.ndarray[Any, Any]:
 
 
 def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Tensor) -> None:
-    spec, options = case.spec, case.plain
+    spec, options = case.spec, dict(case.plain)
     student, teacher = case.tensors["student_logits"], case.tensors["teacher_logits"]
     index = case.tensors.get("target", case.tensors.get("labels"))
     s, t = flat(student), flat(teacher)
@@ -235,6 +235,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     formula = formulas.ROWS[spec.name]
 
     wide = loss.dtype == torch.float64
+    hard = formulas.WIDE(options.pop("hard_weight", 0.0))
     # Autograd of the plain formula takes no pivot; the kernels do.
     options = {**options, "pivot": case.backend != "reference"}
     info = torch.finfo(torch.float64 if wide else torch.float32)
@@ -243,6 +244,9 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     def exact(move: Callable[[Any], Any], floor: float = flushed) -> tuple[Any, Any, Any]:
         with np.errstate(all="ignore"):
             value, slope, size = formula(s, t, target, {**options, "floor": floor}, move)
+            if hard:
+                added = formulas.hard(s, t, target, hard, move)
+                value, slope, size = value + added[0], slope + added[1], size + added[2]
         ours = valid[:, None]
         return np.where(valid, value, 0), np.where(ours, slope, 0), np.where(ours, size, 0)
 
@@ -256,9 +260,12 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     # A subnormal probability may count as 0 or not, which decides whether the row is infinite.
     kept, kept_slope, _ = exact(lambda x: x, least)
     either = np.isinf(kept) & np.isfinite(value)
+    if hard:  # which may be infinite by itself
+        either |= np.isnan(kept_slope).any(-1) & ~np.isnan(slope).any(-1)
     # A factor that underflows on the way costs what the factors behind it make of it.
     weights = max(1.0, *(abs(float(options.get(n, 1.0))) for n in ("alpha", "beta")))
     weights *= abs(float(options["loss_weight"])) * max(options["temperature"], 1.0) ** 2
+    weights += abs(float(hard))
     lost = formulas.WIDE(info.smallest_normal) * weights / K
     value = np.where(either & ~np.isfinite(actual), kept, value)
     slope = np.where((either & ~np.isfinite(gradient).all(1))[:, None], kept_slope, slope)
@@ -266,6 +273,10 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     # Pairwise sums of n terms, those of the divergence and of the probabilities: half a rounding
     # each for every level. Equal distributions differ by the formula's own rounding, squared.
     size = np.where(np.isfinite(value), abs(value), 0)
+    if hard:  # two sums, which may cancel
+        with np.errstate(all="ignore"):
+            entropy = np.where(valid, abs(formulas.hard(s, t, target, hard, lambda x: x)[0]), 0)
+        size = size + 2 * np.where(np.isfinite(entropy), entropy, 0)
     own = (32 * formulas.WIDE(np.finfo(formulas.WIDE).eps)) ** 2 * weights
     noise = noise + (formulas.WIDE(info.eps) * np.log2(classes) * size + own) / K
     if options["reduction"] == "none":
@@ -276,11 +287,11 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         with np.errstate(all="ignore"):
             total = value.sum() / share
         finite = np.where(np.isfinite(noise), noise, 0)
-        size = np.where(np.isfinite(value), abs(value), 0).sum()
+        size = size.sum()
         extra = finite.sum() / share + formulas.WIDE(torch.finfo(loss.dtype).eps) * size / share / K
         close(actual, np.array([total]), np.array([extra]), loss.dtype, "loss")
     # An infinite loss whose formula leaves the gradient open: any that is not finite.
-    free = np.isinf(value)[:, None] & np.isnan(slope)
+    free = (np.isinf(value) | bool(hard))[:, None] & np.isnan(slope)
     gradient = np.where(free, np.nan, gradient)
     with np.errstate(all="ignore"):
         expected = slope * factor[:, None] / share

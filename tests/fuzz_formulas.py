@@ -107,6 +107,22 @@ def softened(function: Callable[..., Rows]) -> Callable[..., Rows]:
     return loss
 
 
+def hard(s: Array, t: Array, target: Array, weight: Any, move: Callable[[Array], Array]) -> Rows:
+    """The cross-entropy of the target at temperature 1; bad rows of the teacher are NaN too."""
+    bad = bad_rows(s) | bad_rows(t)
+    log_q = log_softmax(move(np.where(bad[:, None], 0, s)))
+    rows, q = np.arange(len(s)), np.exp(log_q)
+    by_logit = q.copy()
+    others = q.copy()
+    others[rows, target] = 0
+    by_logit[rows, target] = -others.sum(-1)
+    # Of a certain label, log q is as good as 0, and its complement is not.
+    value = np.where(q[rows, target] > 0.5, -np.log1p(-others.sum(-1)), -log_q[rows, target])
+    value = times(weight, value)
+    value, by_logit = np.where(bad, np.nan, value), np.where(bad[:, None], np.nan, by_logit)
+    return value, weight * by_logit, abs(weight * by_logit) + abs(weight) * q
+
+
 @softened
 def kd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
     log_q, log_p = log_softmax(s), log_softmax(t)

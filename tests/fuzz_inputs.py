@@ -29,13 +29,14 @@ class NotSuitable(Exception):
 
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5, 0.1, 0.01, 20.0, 1000.0, 1e6, 1e-6, 1 / 3)
 WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
-NOT_PLAIN = ("backend", "labels", "target", "token_weight", "num_items_in_batch")
+NOT_PLAIN = ("backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts")
 """Arguments that are no options, and tensors."""
 FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
 GOOD: dict[str, Sequence[Any]] = {
     "temperature": TEMPERATURES,
     "tau": (1.0, 4.0, 0.5, 2.0, 0.1),
     "loss_weight": (1.0, 0.0, -1.0, 0.25, 1000.0, 1e-12, 1e12),
+    "hard_weight": (0.0, 0.0, 0.0, 0.0, 1.0, 0.5, -1.0, 1e-6, 1e3),
     "eps": (1e-8, 1e-6, 1e-2, 1.0, 0.0),
     "kappa": (1.0, 0.0, 0.5, 2.0, 3),
     "ratio_max": (10.0, 1.5, 1.0, 0.1, 100.0),
@@ -60,6 +61,7 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     "temperature": (*NOT_A_NUMBER, *NOT_A_TEMPERATURE),
     "tau": (*NOT_A_NUMBER, *NOT_A_TEMPERATURE),
     "ratio_max": (*NOT_A_NUMBER, *NOT_POSITIVE),
+    "hard_weight": NOT_A_NUMBER,
     "loss_weight": tuple(x for x in NOT_A_NUMBER if not isinstance(x, Tensor) or x.dim()),
     "p": (*NOT_A_NUMBER, *NOT_POSITIVE, 0.5),
     **{
@@ -314,6 +316,8 @@ class Draw:
             if (low, high) == (0.0, 1.0):
                 choices = FRACTIONS
             value = self.pick(choices)
+            if name == "hard_weight" and spec.target_name not in tensors:
+                continue
             given[name] = plain[name] = value
             if name == "ignore_index":
                 given[name] = self.pick((value, np.int64(value)))

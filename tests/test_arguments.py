@@ -51,8 +51,8 @@ ARGUMENTS = {
     name: name
     for spec in LOSSES
     for name in inspect.signature(spec.function).parameters
-    # test_dispatch.py; another name of the target; test_row_keywords.py
-    if name not in ("backend", "labels", "token_weight", "num_items_in_batch")
+    # test_dispatch.py; another name of the target; test_row_keywords.py; test_hard_weight.py
+    if name not in ("backend", "labels", "token_weight", "num_items_in_batch", "return_parts")
 }
 
 
@@ -90,17 +90,21 @@ def test_every_argument_matters(case: Case, argument: str) -> None:
 @all_losses
 def test_module_holds_the_arguments_of_its_function_and_nothing_else(spec: LossSpec) -> None:
     options = option_names(spec)
-    constructor = inspect.signature(spec.module).parameters
+    constructor = dict(inspect.signature(spec.module).parameters)
+    parts = constructor.pop("return_parts", None)  # where the function has it
+    assert (parts is None) == ("return_parts" not in inspect.signature(spec.function).parameters)
     assert {n: (p.default, p.kind, p.annotation) for n, p in options.items()} == {
         n: (p.default, p.kind, p.annotation) for n, p in constructor.items()
     }
     assert isinstance(spec.module(), torch.nn.modules.loss._Loss)
-    held = {n for n in vars(spec.module()) if not n.startswith("_") and n != "training"}
+    others = ("training", "return_parts")
+    held = {n for n in vars(spec.module()) if not n.startswith("_") and n not in others}
     assert held == set(options)
     assert all(getattr(spec.module(), n) == p.default for n, p in options.items())
     assert not spec.module().state_dict()
     forward = [*inspect.signature(spec.module.forward).parameters][1:]
-    tensors = [n for n in inspect.signature(spec.function).parameters if n not in options]
+    arguments = inspect.signature(spec.function).parameters
+    tensors = [n for n in arguments if n not in options and n != "return_parts"]
     assert forward == tensors and ("labels" in tensors) == (spec in LOSSES and spec.takes_target)
 
 

@@ -151,8 +151,13 @@ def _operators(
     if case.spec.by_row:
         target[1] = -100
         index = target_for(student, target)
-        numbers = [2.0, 4.0, *_rule_options(case)]
-        rest = [index, None, case.spec.rule, numbers, None, False, -100, dim]
+        hard = 0.5 if case.spec.needs_target else 0.0
+        numbers = [2.0, 4.0, hard, *_rule_options(case)]
+        heats = torch.full(
+            index.shape, 2.0, device=case.device, dtype=working_dtype(student, teacher)
+        )
+        of_rows = [index, None, None, heats]
+        rest = [*of_rows, case.spec.rule, numbers, None, False, hard > 0, -100, dim]
         family = "row"
     name = _ops.operator_name(case.backend, family)
     forward = getattr(torch.ops.kdkernels, name).default
@@ -169,7 +174,7 @@ def _operators(
 
 def _rule_options(case: Case) -> list[float]:
     """The loss's own numbers in the order of its rule: the floats of its signature."""
-    shared = ("temperature", "loss_weight")
+    shared = ("temperature", "loss_weight", "hard_weight")
     parameters = inspect.signature(case.spec.function).parameters.values()
     return [p.default for p in parameters if isinstance(p.default, float) and p.name not in shared]
 

@@ -270,11 +270,12 @@ def interpreted(
 ) -> tuple[Tensor, Tensor]:
     """The Triton rule; arguments as those of ``cuda_emulator.row_loss``."""
     reduction, upstream = named.get("reduction", 1), named.get("upstream")
-    numbers = [named["temperature"], named["scale"], *options]
-    call = RowCall(rule, numbers, None, named["standardize"], -100, named["class_dim"], reduction)
-    shared = (target, named.get("token_weight"), call)
+    numbers = [named["temperature"], named["scale"], 0.0, *options]
+    flags = (named["standardize"], False)
+    call = RowCall(rule, numbers, None, *flags, -100, named["class_dim"], reduction)
+    shared = (target, named.get("token_weight"), None, None, call)
     with toy.among_triton_rules():
-        loss, gradient = rowwise.forward(
+        loss, gradient, _ = rowwise.forward(
             student, teacher, *shared, named.get("need_gradient", True) and upstream is None
         )
         if upstream is not None:

@@ -47,9 +47,13 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
         for name in ("row", "correlation", "iekd", "tuple_matching")
     )
 
-    def call(rule: str, options: list[float], standardize: bool = False) -> RowCall:
-        return RowCall(rule, [4.0, 16.0, *options], None, standardize, -100, 1, 1)
+    def call(
+        rule: str, options: list[float], standardize: bool = False, hard: float = 0.0
+    ) -> RowCall:
+        numbers = [4.0, 16.0, hard, *options]
+        return RowCall(rule, numbers, None, standardize, hard > 0, -100, 1, 1)
 
+    nothing = (None, None, None, None)
     dist = CorrelationCall("dist", [1.0, 1.0, 1.0, 1e-8], None, 1, 1)
     dkd = call("dkd", [1.0, 8.0])
     mixture = call("mixture", [0.5, 0.5, 0.5, 0.5])
@@ -59,16 +63,24 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
         for classes in (100, 8192, 100_000) if full else (100_000,):
             x, target = pair(dtype, 64, classes)
             label = f"{dtype}-{classes}"
-            yield f"kd-{label}", row.forward, (x, x, None, None, call("kd", []), True)
-            yield f"mixture-{label}", row.forward, (x, x, None, None, mixture, True)
-            yield f"dkd-{label}", row.forward, (x, x, target, None, dkd, True)
+            weights = [
+                torch.ones(64, dtype=torch.float64 if dtype.itemsize == 8 else torch.float32)
+            ] * 3
+            yield f"kd-{label}", row.forward, (x, x, *nothing, call("kd", []), True)
+            yield f"mixture-{label}", row.forward, (x, x, *nothing, mixture, True)
+            yield f"dkd-{label}", row.forward, (x, x, target, *nothing[1:], dkd, True)
+            hard = call("kd", [], hard=0.5)  # with every output and weight
+            yield f"kd-hard-{label}", row.forward, (x, x, target, *weights, hard, True)
+            hard = call("mixture", [0.5, 0.5, 0.5, 0.5], hard=0.5)
+            yield f"mixture-hard-{label}", row.forward, (x, x, target, *weights, hard, True)
             if classes != 100:
-                args = (torch.ones(()), x, x, target, None, call("dkd", [1.0, 8.0], True))
+                standard = call("dkd", [1.0, 8.0], True)
+                args = (torch.ones(()), x, x, target, *nothing[1:], standard)
                 yield f"dkd-standardize-{label}", row.backward, args
             if classes != 8192 or dtype is torch.bfloat16:
                 yield f"dist-{label}", correlation.forward, (x, x, dist, True)
     x, target = pair(torch.bfloat16, 2, 19, 16, 32)
-    yield "dkd-dense", row.forward, (x, x, target, None, dkd, True)
+    yield "dkd-dense", row.forward, (x, x, target, *nothing[1:], dkd, True)
     yield "dist-dense", correlation.forward, (x, x, dist, True)
     for dtype in wide if full else wide[::2]:
         for width in (100, 8192, 100_000) if full else (100_000,):

@@ -58,8 +58,8 @@ void expect_writes(const Problem& problem) {
 
 }  // namespace
 
-void finish(RowProblem& problem, const Kernels& kernels, double scale, int64_t reduction) {
-  const bool reads_target = kernels.family == Family::decoupled;
+void finish(RowProblem& problem, const Kernels& kernels, int64_t reduction) {
+  const bool reads_target = kernels.family == Family::decoupled || problem.hard != 0.0;
   if (reads_target && !problem.target && problem.rows)
     throw std::invalid_argument("target must be a Tensor of class indices, got None");
   int64_t valid = problem.rows;
@@ -70,7 +70,9 @@ void finish(RowProblem& problem, const Kernels& kernels, double scale, int64_t r
       else if (reads_target && (target < 0 || target >= problem.classes)) fail(problem, target);
     }
   }
-  problem.scale = scale / (reduction == kMean && valid > 0 ? double(valid) : 1.0);
+  if (reduction != kMean || valid == 0) return;
+  problem.scale /= double(valid);
+  problem.hard /= double(valid);
 }
 
 double run(RowProblem& problem, const Kernels& kernels, bool wide, int64_t reduction,

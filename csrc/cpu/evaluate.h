@@ -8,9 +8,9 @@
 
 namespace kdkernels::cpu {
 
-// Fills what depends on the targets: `scale` over the valid rows for kMean. Throws
-// std::invalid_argument where a rule that reads the targets finds one out of range.
-void finish(RowProblem& problem, const Kernels& kernels, double scale, int64_t reduction);
+// Divides the scales by the valid rows for kMean. Throws std::invalid_argument where a rule or a
+// cross-entropy that reads the targets finds one out of range.
+void finish(RowProblem& problem, const Kernels& kernels, int64_t reduction);
 
 // Runs the rows, with the values at problem.loss (kNone) or their sum returned.
 double run(RowProblem& problem, const Kernels& kernels, bool wide, int64_t reduction,

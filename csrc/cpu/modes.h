@@ -41,6 +41,10 @@ struct ByClass {
     if (__builtin_expect(step == excluded / kLanes<R> && excluded >= 0, 0))
       v[excluded % kLanes<R>] = fill;
   }
+  KDK_FN void replace(int64_t step, V& v, const V& value) const {
+    if (__builtin_expect(step == excluded / kLanes<R> && excluded >= 0, 0))
+      v[excluded % kLanes<R>] = value[0];
+  }
   KDK_FN void set_excluded(int64_t, V&, const V&) const {}  // see finish_excluded
   template <class Sink>
   KDK_FN void finish_excluded(const Sink& gradient, const S& value) const {
@@ -78,9 +82,10 @@ struct ByRow {
   KDK_FN void exclude(int64_t step, V& v, R fill) const {
     v = rules::select(is_excluded(step), splat<R>(fill), v);
   }
-  KDK_FN void set_excluded(int64_t step, V& v, const V& value) const {
+  KDK_FN void replace(int64_t step, V& v, const V& value) const {
     v = rules::select(is_excluded(step), value, v);
   }
+  KDK_FN void set_excluded(int64_t step, V& v, const V& value) const { replace(step, v, value); }
   template <class Sink>
   KDK_FN void finish_excluded(const Sink&, const S&) const {}
   KDK_FN S pick_excluded(const R* p) const {

@@ -40,7 +40,10 @@ struct RowState {
   R* exp_s;        // exponentials of the scaled logits; may be the row's gradient, or s
   R* exp_t;        // has room for whole vectors, as `gap` has
   R* gap;          // teacher's scaled logits minus the student's; may be t
+  R* exp_hard;     // exponentials at temperature 1, where they are no power of exp_s
   S coefficient;   // multiplies d value / d logits
+  S hard_coefficient;  // multiplies d cross-entropy / d logits
+  S inverse_temperature;
   Ahead ahead_s{}, ahead_t{};  // the next row
 
   S max_s, max_t;        // origins of the exponentials
@@ -50,6 +53,9 @@ struct RowState {
   S target_s, target_t;  // scaled logits of the target
   S z_s, z_t;            // sums of the exponentials
   S pivot_gap;           // gap of the student's most likely class, for rules that are not centred
+  S hard_target, z_hard;  // logit of the target and sum over the other classes, at temperature 1
+  S log_sum;             // sum of the exponentials times their logarithms
+  S hard_value, entropy;  // of the last stage: cross-entropy of the target; entropy of q
 };
 
 // What does not change from row to row.
@@ -57,8 +63,39 @@ template <class R>
 struct Temperature {
   R inverse;
   Exponential<R> exponential;
-  KDK_FN explicit Temperature(double temperature)
-      : inverse(R(1.0 / temperature)), exponential(splat<R>(inverse)) {}
+  bool of_row;    // the exponentials' factors differ by row
+  bool hard, entropy;
+  int squarings;  // which make the exponentials those at temperature 1; -1: they are no such power
+
+  KDK_FN explicit Temperature(const RowProblem& problem)
+      : inverse(R(1.0 / problem.temperature)),
+        exponential(splat<R>(inverse)),
+        of_row(problem.standardize || problem.row_temperature),
+        hard(problem.hard != 0.0),
+        entropy(problem.parts) {
+    const double t = of_row ? 0.0 : problem.temperature;
+    squarings = t == 1.0 ? 0 : t == 2.0 ? 1 : t == 4.0 ? 2 : -1;
+  }
+};
+
+// The gradient of the target's cross-entropy at temperature 1: factor times the exponentials of the
+// other classes, and minus their sum at the target, where 1 - probability would cancel.
+template <class M, class R = typename M::Real>
+struct HardTerm {
+  const R* from = nullptr;  // null where there is none
+  int squarings = 0;
+  typename M::S of_target{};
+  typename M::V factor{}, at_target{};
+
+  KDK_FN explicit operator bool() const { return from; }
+  template <bool kPart>
+  KDK_FN typename M::V get(const M& mode, int64_t step) const {
+    typename M::V e = mode.template get<kPart>(from, step, R(0));
+    for (int i = 0; i < squarings; ++i) e *= e;
+    e *= factor;
+    mode.replace(step, e, at_target);
+    return e;
+  }
 };
 
 // Zero in the lanes past the end of the row.
@@ -149,14 +186,17 @@ KDK_FN void find_maxima(RowState<M>& row, const RowProblem& problem,
     row.max_s = rules::select(row.max_s == -kInfinity<R>, S{}, row.max_s);
     row.max_t = rules::select(row.max_t == -kInfinity<R>, S{}, row.max_t);
   }
-  row.scale_s = row.scale_t = rules::broadcast<S>(temperature.inverse);
+  row.scale_s = row.scale_t = row.inverse_temperature;
   if (problem.standardize) {
     row.moments_s = moments(row.mode, row.s);
     row.spread_s = row.moments_s.deviation + R(rules::kStandardizeEps);
     row.scale_s = row.scale_s / row.spread_s;
     row.scale_t = row.scale_t / (moments(row.mode, row.t).deviation + R(rules::kStandardizeEps));
   }
-  if constexpr (kDecoupled) {  // before stage 2 may overwrite the logits
+  // Before stage 2 may overwrite the logits.
+  if (temperature.hard)
+    row.hard_target = rules::logit_or_nan(S(row.mode.pick_excluded(row.s))) - row.max_s;
+  if constexpr (kDecoupled) {
     const S target_s = rules::logit_or_nan(S(row.mode.pick_excluded(row.s)));
     const S target_t = rules::logit_or_nan(S(row.mode.pick_excluded(row.t)));
     row.target_s = (target_s - row.max_s) * row.scale_s;
@@ -178,11 +218,15 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
   const R *s = row.s, *t = row.t;
   R *const to_s = row.exp_s, *const to_t = row.exp_t, *const to_gap = row.gap;
   Exponential<R> exp_s = temperature.exponential, exp_t = exp_s;
-  if (problem.standardize) {
+  if (temperature.of_row) {
     exp_s = Exponential<R>(factor_s);
     exp_t = Exponential<R>(factor_t);
   }
-  Blocked<V> sum_s, sum_t;
+  const bool hard = temperature.hard, entropy = temperature.entropy;
+  const int squarings = temperature.squarings;
+  R* const to_hard = row.exp_hard;
+  const Exponential<R> exp_hard(splat<R>(R(1)));
+  Blocked<V> sum_s, sum_t, sum_hard, sum_log;
   V pivot_gap = splat<R>(fill);
   sweep(
       mode,
@@ -204,13 +248,26 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
         if constexpr (!kCentred) pivot_gap = rules::select(a == V{}, gap, pivot_gap);
         sum_s.add(e);
         sum_t.add(f);
+        if (hard) {
+          V h = e;
+          if (squarings < 0) h = exp_hard(a);
+          for (int k = 0; k < squarings; ++k) h *= h;
+          mode.exclude(i, h, R(0));
+          if (squarings < 0) store<R>(to_hard + i * kLanes<R>, h);
+          sum_hard.add(h);
+        }
+        if (entropy) sum_log.add(rules::select(e == V{}, V{}, V(e * (a * factor_s))));
       },
       [&]() KDK_LAMBDA {
         sum_s.flush();
         sum_t.flush();
+        sum_hard.flush();
+        sum_log.flush();
       });
   row.z_s = M::sum(sum_s.total);
   row.z_t = M::sum(sum_t.total);
+  if (hard) row.z_hard = M::sum(sum_hard.total);
+  if (entropy) row.log_sum = M::sum(sum_log.total);
   if constexpr (!kCentred) row.pivot_gap = M::max(pivot_gap);
 }
 
@@ -228,7 +285,7 @@ KDK_FN typename M::S pivot(const RowState<M>& row, const Options& options,
 // The softmax's derivative takes the mean slope off: gradient -= pull * exp_s.
 template <bool kDecoupled, class M, class R = typename M::Real>
 KDK_FN void project(const RowState<M>& row, const Sink<R, R>& sink, const typename M::S& pull,
-                    const typename M::V& at_target) {
+                    const typename M::V& at_target, const HardTerm<M>& hard) {
   using V = typename M::V;
   const M mode = row.mode;
   const V factor = M::spread(pull);
@@ -239,14 +296,17 @@ KDK_FN void project(const RowState<M>& row, const Sink<R, R>& sink, const typena
         V out = mode.template get<kPart>(sink.to, i, R(0));
         out -= factor * mode.template get<kPart>(row.exp_s, i, R(0));
         if constexpr (kDecoupled) mode.set_excluded(i, out, at_target);
+        if (hard) out += hard.template get<kPart>(mode, i);
         sink.template put<kPart>(mode, i, out);
       },
       [&]() KDK_LAMBDA {});
 }
 
-// The part of the gradient that flows through the student's deviation.
+// The part of the gradient that flows through the student's deviation; then that of the cross-entropy,
+// which reads the logits as they are.
 template <class M, class R = typename M::Real>
-KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink) {
+KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink,
+                              const HardTerm<M>& hard) {
   using V = typename M::V;
   using S = typename M::S;
   const M mode = row.mode;
@@ -271,6 +331,7 @@ KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink) {
         constexpr bool kPart = decltype(part)::value;
         V out = mode.template get<kPart>(sink.to, i, R(0));
         out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);
+        if (hard) out += hard.template get<kPart>(mode, i);
         sink.template put<kPart>(mode, i, out);
       },
       [&]() KDK_LAMBDA {});
@@ -279,16 +340,49 @@ KDK_FN void through_deviation(const RowState<M>& row, const Sink<R, R>& sink) {
 template <bool, class M, class T, class R = typename M::Real,
           class = std::enable_if_t<!std::is_same_v<T, R>>>
 KDK_FN void project(const RowState<M>&, const Sink<T, R>&, const typename M::S&,
-                    const typename M::V&) {}
+                    const typename M::V&, const HardTerm<M>&) {}
 template <class M, class T, class R = typename M::Real,
           class = std::enable_if_t<!std::is_same_v<T, R>>>
-KDK_FN void through_deviation(const RowState<M>&, const Sink<T, R>&) {}
+KDK_FN void through_deviation(const RowState<M>&, const Sink<T, R>&, const HardTerm<M>&) {}
+
+// Cross-entropy of the target at temperature 1, from the log-odds of the other classes against it.
+template <class M, class R = typename M::Real>
+KDK_FN HardTerm<M> hard_term(RowState<M>& row, const Temperature<R>& temperature) {
+  using S = typename M::S;
+  if (!temperature.hard) return {};
+  const auto share = two_point<R>(S(logarithm(row.z_hard) - row.hard_target));
+  row.hard_value = -share.log_t;
+  const S others = row.hard_coefficient * share.n;
+  HardTerm<M> term;
+  term.from = temperature.squarings < 0 ? row.exp_hard : row.exp_s;
+  term.squarings = temperature.squarings;
+  term.factor = M::spread(rules::select(row.z_hard == R(0), S{}, S(others / row.z_hard)));
+  term.of_target = -others;
+  term.at_target = M::spread(term.of_target);
+  return term;
+}
+
+// Entropy of the classes of the softmax, from sum e log e.
+template <class M, class R = typename M::Real>
+KDK_FN typename M::S entropy_of(const RowState<M>& row) {
+  using S = typename M::S;
+  const S entropy = logarithm(row.z_s) - row.log_sum / row.z_s;
+  return rules::select(row.z_s == R(0), S{}, entropy);
+}
+// Likewise where the target stands apart: that of the pair, and that of the others by their share.
+template <class M, class R = typename M::Real>
+KDK_FN typename M::S entropy_of(const RowState<M>& row, const rules::TwoPoint<typename M::S>& q) {
+  using S = typename M::S;
+  const S of_target = rules::select(q.t == R(0), S{}, S(q.t * q.log_t));
+  const S of_others = rules::select(q.n == R(0), S{}, S(q.n * (q.log_n - entropy_of(row))));
+  return -of_target - of_others;
+}
 
 // Stage 3: the value (bare), and the gradient times the row's coefficient into `sink`. Rules that need
 // more than one sweep for the gradient (`reads_logits_again`) have a sink in the working type.
 template <class Rule, bool kGradient, class M, class Sink, class R = typename M::Real>
-KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
-                            const Sink& sink) {
+KDK_FN typename M::S finish(RowState<M>& row, const RowProblem& problem,
+                            const Temperature<R>& temperature, const Sink& sink) {
   using V = typename M::V;
   using S = typename M::S;
   using Pointwise = typename rules::PointwiseOf<Rule>::type;
@@ -298,6 +392,9 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   const R *const from_s = row.exp_s, *const from_t = row.exp_t, *const from_gap = row.gap;
   const Ahead ahead_s = row.ahead_s, ahead_t = row.ahead_t;
   S inverse_s = R(1) / row.z_s, inverse_t = R(1) / row.z_t;
+  const HardTerm<M> hard = hard_term(row, temperature);
+  // It joins the gradient in the last sweep.
+  const bool hard_now = hard && Pointwise::centred && !problem.standardize;
 
   S value{}, explicit_slope{}, implicit_weight = rules::broadcast<S>(R(1));
   S implicit_slope = implicit_weight;
@@ -307,12 +404,16 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
     // Log-odds of the other classes against the target.
     const S odds_s = logarithm(row.z_s) - row.target_s;
     const S odds_t = logarithm(row.z_t) - row.target_t;
-    Rule::explicit_term(problem.options, two_point<R>(odds_t), two_point<R>(odds_s), value,
-                        explicit_slope, implicit_weight);
+    const auto of_q = two_point<R>(odds_s);
+    Rule::explicit_term(problem.options, two_point<R>(odds_t), of_q, value, explicit_slope,
+                        implicit_weight);
+    if (temperature.entropy) row.entropy = entropy_of(row, of_q);
     // A teacher without other classes has no implicit term.
     implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);
     // Of a student without them the term is infinite, and its gradient is 0.
     implicit_slope = rules::select(row.z_s == R(0), S{}, implicit_weight);
+  } else {
+    if (temperature.entropy) row.entropy = entropy_of(row);
   }
 
   const S log_ratio = logarithm(S(row.z_t * inverse_s));
@@ -349,6 +450,7 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
             out -= g_explicit * q;
             mode.set_excluded(i, out, g_explicit);
           }
+          if (hard_now) out += hard.template get<kPart>(mode, i);
           sink.template put<kPart>(mode, i, out);
         }
       },
@@ -366,10 +468,15 @@ KDK_FN typename M::S finish(const RowState<M>& row, const RowProblem& problem,
   if constexpr (kGradient) {
     if constexpr (!Pointwise::centred) {
       const S pull = g * (implicit_slope * M::sum(slopes.total) + explicit_slope);
-      project<kDecoupled>(row, sink, S(pull * inverse_s), g_explicit);
+      project<kDecoupled>(row, sink, S(pull * inverse_s), g_explicit,
+                          problem.standardize ? HardTerm<M>{} : hard);
     }
-    if constexpr (kDecoupled) mode.finish_excluded(sink, S(g * explicit_slope));
-    if (problem.standardize) through_deviation(row, sink);
+    if constexpr (kDecoupled) {
+      S at_target = g * explicit_slope;
+      if (hard && !problem.standardize) at_target += hard.of_target;
+      mode.finish_excluded(sink, at_target);
+    }
+    if (problem.standardize) through_deviation(row, sink, hard);
   }
   return value;
 }

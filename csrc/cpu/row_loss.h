@@ -23,27 +23,30 @@ constexpr int64_t kFetched = 4096;       // fewest classes for which the next ro
 // A thread's scratch, `count` values each, for `sets` rows at once.
 template <class R>
 struct Scratch {
+  static constexpr int kArrays = 7;
   R* base;
   int64_t count;
   bool logits_read_again;
 
   KDK_FN Scratch(int64_t count, int sets, bool logits_read_again)
-      : base(static_cast<R*>(cpu::scratch(sizeof(R) * 6 * count * sets))),
+      : base(static_cast<R*>(cpu::scratch(sizeof(R) * kArrays * count * sets))),
         count(count),
         logits_read_again(logits_read_again) {}
 
   // Arrays whose content is dead by the time another is written share memory: the exponentials and
   // the gradient take the place of the logits, unless the rule reads those again.
-  KDK_FN R* student(int set) const { return base + (6 * set) * count; }
-  KDK_FN R* teacher(int set) const { return base + (6 * set + 1) * count; }
+  KDK_FN R* student(int set) const { return base + (kArrays * set) * count; }
+  KDK_FN R* teacher(int set) const { return base + (kArrays * set + 1) * count; }
   KDK_FN R* gradient(int set) const {
-    return logits_read_again ? base + (6 * set + 3) * count : student(set);
+    return logits_read_again ? base + (kArrays * set + 3) * count : student(set);
   }
   template <class M>
   KDK_FN void give(RowState<M>& row, int set) const {
-    row.exp_t = base + (6 * set + 2) * count;
-    row.exp_s = logits_read_again ? base + (6 * set + 4) * count : student(set);
-    row.gap = logits_read_again ? base + (6 * set + 5) * count : teacher(set);
+    R* const own = base + kArrays * set * count;
+    row.exp_t = own + 2 * count;
+    row.exp_s = logits_read_again ? own + 4 * count : student(set);
+    row.gap = logits_read_again ? own + 5 * count : teacher(set);
+    row.exp_hard = own + 6 * count;
   }
 };
 
@@ -52,16 +55,35 @@ KDK_FN bool reads_logits_again(const RowProblem& problem) {
   return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
 }
 
-// What multiplies a row's value, and its gradient.
+// A row's number, or that of all rows.
 template <class R>
-KDK_FN R value_factor(const RowProblem& problem, int64_t row) {
-  const R weight = problem.token_weight ? static_cast<const R*>(problem.token_weight)[row] : R(1);
-  return R(problem.scale) * weight;
+KDK_FN R of_row(const void* numbers, int64_t row, R otherwise) {
+  return numbers ? static_cast<const R*>(numbers)[row] : otherwise;
 }
+
+// What multiplies a row's divergence and its cross-entropy, and 1 / temperature.
 template <class R>
-KDK_FN R gradient_factor(const RowProblem& problem, int64_t row) {
-  const R upstream = problem.upstream ? static_cast<const R*>(problem.upstream)[row] : R(1);
-  return value_factor<R>(problem, row) * upstream;
+struct RowFactors {
+  R value, hard, upstream, inverse_temperature;
+
+  KDK_FN RowFactors(const RowProblem& problem, const Temperature<R>& temperature, int64_t row)
+      : value(R(problem.scale) * of_row<R>(problem.token_weight, row, R(1))),
+        hard(R(problem.hard) * of_row<R>(problem.hard_token_weight, row, R(1))),
+        upstream(of_row<R>(problem.upstream, row, R(1))),
+        inverse_temperature(problem.row_temperature
+                                ? R(1) / of_row<R>(problem.row_temperature, row, R(1))
+                                : temperature.inverse) {}
+};
+
+// The values of a row of the loss and of its parts.
+template <class R>
+KDK_FN void put_values(const RowProblem& problem, int64_t row, R value, R hard, R entropy) {
+  static_cast<R*>(problem.loss)[row] = value + hard;
+  if (!problem.parts) return;
+  R* const parts = static_cast<R*>(problem.parts);
+  parts[row] = value;
+  parts[problem.rows + row] = hard;
+  parts[2 * problem.rows + row] = entropy;
 }
 
 // Calls f with the source of a row's logits, which are at `at` after stage 1.
@@ -95,8 +117,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
                         (problem.gradient.type == kScalar<R> || !std::is_same_v<G, R>);
   const int abreast = classes <= kPipelined ? kAbreast : 1;
   const Scratch<R> scratch(padded<R>(classes), abreast, again);
-  const Temperature<R> temperature(problem.temperature);
-  R* const loss = static_cast<R*>(problem.loss);
+  const Temperature<R> temperature(problem);
   RowState<ByClass<R>> states[kAbreast];
 
   const auto ignored = [&](int64_t row) KDK_LAMBDA {
@@ -111,7 +132,10 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     const int set = int(row % abreast);
     RowState<ByClass<R>>& state = states[set];
     state.mode = ByClass<R>{classes, problem.target ? problem.target[row] : -1};
-    state.coefficient = gradient_factor<R>(problem, row);
+    const RowFactors<R> factors(problem, temperature, row);
+    state.coefficient = factors.value * factors.upstream;
+    state.hard_coefficient = factors.hard * factors.upstream;
+    state.inverse_temperature = factors.inverse_temperature;
     if (classes >= kFetched && row + 1 < end) {
       state.ahead_s = {address(problem.student, row + 1), element_bytes(problem.student.type)};
       state.ahead_t = {address(problem.teacher, row + 1), element_bytes(problem.teacher.type)};
@@ -130,11 +154,15 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
   const auto end_row = [&](int64_t row) KDK_LAMBDA {
     const Sink<G, R> to = sink(row);
     if (ignored(row)) {
-      loss[row] = R(0);
+      put_values<R>(problem, row, R(0), R(0), R(0));
       if constexpr (kGradient) std::memset(to.to, 0, sizeof(G) * classes);
     } else {
-      loss[row] = rules::weighted(finish<Rule, kGradient>(states[row % abreast], problem, to),
-                                  value_factor<R>(problem, row));
+      RowState<ByClass<R>>& state = states[row % abreast];
+      const R value = finish<Rule, kGradient>(state, problem, temperature, to);
+      const RowFactors<R> factors(problem, temperature, row);
+      put_values<R>(problem, row, rules::weighted(value, factors.value),
+                    temperature.hard ? rules::weighted(state.hard_value, factors.hard) : R(0),
+                    state.entropy);
     }
     if constexpr (kGradient && std::is_same_v<G, R>)
       if (!in_place) write_row(problem.gradient, row, classes, to.to);
@@ -169,8 +197,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   constexpr int kW = kLanes<R>;
   const int64_t classes = problem.classes;
   const Scratch<R> scratch(classes * kW + 64, 1, reads_logits_again<Rule>(problem));
-  const Temperature<R> temperature(problem.temperature);
-  R* const loss = static_cast<R*>(problem.loss);
+  const Temperature<R> temperature(problem);
   RowState<ByRow<R>> state;
   scratch.give(state, 0);
   state.mode.classes = classes;
@@ -180,12 +207,17 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kW) {
     const int count = int(end - row < kW ? end - row : kW);
     typename Simd<R>::I ignored{};
-    Vec<R> weight{};
-    state.coefficient = Vec<R>{};
+    Vec<R> weight{}, hard_weight{};
+    state.coefficient = state.hard_coefficient = Vec<R>{};
+    state.inverse_temperature = splat<R>(temperature.inverse);
     state.mode.excluded = typename Simd<R>::I{};
     for (int lane = 0; lane < count; ++lane) {
-      weight[lane] = value_factor<R>(problem, row + lane);
-      state.coefficient[lane] = gradient_factor<R>(problem, row + lane);
+      const RowFactors<R> factors(problem, temperature, row + lane);
+      weight[lane] = factors.value;
+      hard_weight[lane] = factors.hard;
+      state.coefficient[lane] = factors.value * factors.upstream;
+      state.hard_coefficient[lane] = factors.hard * factors.upstream;
+      state.inverse_temperature[lane] = factors.inverse_temperature;
       if (!problem.target) continue;
       const int64_t target = problem.target[row + lane];
       ignored[lane] = target == problem.ignore_index ? -1 : 0;
@@ -197,7 +229,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     exponentiate<Rule>(state, problem, temperature);
     Vec<R> value;
     if (problem.gradient.data) {
-      value = finish<Rule, true>(state, problem, sink);
+      value = finish<Rule, true>(state, problem, temperature, sink);
       if (problem.target) {
         for (int64_t c = 0; c < classes; ++c) {
           const Vec<R> out = load<R>(sink.to + c * kW);
@@ -206,10 +238,15 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
       }
       write_lanes(problem.gradient, row, count, classes, sink.to);
     } else {
-      value = finish<Rule, false>(state, problem, sink);
+      value = finish<Rule, false>(state, problem, temperature, sink);
     }
     value = rules::select(ignored, Vec<R>{}, rules::weighted(value, weight));
-    for (int lane = 0; lane < count; ++lane) loss[row + lane] = value[lane];
+    Vec<R> hard{}, entropy{};
+    if (temperature.hard)
+      hard = rules::select(ignored, hard, rules::weighted(state.hard_value, hard_weight));
+    if (temperature.entropy) entropy = rules::select(ignored, entropy, state.entropy);
+    for (int lane = 0; lane < count; ++lane)
+      put_values<R>(problem, row + lane, value[lane], hard[lane], entropy[lane]);
   }
 }
 

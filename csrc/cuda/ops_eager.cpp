@@ -41,16 +41,16 @@ struct Launches {
 };
 
 void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
-         std::uintptr_t target, std::uintptr_t token_weight, std::uintptr_t loss,
-         int student_type, int teacher_type, int64_t rows, int64_t classes,
-         const py::tuple& given, int device, std::uintptr_t stream) {
+         const py::tuple& of_rows, std::uintptr_t loss, std::uintptr_t, int student_type,
+         int teacher_type, int64_t rows, int64_t classes, const py::tuple& given, int device,
+         std::uintptr_t stream) {
   const RowCall call = row_call(given);
   RowRun run{};
   RowProblem& problem = run.problem;
   Pair{student, teacher, gradient, student_type, teacher_type}.fill(problem, rows, classes);
   call.fill(problem);
-  problem.target = reinterpret_cast<const int64_t*>(target);
-  problem.token_weight = reinterpret_cast<const void*>(token_weight);
+  RowAddresses(of_rows).fill(problem);
+  expect_divergence_alone(problem, call.parts);
   if (reads_target(call.rule) && !problem.target)
     throw std::invalid_argument("target must be a Tensor of class indices, got None");
   run.reduction = call.reduction;

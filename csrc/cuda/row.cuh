@@ -58,6 +58,8 @@ class RowLoop {
     const RowProblem& problem = task_.problem;
     Row row{index < problem.rows, 0, weight_, R(1), k_};
     if (!row.valid) return row;
+    if (problem.row_temperature)
+      row.k = R(1) / static_cast<const R*>(problem.row_temperature)[index];
     if (problem.token_weight) row.weight *= static_cast<const R*>(problem.token_weight)[index];
     if (problem.target) {
       row.target = problem.target[index];

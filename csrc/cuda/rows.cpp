@@ -82,6 +82,13 @@ RowShape shape_of(const RowProblem& problem) {
 
 bool reads_target(const std::string& rule) { return *find(rule).reads_target; }
 
+void expect_divergence_alone(const RowProblem& problem, bool parts) {
+  if (problem.hard != 0.0)
+    throw std::invalid_argument("hard_weight must be 0 for compiled CUDA kernels, got another");
+  if (parts)
+    throw std::invalid_argument("return_parts must be False for compiled CUDA kernels, got True");
+}
+
 int64_t workspace_bytes(const RowRun& run, const RowPlan& plan) { return layout(run, plan).bytes; }
 
 void run_rows(const std::string& name, const RowRun& run, const RowPlan& plan, char* workspace,

@@ -41,6 +41,8 @@ class AEKTLoss(RowLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     standardize: bool
     backend: str | None
     def __init__(
@@ -54,6 +56,8 @@ class AEKTLoss(RowLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         standardize: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -65,6 +69,8 @@ class DKDLoss(RowLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     standardize: bool
     backend: str | None
     def __init__(
@@ -76,6 +82,8 @@ class DKDLoss(RowLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         standardize: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -86,6 +94,8 @@ class JSDLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -95,6 +105,8 @@ class JSDLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -103,6 +115,8 @@ class KDLoss(RowLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     standardize: bool
     backend: str | None
     def __init__(
@@ -112,6 +126,8 @@ class KDLoss(RowLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         standardize: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -122,6 +138,8 @@ class MixedKLLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -131,6 +149,8 @@ class MixedKLLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -139,6 +159,8 @@ class ReverseKLLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -147,6 +169,8 @@ class ReverseKLLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -156,6 +180,8 @@ class SkewKLLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -165,6 +191,8 @@ class SkewKLLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -174,6 +202,8 @@ class SkewReverseKLLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -183,6 +213,8 @@ class SkewReverseKLLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -191,6 +223,8 @@ class TVLoss(TokenLoss):
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
     backend: str | None
     def __init__(
         self,
@@ -199,5 +233,7 @@ class TVLoss(TokenLoss):
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...

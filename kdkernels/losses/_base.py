@@ -101,8 +101,15 @@ class _FromFunction(LossModule):
         return {name: getattr(self, name) for name in self._names}
 
 
+def _temperature(name: str, value: Any) -> Any:
+    """A tensor is checked where the logits are known."""
+    return value if isinstance(value, Tensor) else _checks.temperature(value, name)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "temperature": lambda name, value: _checks.temperature(value, name),
+    "temperature": _temperature,
+    "hard_weight": _checks.number,
+    "return_parts": _checks.flag,
     "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
     "standardize": _checks.flag,
 }
@@ -162,14 +169,22 @@ _ARGUMENTS = {
     "student_logits": """(N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
         float16 or bfloat16; any strides.""",
     "teacher_logits": "same shape and device; own dtype and strides; a constant.",
-    "temperature": "T > 0, in units of the logits.",
+    "temperature": """T > 0, in units of the logits; a number, or a tensor, 0-d or of the shape of
+        the rows, which nothing reads on the host of a GPU. KD gives a learned one (CTKD) its
+        gradient; elsewhere it is a constant.""",
     "ignore_index": """rows with this label contribute exact zeros, even if they hold NaN. None
         ignores no row.""",
     "reduction": """``'mean'`` (alias ``'batchmean'``) over the rows that are not ignored,
         ``'sum'``, or ``'none'`` (one value a row). Never over classes.""",
     "loss_weight": "multiplies the loss inside the kernel; a 0-d tensor multiplies the result.",
+    "hard_weight": """adds ``hard_weight * cross_entropy(student_logits, labels)`` in the same pass:
+        at temperature 1, of the same rows, with their ``token_weight`` and denominator. It needs
+        class indices, and ``loss_weight`` does not multiply it.""",
     "token_weight": """one number a row, of the shape of the rows, which multiplies its loss; a
         constant. The mean's denominator stays the number of rows.""",
+    "return_parts": """gives ``(loss, parts)``: ``parts.distillation`` and ``parts.hard``, whose sum
+        is the loss, and ``parts.entropy``, that of the student's softened distribution in nats, one
+        value a row (0 where it is ignored); all detached, from the same pass.""",
     "num_items_in_batch": """the denominator of ``'mean'`` where a step's batch comes in parts: a
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is

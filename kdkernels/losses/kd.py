@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._rowwise import RowOptions, row_loss
-from ..reference.kd import kd as reference
+from ..reference.kd import kd as reference, kd_by_temperature
 from ..registry import LossSpec, register
 from ._base import RowLoss, row_function
 
@@ -65,6 +65,7 @@ KD = register(
         reduction="mean over rows",
         eps="none needed",
         takes_target=True,
+        by_temperature=kd_by_temperature,
         samples=(
             {},
             {"temperature": 1.0},
@@ -75,5 +76,5 @@ KD = register(
     )
 )
 
-KD_OF_TOKENS = dataclasses.replace(KD, t_squared=False, target_name="labels")
+KD_OF_TOKENS = dataclasses.replace(KD, t_squared=False, target_name="labels", by_temperature=None)
 """What losses of tokens are at the end of their options: KL without T^2."""

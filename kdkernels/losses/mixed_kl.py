@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import _checks
 from .._dtypes import working_dtype
-from .._rowwise import TokenOptions, row_loss
+from .._rowwise import TokenOptions, joined, row_loss
 from ..reference.mixed_kl import mixed_kl as reference
 from ..registry import End, LossSpec, register
 from ._base import TokenLoss, row_function
@@ -73,11 +74,17 @@ def _by_token(
     if given is not None:
         _checks.token_weight(given, student, class_dim)
     weight = weight.to(working_dtype(student, teacher))
-    parts = []
+    hard = common.pop("hard_weight", 0.0)
+    both = []
     for spec, part in ((KD_OF_TOKENS, weight), (REVERSE_KL, 1 - weight)):
         common["token_weight"] = part if given is None else part * given
-        parts.append(row_loss(spec, student, teacher, labels, (), temperature, **common))
-    return parts[0] + parts[1]
+        both.append(row_loss(spec, student, teacher, labels, (), temperature, **common))
+    if hard != 0.0:
+        common["token_weight"] = given
+        common["loss_weight"] = 0.0
+        common["hard_weight"] = hard
+        both.append(row_loss(REVERSE_KL, student, teacher, labels, (), temperature, **common))
+    return functools.reduce(joined, both)
 
 
 class MixedKLLoss(TokenLoss):

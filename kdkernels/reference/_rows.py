@@ -14,9 +14,9 @@ from .._dtypes import STANDARDIZE_EPS
 
 
 def rescale(
-    student: Tensor, teacher: Tensor, temperature: float, standardize: bool
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, standardize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Divide by the temperature, after logit standardisation if asked.
+    """Divide by the temperature, a number or (rows, 1), after logit standardisation if asked.
 
     Logit standardisation (Sun et al., CVPR 2024) is ``(x - mean) / (std + 1e-7)`` per row with the
     unbiased standard deviation; the gradient flows through the student's mean and std.

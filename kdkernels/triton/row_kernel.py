@@ -79,10 +79,13 @@ def row_kernel(
     student_ptr,  # (rows, classes), strided
     teacher_ptr,  # (rows, classes), strided
     target_ptr,  # (rows,), strided, or None
-    token_weight_ptr,  # (rows,), strided, or None for 1
+    token_weight_ptr,  # (rows,), or None for 1
+    hard_token_weight_ptr,  # (rows,), or None for 1
+    temperature_ptr,  # (rows,), or None for the number
     count_ptr,  # (), the rows that are not ignored, or None: the mean is already in scale
     upstream_ptr,  # (rows,), strided, or None for 1
     loss_ptr,  # (rows,), or None
+    parts_ptr,  # (3, rows): divergence, cross-entropy, entropy; or None
     gradient_ptr,  # (rows, classes), strided, or None
     rows,
     classes,
@@ -97,11 +100,11 @@ def row_kernel(
     gradient_inner_stride,
     gradient_class_stride,
     target_stride,
-    token_weight_stride,
     upstream_stride,
     ignore_index,
     inverse_temperature: tl.float64,
     scale: tl.float64,
+    hard: tl.float64,
     first: tl.float64,
     second: tl.float64,
     third: tl.float64,
@@ -110,6 +113,7 @@ def row_kernel(
     EXPLICIT: tl.constexpr,
     CENTRED: tl.constexpr,
     STANDARDIZE: tl.constexpr,
+    HARD: tl.constexpr,
     EPS: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -123,14 +127,22 @@ def row_kernel(
     second = tl.full([], second, ACC)
     third = tl.full([], third, ACC)
     fourth = tl.full([], fourth, ACC)
-    student_k = tl.full([], inverse_temperature, ACC)
+    if temperature_ptr is not None:
+        student_k = 1.0 / tl.load(temperature_ptr + row, mask=exists, other=1.0).to(ACC)
+    else:
+        student_k = tl.full([], inverse_temperature, ACC)
     teacher_k = student_k
     weight = tl.full([], scale, ACC) + tl.zeros([ROWS, 1], ACC)
+    hard_weight = tl.full([], hard, ACC) + tl.zeros([ROWS, 1], ACC)
     if count_ptr is not None:
-        weight = weight / tl.maximum(tl.load(count_ptr), 1).to(ACC)
+        count = tl.maximum(tl.load(count_ptr), 1).to(ACC)
+        weight = weight / count
+        hard_weight = hard_weight / count
     if token_weight_ptr is not None:
-        at = token_weight_ptr + row * token_weight_stride
-        weight = weight * tl.load(at, mask=exists, other=0.0).to(ACC)
+        weight = weight * tl.load(token_weight_ptr + row, mask=exists, other=0.0).to(ACC)
+    if hard_token_weight_ptr is not None:
+        its_weight = tl.load(hard_token_weight_ptr + row, mask=exists, other=0.0).to(ACC)
+        hard_weight = hard_weight * its_weight
 
     # An ignored row is not read at all; a target that is no class makes the row NaN.
     valid = exists
@@ -138,9 +150,11 @@ def row_kernel(
     if target_ptr is not None:
         index = tl.load(target_ptr + row * target_stride, mask=exists, other=0).to(tl.int64)
         valid = exists & (index != ignore_index)
-        if EXPLICIT is not None:
+        if HARD or EXPLICIT is not None:
             known = (index >= 0) & (index < classes)
-            weight = tl.where(known, weight, float("nan"))
+            if EXPLICIT is not None:
+                weight = tl.where(known, weight, float("nan"))
+            hard_weight = tl.where(known, hard_weight, float("nan"))
             target = tl.where(known, index, 0)
 
     student_ptr += row_offset(row, inner, student_outer_stride, student_inner_stride, TWO_LEVEL)
@@ -180,11 +194,17 @@ def row_kernel(
     likeliest_teacher = student_max  # the teacher's logit where the student's is largest
     student_sum = tl.zeros([ROWS, 1], ACC)
     teacher_sum = student_sum
+    one = tl.full([], 1.0, ACC)
+    hard_max = student_max  # of the classes other than the target, at temperature 1
+    hard_sum = student_sum
     for start in range(0, end, BLOCK):
         columns = block_columns(start, BLOCK)
         inside = valid & (columns < classes)
         student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
+        if HARD:
+            others = tl.where(columns == target, -float("inf"), student)
+            hard_max, hard_sum = add_to_normaliser(hard_max, hard_sum, others, one)
         if EXPLICIT is not None:
             student = tl.where(columns == target, -float("inf"), student)
             teacher = tl.where(columns == target, -float("inf"), teacher)
@@ -197,6 +217,17 @@ def row_kernel(
         teacher_max, teacher_sum = add_to_normaliser(teacher_max, teacher_sum, teacher, teacher_k)
     student_max = finite_max(student_max)
     teacher_max = finite_max(teacher_max)
+    hard_max = finite_max(hard_max)
+
+    hard_value = tl.zeros([ROWS, 1], ACC)
+    if HARD:
+        # From the log-odds of the target against the others, so that 1 - probability is none.
+        odds = log_odds(
+            student_ptr + target * student_class_stride, valid, hard_max, hard_sum, one, ACC
+        )
+        hard_value = softplus(-odds)
+        hard_others = tl.exp(-softplus(odds))
+        hard_factor = tl.where(hard_sum == 0, 0.0, hard_others / hard_sum)
 
     if EXPLICIT is not None:
         q_odds = log_odds(
@@ -233,6 +264,9 @@ def row_kernel(
             row, inner, gradient_outer_stride, gradient_inner_stride, TWO_LEVEL
         )
     gradient_weight = weight * upstream * student_k
+    if HARD:
+        hard_factor = hard_factor * hard_weight * upstream
+        hard_others = hard_others * hard_weight * upstream
 
     pivot = tl.zeros([ROWS, 1], ACC)
     if not CENTRED:
@@ -279,6 +313,7 @@ def row_kernel(
             along = tl.where(constant, 0.0, along * ratio)
 
     value_sum = tl.zeros([ROWS, 1], ACC)
+    log_sum = value_sum  # of q times its logarithm, but for the normaliser's
     for back in range(0, end, BLOCK):
         columns = block_columns(last - back, BLOCK)
         inside = valid & (columns < classes)
@@ -286,6 +321,9 @@ def row_kernel(
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
         if STANDARDIZE:
             h = tl.where(inside, student - student_base - student_mean, 0.0) / student_scale
+        if HARD:
+            hard_gradient = tl.exp(student - hard_max) * hard_factor
+            hard_gradient = tl.where(columns == target, -hard_others, hard_gradient)
         if EXPLICIT is not None:
             student = tl.where(columns == target, -float("inf"), student)
             teacher = tl.where(columns == target, -float("inf"), teacher)
@@ -295,6 +333,9 @@ def row_kernel(
             RULE, CENTRED, STANDARDIZE,
         )  # fmt: skip
         value_sum += tl.sum(value, axis=1, keep_dims=True)
+        if parts_ptr is not None:
+            log_q = tl.where(q == 0, 0.0, (student - student_max) * student_k)
+            log_sum += tl.sum(q * log_q, axis=1, keep_dims=True)
         if gradient_ptr is not None:
             gradient = slope
             if not CENTRED:
@@ -304,7 +345,10 @@ def row_kernel(
                 gradient = tl.where(columns == target, explicit_slope, gradient)
             if STANDARDIZE:
                 gradient = gradient - along * h
-            gradient = tl.where(valid, gradient * gradient_weight, 0.0)
+            gradient = gradient * gradient_weight
+            if HARD:
+                gradient += hard_gradient
+            gradient = tl.where(valid, gradient, 0.0)
             tl.store(
                 gradient_ptr + columns * gradient_class_stride,
                 narrowed(gradient, gradient_ptr),
@@ -315,4 +359,17 @@ def row_kernel(
         if EXPLICIT is not None:
             value_sum = tl.where(no_teacher, 0.0, value_sum)
             value_sum = explicit_value + weighted(value_sum, implicit)
-        tl.store(loss_ptr + row, tl.where(valid, weighted(value_sum, weight), 0.0), mask=exists)
+        value = tl.where(valid, weighted(value_sum, weight), 0.0)
+        hard_value = tl.where(valid, weighted(hard_value, hard_weight), 0.0)
+        tl.store(loss_ptr + row, value + hard_value if HARD else value, mask=exists)
+        if parts_ptr is not None:
+            entropy = tl.where(student_sum == 0, 0.0, tl.log(student_sum) - log_sum)
+            if EXPLICIT is not None:
+                if_target, if_other = -softplus(-q_odds), -softplus(q_odds)
+                target_share, other_share = tl.exp(if_target), tl.exp(if_other)
+                entropy = tl.where(other_share == 0, 0.0, other_share * (entropy - if_other))
+                entropy -= tl.where(target_share == 0, 0.0, target_share * if_target)
+            at = parts_ptr + row
+            tl.store(at, value, mask=exists)
+            tl.store(at + rows, hard_value, mask=exists)
+            tl.store(at + 2 * tl.cast(rows, tl.int64), tl.where(valid, entropy, 0.0), mask=exists)

@@ -18,15 +18,19 @@ def forward(
     teacher: Tensor,  # as student
     target: Tensor | None,  # (rows...)
     token_weight: Tensor | None,  # (rows...)
+    hard_token_weight: Tensor | None,  # (rows...)
+    row_temperature: Tensor | None,  # (rows...)
     call: RowCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss, 0-d or (rows...), and gradient, like student or None."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, 0-d or (rows...), gradient, like student or None, and parts, (3, rows...) or None."""
     shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
     losses = student.new_empty(shape, dtype=working_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
-    _run(student, teacher, target, token_weight, call, None, losses, gradient)
-    return losses.sum() if call.reduction else losses, gradient
+    parts = losses.new_empty((3, *shape)) if call.parts else None
+    numbers = (target, token_weight, hard_token_weight, row_temperature)
+    _run(student, teacher, *numbers, call, None, losses, gradient, parts)
+    return losses.sum() if call.reduction else losses, gradient, parts
 
 
 def backward(
@@ -35,11 +39,14 @@ def backward(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     call: RowCall,
 ) -> Tensor:
     """Gradient times upstream, multiplied before it is rounded to the student's dtype."""
     gradient = torch.empty_like(student)
-    _run(student, teacher, target, token_weight, call, upstream, None, gradient)
+    numbers = (target, token_weight, hard_token_weight, row_temperature)
+    _run(student, teacher, *numbers, call, upstream, None, gradient, None)
     return gradient
 
 
@@ -48,16 +55,19 @@ def _run(
     teacher: Tensor,
     target: Tensor | None,
     token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
     call: RowCall,
     upstream: Tensor | None,
     losses: Tensor | None,
     gradient: Tensor | None,
+    parts: Tensor | None,
 ) -> None:
     if student.numel() == 0:
         return
-    temperature, scale, *options = numbers_of(call)
+    temperature, scale, hard, *options = numbers_of(call)
     if len(options) > 4:
-        raise ValueError(f"numbers must be at most 6, got {len(options) + 2}")
+        raise ValueError(f"numbers must be at most 7, got {len(options) + 3}")
     class_dim = call.class_dim
     written = gradient
     rows = rows_of(class_dim, student, teacher, student if written is None else written)
@@ -70,32 +80,38 @@ def _run(
     count = None
     if call.reduction == 1:
         if target is None:
-            scale /= rows.rows
+            scale, hard = scale / rows.rows, hard / rows.rows
         else:
             count = (target.long() != call.ignore_index).sum()
     if target is not None:
         target = target.reshape(-1)
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)
+    of_rows = [
+        None if x is None else x.reshape(-1).contiguous()
+        for x in (token_weight, hard_token_weight, row_temperature)
+    ]
     upstream_stride = 0
     if upstream is not None and upstream.dim() > 0:
         upstream = upstream.reshape(-1)
         upstream_stride = upstream.stride(0)
     accumulator = launch.accumulator(student.dtype, teacher.dtype)
     classes = student.shape[class_dim]
-    # A rule that is not centred keeps slopes and q beside the logits: half the classes a thread.
-    kept = 1 if module.CENTRED else 2
+    # A rule that is not centred keeps slopes and q beside the logits, and the cross-entropy its
+    # exponentials: half the classes a thread.
+    kept = 1 if module.CENTRED and not hard else 2
     config = launch.row_launch(classes, kept * accumulator.primitive_bitwidth // 8)
+    if hard and not module.CENTRED and not config.resident:  # both
+        config = config._replace(block=config.block // 2)
     first, second, third, fourth = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
     with launch.on_device(student):
         row_kernel[(triton.cdiv(rows.rows, config.rows),)](
             student,
             teacher,
             target,
-            token_weight,
+            *of_rows,
             count,
             upstream,
             losses,
+            parts,
             written,
             rows.rows,
             classes,
@@ -104,11 +120,11 @@ def _run(
             *rows.strides[1],
             *rows.strides[2],
             0 if target is None else target.stride(0),
-            0 if token_weight is None else token_weight.stride(0),
             upstream_stride,
             call.ignore_index,
             1.0 / temperature,
             scale,
+            hard,
             first,
             second,
             third,
@@ -117,6 +133,7 @@ def _run(
             EXPLICIT=getattr(module, "explicit", None),
             CENTRED=module.CENTRED,
             STANDARDIZE=call.standardize,
+            HARD=hard != 0.0,
             EPS=STANDARDIZE_EPS,
             TWO_LEVEL=rows.two_level,
             RESIDENT=config.resident,

@@ -102,7 +102,8 @@ def test_row_operators_pass_opcheck(case: Case) -> None:
     options = {"kd": [], "dkd": [1.0, 8.0], "aekt": [1.0, 8.0, 1.0, 10.0]}[case.spec.name]
     student, teacher, target = inputs((12, 40), F32)
     target[1] = -100
-    args = (target, None, case.spec.name, [2.0, 4.0, *options], None, False, -100, 1)
+    of_rows = (target, None, None, torch.full((12,), 2.0, device=DEVICE))
+    args = (*of_rows, case.spec.name, [2.0, 4.0, 0.0, *options], None, False, False, -100, 1)
     leaf = student.requires_grad_()
     operators = torch.ops.kdkernels
     for reduction in (0, 1, 2):

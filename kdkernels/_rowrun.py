@@ -1,0 +1,101 @@
+"""Running a row loss whose arguments are checked: the backend's choice, its tensors, its call."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _checks, _reduce
+from ._autograd import apply, apply_with_parts
+from ._calls import RowCall
+from ._dispatch import beside_cuda, choose
+from ._dtypes import working_dtype
+from ._tracing import traced, transformed
+from .registry import LossSpec
+
+
+def run(
+    spec: LossSpec,
+    backend: str | None,
+    options: tuple[float, ...],
+    temperature: float,
+    scale: float,
+    hard: float,
+    standardize: bool,
+    parts: bool,
+    ignore_index: int,
+    class_dim: int,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of checked arguments, and its parts by row where they are wanted."""
+    chosen = choose(spec, student, backend)
+    if (parts or hard != 0.0) and chosen == "native" and not student.is_cpu:
+        chosen = beside_cuda(spec, student, backend)
+    if chosen != "native":  # which checks both itself
+        _checks.allocated("student_logits", student)
+        _checks.allocated("teacher_logits", teacher)
+        if target is not None and (spec.needs_target or hard != 0.0):
+            _check_range(target, student.shape[class_dim], ignore_index)
+    if chosen == "reference":
+        rows = functools.partial(spec.reference, **dict(zip(spec.options, options, strict=True)))
+        return _reduce.row_loss(
+            rows,
+            student,
+            teacher,
+            target,
+            _by_row(token_weight, student, class_dim),
+            _by_row(hard_token_weight, student, class_dim),
+            _by_row(row_temperature, student, class_dim),
+            temperature=temperature,
+            class_dim=class_dim,
+            scale=scale,
+            hard=hard,
+            standardize=standardize,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            needs_target=spec.needs_target,
+            parts=parts,
+        )
+    if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
+        target = target.to(torch.int64).contiguous()
+    if token_weight is not None or row_temperature is not None or hard_token_weight is not None:
+        dtype = working_dtype(student, teacher)
+        token_weight = _by_row(token_weight, student, class_dim, dtype)
+        hard_token_weight = _by_row(hard_token_weight, student, class_dim, dtype)
+        row_temperature = _by_row(row_temperature, student, class_dim, dtype)
+    if spec.rule_numbers is not None:
+        options = spec.rule_numbers(*options)
+    numbers_of_call = [temperature, scale, hard, *options]
+    call = RowCall(
+        spec.rule, numbers_of_call, None, standardize, parts, ignore_index, class_dim, reduction
+    )
+    tensors = (student, call, teacher, target, token_weight, hard_token_weight, row_temperature)
+    if parts:
+        return apply_with_parts(chosen, "row", *tensors)
+    return apply(chosen, "row", *tensors), None
+
+
+def _by_row(
+    numbers: Tensor | None, student: Tensor, class_dim: int, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """One number for each row, also where there is one for all; contiguous, of a dtype if asked."""
+    if numbers is None:
+        return None
+    if not numbers.dim():
+        shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+        numbers = numbers.to(student.device).expand(shape)
+    return numbers if dtype is None else numbers.to(dtype).contiguous()
+
+
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
+    if target.device.type == "cpu" and not traced(target) and not transformed():
+        _checks.target_range(target, classes, ignore_index)
