@@ -302,6 +302,50 @@ def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     return abs(p - q).sum(-1) / 2, slope, np.where(touched, 1e18 * q, size)
 
 
+def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    alpha, beta = WIDE(options["alpha"]), WIDE(options["beta"])
+    total = alpha + beta
+    q = np.exp(log_q)
+    neither = (log_p == -np.inf) & (log_q == -np.inf)
+    gap = np.where(neither, 0, log_p - np.where(neither, 0, log_q))
+    value, slope = np.zeros_like(q), np.zeros_like(q)
+    for mine, a, b in ((gap < 0, alpha, beta), (gap >= 0, beta, alpha)):  # a: of the smaller one
+        x = np.where(mine, abs(gap), 0)
+        top = np.exp(np.where(neither | ~mine, 0, total * np.maximum(log_p, log_q)))
+        top = np.where(neither, 0, top)
+        small = np.where(x < 0.25, x, 0)
+        # 1 / (a b) (a / s exp(-s x) + b / s - exp(-a x)), term by term of its series.
+        near, power = np.zeros_like(x), np.ones_like(x)
+        for k in range(1, 24):
+            power = power * -small / k
+            powers = sum((total**j * a ** (k - 2 - j) for j in range(k - 1)), WIDE(0))
+            near = near + power * powers
+        with np.errstate(all="ignore"):
+            e_a, e_s = np.exp(-a * x), np.exp(-total * x)
+            if a == 0 and b == 0:
+                far = x * x / 2
+            elif a == 0:
+                far = (np.expm1(-b * x) + b * x) / b**2
+            elif b == 0:
+                far = (1 - (1 + np.where(e_a == 0, 0, a * x)) * e_a) / a**2
+            else:
+                far = (a / total * e_s + b / total - e_a) / (a * b)
+            own = x if a == 0 else -np.expm1(-a * x) / a
+            others = x if b == 0 else -np.expm1(-b * x) / b
+        value = value + np.where(mine, top * np.where(x < 0.25, near, far), 0)
+        of_student = gap < 0
+        by = np.where(of_student, own, -np.where(e_a == 0, 0, others * e_a))
+        slope = slope + np.where(mine, top * by, 0)
+    infinite = ~np.isfinite(slope).all(-1) | np.isinf(value).any(-1)
+    mean = np.where(np.isfinite(slope), slope, 0).sum(-1, keepdims=True)
+    size = abs(np.where(np.isfinite(slope), slope, 0))
+    size = size + q * size.sum(-1, keepdims=True)
+    lost = (q < options["floor"]) | (np.exp(log_p) < options["floor"])
+    size = np.where(lost, 1e18 * (size + options["floor"] ** 0.5), size)
+    gradient = slope - q * mean
+    return value.sum(-1), np.where(infinite[:, None], np.nan, gradient), size
+
+
 ROWS: dict[str, Callable[..., Rows]] = {
     "kd": kd,
     "dkd": dkd,
@@ -312,6 +356,7 @@ ROWS: dict[str, Callable[..., Rows]] = {
     "skew_kl": of_tokens(_skew_kl),
     "skew_reverse_kl": of_tokens(_skew_reverse_kl),
     "tv": of_tokens(_tv),
+    "alpha_beta": of_tokens(_alpha_beta),
 }
 
 

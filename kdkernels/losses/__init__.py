@@ -4,6 +4,7 @@ To add a loss, import its public names here (one line); everything else finds it
 """
 
 from .aekt import AEKTLoss as AEKTLoss, aekt_loss as aekt_loss
+from .alpha_beta import AlphaBetaLoss as AlphaBetaLoss, alpha_beta_loss as alpha_beta_loss
 from .attention import (
     AttentionTransferLoss as AttentionTransferLoss,
     attention_transfer_loss as attention_transfer_loss,

@@ -13,6 +13,7 @@ from .pkd import PKDLoss as PKDLoss
 from .rkd import RKDLoss as RKDLoss
 from .refilled import TupleMatchingLoss as TupleMatchingLoss
 from .aekt import aekt_loss as aekt_loss
+from .alpha_beta import alpha_beta_loss as alpha_beta_loss
 from .attention import attention_transfer_loss as attention_transfer_loss
 from ._centers import class_centers as class_centers
 from .dist import dist_loss as dist_loss
@@ -59,6 +60,30 @@ class AEKTLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class AlphaBetaLoss(TokenLoss):
+    alpha: float
+    beta: float
+    temperature: float
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
+    backend: str | None
+    def __init__(
+        self,
+        alpha: float = ...,
+        beta: float = ...,
+        temperature: float = ...,
+        *,
+        ignore_index: int | None = ...,
+        reduction: str = ...,
+        loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
