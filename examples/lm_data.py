@@ -31,6 +31,8 @@ PIECE = 1000
 """Characters of a document of the training, at least: students are given whole ones."""
 HELD = 0.12
 """Share of the text that is held out, at most."""
+MOST = 100_000
+"""Characters that are held out, at most: more would only make the evaluations long."""
 
 
 def documents(path: Path | None) -> list[str]:
@@ -109,7 +111,7 @@ def split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Large groups are trained on: many small ones are better evidence than a few large ones.
     """
-    room = HELD * sum(map(len, texts))
+    room = min(MOST, HELD * sum(map(len, texts)))
     largest = max(room / 4, min(map(len, texts), default=0))
     kept: list[str] = []
     held: list[str] = []
