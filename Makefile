@@ -22,8 +22,8 @@ SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) \
   $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test mutants peers bench fuzz fuzz-sanitized cuda-check gpu-check \
-  lint format clean
+.PHONY: help install demo demo-lm reproduce test mutants peers bench fuzz fuzz-sanitized cuda-check \
+  gpu-check lint format clean
 
 help:  ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -41,6 +41,9 @@ install: $(VENV)/.installed  ## create the environment and build the package int
 demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; three minutes, no GPU
 	$(PY) examples/distill.py --teachers weak medium strong --methods ce kd dist iekd@medium \
 	  --seeds 0 1 2 --threads 2 --output runs/demo $(DEMO_ARGS)
+
+demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three minutes, no GPU, no download
+	$(PY) examples/distill_lm.py --threads 2 --output runs/demo-lm $(DEMO_ARGS)
 
 reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, an hour
 	$(PY) examples/reproduce.py --dataset fashion-mnist --results examples/results $(DEMO_ARGS)

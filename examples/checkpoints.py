@@ -10,7 +10,7 @@ import torch
 
 # A run that may not start from the saved state, because the settings differ.
 MISMATCH = (
-    "distill.py: {path} was made with other settings ({what}).\n"
+    "{path} was made with other settings ({what}).\n"
     "Choose another --output, or start over with --fresh."
 )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import grid, paired
+from tables import grid, paired
 
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 RESULTS = Path(__file__).resolve().parent / "results" / "results.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import models
 import recipes
 import report
-import torch
+from arguments import threads
 from data import Data
 from engine import History, Job, fit
 from extras import Centers
@@ -111,12 +110,6 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
         times = {label: report.time_loss(job) for label, job in timed.items()}
         results.times = {label: timing for label, timing in times.items() if timing is not None}
     return results
-
-
-def threads(count: int) -> None:
-    """CPU threads, no more than there are; 0: as torch has it."""
-    if count:
-        torch.set_num_threads(min(count, os.cpu_count() or count))
 
 
 def seen(args: argparse.Namespace, data: Data, split: str) -> int | None:

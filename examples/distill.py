@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,27 +31,13 @@ try:
     import models
     import recipes
     import report
+    from arguments import checked
     from setups import SETUPS
     from world import World
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"distill.py: {error}. The examples need:  pip install -e '.[examples]'"
     ) from error
-
-T = TypeVar("T")
-
-
-def _type(parse: Callable[[str], T]) -> Callable[[str], str]:
-    """For argparse: the text itself, once ``parse`` takes it, or what ``parse`` says against it."""
-
-    def check(text: str) -> str:
-        try:
-            parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return text
-
-    return check
 
 
 def _option(text: str) -> None:
@@ -75,12 +60,12 @@ def parser() -> argparse.ArgumentParser:
         "--method",
         nargs="+",
         metavar="METHOD",
-        type=_type(recipes.Method.parse),
+        type=checked(recipes.Method.parse),
         help="NAME[:OPTION=VALUE,...][@TEACHER]; names: " + ", ".join(recipes.RECIPES),
     )
     add("--teachers", nargs="+", metavar="NAME", help="of the data set: weak, medium or strong")
     add("--splits", nargs="+", metavar="NAME", help="classes known: same, overlap or disjoint")
-    add("--student", type=_type(models.size), metavar="WxB", help="width x blocks a stage")
+    add("--student", type=checked(models.size), metavar="WxB", help="width x blocks a stage")
     add("--images-per-class", type=int, metavar="N", help="that the students see; 0: all")
     add("--seeds", type=int, nargs="+", metavar="SEED")
     add("--teacher-epochs", type=int, metavar="N")
@@ -93,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="METHOD.NAME=VALUE",
-        type=_type(_option),
+        type=checked(_option),
         help="change an option of a method (*: of all), such as kd.temperature=2",
     )
     add("--backend", choices=["native", "triton", "reference"], help="of the losses; default: best")

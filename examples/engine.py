@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import optimizing
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
     job.model.to(device)
     distiller = Distiller(job).to(device)
     optimizer = torch.optim.SGD(
-        _groups(distiller, job.weight_decay), lr=job.lr, momentum=0.9, nesterov=True
+        optimizing.groups(distiller, job.weight_decay), lr=job.lr, momentum=0.9, nesterov=True
     )
     steps = job.data.steps(job.batch, world.size)
     schedule = _schedule(optimizer, job, steps)
@@ -218,17 +218,6 @@ def _autocast(device: torch.device, amp: str | None) -> AbstractContextManager[A
     return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and filters, none for biases and batch-norm."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
 def _schedule(
     optimizer: torch.optim.Optimizer, job: Job, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -239,7 +228,6 @@ def _schedule(
 
     def factor(step: int) -> float:
         begin, end = (0, first) if step < first else (first, total)
-        ramp = min(1.0, (step - begin + 1) / (warmup + 1))
-        return ramp * (1 + math.cos(math.pi * (step - begin) / max(1, end - begin))) / 2
+        return optimizing.cosine(step - begin, end - begin, warmup)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import plots
+from plots import COLOURS, plt
 from recipes import RECIPES
-from report import Results, spread
+from report import Results
+from tables import spread
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
-
-COLOURS = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3b00")
 COLOUR = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(RECIPES)}
 
 
@@ -24,11 +20,7 @@ def colour(method: str) -> str:
 
 
 def write(found: Sequence[Results], folder: Path, name: str = "curves.png") -> None:
-    """Written whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.partial.png"
-    draw(found, partial)
-    os.replace(partial, folder / name)
+    plots.write(lambda path: draw(found, path), folder / name)
 
 
 def draw(found: Sequence[Results], path: Path) -> None:
@@ -48,10 +40,7 @@ def draw(found: Sequence[Results], path: Path) -> None:
             _draw_curves(axes[0], results)
         draw_gains(axes[1], results)
         _draw_times(axes[2], results)
-        for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def _title(results: Results) -> str:
@@ -137,33 +126,19 @@ def _draw_curves(axis: Any, results: Results) -> None:
 def draw_gains(axis: Any, results: Results) -> None:
     """Paired differences to plain training: each seed, mean and standard deviation."""
     base = next(iter(results.plain), None)
-    places: list[str] = []
     # Of several teachers the middle one: what the others do is the panel beside.
     names = list(results.teachers)
     shown = names[len(names) // 2 :][:1]
-    for teacher, method, _ in results.students():
-        if teacher is not None and teacher not in shown:
-            continue
-        gains = results.gains(teacher, method, base) if base else None
-        if gains is None:
-            continue
-        mean, deviation = spread(gains)
-        place = len(places)
-        places.append(method.replace(":", ":\n").replace(",", ",\n"))
-        axis.scatter([place - 0.12] * len(gains), gains, color=colour(method), s=22, alpha=0.55)
-        axis.errorbar(place + 0.12, mean, deviation, color=colour(method), marker="o", capsize=4)
-        axis.annotate(
-            f"{mean:+.1f}", (place + 0.12, mean), (6, 0), textcoords="offset points", va="center"
-        )
-    if not places:
-        axis.set_axis_off()
-        return
-    axis.axhline(0.0, color=COLOURS[0], linestyle="--")
-    axis.set_xticks(range(len(places)), places, fontsize=8)
-    axis.set_xlim(-0.5, len(places) - 0.2)
+    found = [
+        (method, gains)
+        for teacher, method, _ in results.students()
+        if (teacher is None or teacher in shown)
+        and base
+        and (gains := results.gains(teacher, method, base)) is not None
+    ]
     by = f", {shown[0]} teacher" if shown else ""
-    axis.set(title=f"Gain over {base} by seed, mean ± sd{by}", ylabel="percentage points")
-    axis.grid(axis="y", alpha=0.25)
+    title = f"Gain over {base} by seed, mean ± sd{by}"
+    plots.gains(axis, found, colour, title, "percentage points")
 
 
 def _draw_times(axis: Any, results: Results) -> None:
@@ -171,25 +146,11 @@ def _draw_times(axis: Any, results: Results) -> None:
     if not timed:
         axis.set_axis_off()
         return
-    for place, timing in enumerate(timed.values()):
-        bars = ((-0.2, timing.reference, "#c4c8cf"), (0.2, timing.chosen, "#0072b2"))
-        for offset, value, shade in bars:
-            axis.bar(place + offset, value, 0.38, color=shade)
-            axis.annotate(
-                f"{value:.0f}",
-                (place + offset, value),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-            )
     one = next(iter(timed.values()))
-    handles = [Patch(color=c) for c in ("#c4c8cf", "#0072b2")]
-    axis.legend(handles, ["eager (reference)", f"kdkernels ({one.backend})"], frameon=False)
-    axis.set_xticks(
-        range(len(timed)), [m.replace(":", ":\n").replace(",", ",\n") for m in timed], fontsize=8
-    )
+    pairs = {method: (timing.reference, timing.chosen) for method, timing in timed.items()}
+    plots.pairs(axis, pairs, ("eager (reference)", f"kdkernels ({one.backend})"), "{:.0f}")
     axis.set_yscale("log")
-    axis.set_ylim(5, 4 * max(max(t.reference, t.chosen) for t in timed.values()))
+    axis.set_ylim(5, 4 * max(map(max, pairs.values())))
     axis.set(
         title=f"Loss alone, {one.shape[0]} images, {one.shape[1]} classes",
         ylabel="forward + backward, microseconds",

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import terms
+from arguments import assignment
 from extras import Centers, Factors, Peer
 from models import ResNet
 from terms import Step
@@ -211,14 +212,4 @@ class Method:
 
 def change(text: str, name: str) -> tuple[str, float]:
     """``OPTION=VALUE`` of the recipe ``name``; "*": of any."""
-    option, equals, value = text.partition("=")
-    known = {**TRAINING, **(RECIPES[name].options if name != "*" else {})}
-    if option not in known or not equals:
-        raise ValueError(
-            f"an option of {name} must be NAME=VALUE with a name among "
-            f"{', '.join(known)}, got {text}"
-        )
-    try:
-        return option, float(value)
-    except ValueError:
-        raise ValueError(f"{name}'s {option} must be a number, got {value}") from None
+    return assignment(text, name, {**TRAINING, **(RECIPES[name].options if name != "*" else {})})

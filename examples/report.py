@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 from engine import Distiller, History, Job
 from models import Output
+from tables import grid, paired, spread, versions, write_json
 from terms import Step
 from torch import Tensor, nn
-
-import kdkernels
 
 
 @dataclass(frozen=True)
@@ -128,11 +123,10 @@ def time_loss(job: Job) -> Timing | None:
         step = Step(leaves, teacher_out, target, progress, job.options, backend, extra, images)
         term(step).backward()
 
-    synchronize = torch.cuda.synchronize if images.is_cuda else _nothing
-    chosen, reference = _median_seconds(
-        [lambda: once(job.backend), lambda: once("reference")], synchronize
+    chosen, reference = timing.median_seconds(
+        [lambda: once(job.backend), lambda: once("reference")], images.device
     )
-    used = job.backend or _best(job.recipe.loss or job.recipe.name, images.device)
+    used = job.backend or timing.best_backend(job.recipe.loss or job.recipe.name, images.device)
     return Timing(used, 1e6 * chosen, 1e6 * reference, tuple(student_out.logits.shape))
 
 
@@ -160,53 +154,8 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
         return once
 
     device = next(iter(jobs.values())).data.images.device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    seconds = _median_seconds([prepared(job) for job in jobs.values()], synchronize)
+    seconds = timing.median_seconds([prepared(job) for job in jobs.values()], device)
     return {method: 1e3 * one for method, one in zip(jobs, seconds, strict=True)}
-
-
-def _best(name: str, device: torch.device) -> str:
-    """The backend that ``backend=None`` picks: the first with nothing against it."""
-    requested = os.environ.get("KDKERNELS_BACKEND")
-    reasons = kdkernels.available(device)[name]
-    return requested or next(backend for backend, against in reasons.items() if not against)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _median_seconds(
-    contenders: Sequence[Callable[[], None]],
-    synchronize: Callable[[], None],
-    rounds: int = 15,
-) -> list[float]:
-    """Median time of a call of each, taken in turns so that a busy machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds):
-        for once, taken in zip(contenders, seconds, strict=True):
-            # As many calls as take about 4 ms, by the turn before.
-            calls = min(20, max(1, round(4e-3 / taken[-1]))) if turn else 1
-            synchronize()
-            begin = time.perf_counter()
-            for _ in range(calls):
-                once()
-            synchronize()
-            taken.append((time.perf_counter() - begin) / calls)
-    return [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def paired(values: Sequence[float] | None) -> str:
-    """Mean ± standard deviation, and how many of the seeds gained."""
-    if values is None:
-        return "-"
-    mean, deviation = spread(values)
-    return f"{mean:+.2f} ± {deviation:.2f} ({sum(v > 0 for v in values)}/{len(values)})"
 
 
 def table(results: Results) -> str:
@@ -274,19 +223,6 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return [head[i] for i in kept], [[row[i] for i in kept] for row in found]
 
 
-def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table with columns of equal width; words to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    lines = []
-    for row in (head, ["-" * width for width in widths], *body):
-        cells = (
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
 def accuracies(results: Results) -> dict[str, dict[str, dict[int, float]]]:
     """By teacher, method and seed; students without a teacher stand beside those of each."""
     plain = {m: {s: h.final for s, h in found.items()} for m, found in results.plain.items()}
@@ -295,16 +231,6 @@ def accuracies(results: Results) -> dict[str, dict[str, dict[int, float]]]:
         | {m: {s: h.final for s, h in found.items()} for m, found in taught.students.items()}
         for name, taught in results.teachers.items()
     } or {"-": plain}
-
-
-def versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "kdkernels": kdkernels.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def write(found: Sequence[Results], folder: Path) -> None:
@@ -316,10 +242,3 @@ def write(found: Sequence[Results], folder: Path) -> None:
         "comparisons": [asdict(results) for results in found],
     }
     write_json(content, folder / "results.json")
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)

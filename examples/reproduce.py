@@ -21,6 +21,7 @@ import claims
 import distill
 import figure
 import report
+import tables
 from world import World
 
 
@@ -199,13 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{text}", flush=True)
         if table.name == "main":
             figure.write(found, folder, "strength.png")
-    stamp = report.versions()
+    stamp = tables.versions()
     head = ", ".join(f"{name} {value}" for name, value in stamp.items())
     summary = claims.table(kept)
     missing = [table.name for table in TABLES if table.name not in kept]
     if missing:
         summary += ["", f"Tables that were not made: {', '.join(missing)}."]
-    report.write_json({**stamp, "tables": kept}, folder / "results.json")
+    tables.write_json({**stamp, "tables": kept}, folder / "results.json")
     text = "\n".join(
         [
             "# What the papers claim, and what is found here",

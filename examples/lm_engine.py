@@ -1,0 +1,174 @@
+"""Training of one language model: the loop and its checkpoints."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import lm_methods
+import optimizing
+import torch
+import torch.nn.functional as F
+from lm_data import IGNORED, batches
+from lm_methods import Method
+from lm_models import Decoder
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Loss = Callable[[Method, Tensor, Tensor | None, Tensor, str | None], Tensor]
+
+CLIP = 1.0
+"""Norm to which gradients are clipped."""
+WARMUP = 0.1
+"""Share of the steps over which the learning rate grows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: a teacher (no ``teacher`` of its own) or a student."""
+
+    name: str
+    """Of its checkpoint and of its line in the output."""
+    method: Method
+    seed: int
+    model: Decoder
+    stream: Tensor
+    """The tokens to train on, one document after the other."""
+    held: tuple[Tensor, Tensor]
+    """Inputs and labels to evaluate on."""
+    context: int
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float
+    evaluate_every: int
+    backend: str | None
+    settings: Mapping[str, Any]
+    """What the result depends on; a checkpoint made with other settings is refused."""
+    teacher: Decoder | None = None
+
+
+@dataclass
+class History:
+    """One entry for every ``evaluate_every`` steps, and one for the last."""
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    """What training minimises, mean over the steps since the entry before."""
+    validation: list[float] = field(default_factory=list)
+    """Cross-entropy on the held-out text, nats a token."""
+    seconds: list[float] = field(default_factory=list)
+    """Of a training step."""
+
+    @property
+    def final(self) -> float:
+        """Validation loss at the end of training, not at its best."""
+        return self.validation[-1]
+
+
+def optimizer_of(job: Job, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        optimizing.groups(job.model, job.weight_decay), lr=lr, betas=(0.9, 0.95)
+    )
+
+
+def train_step(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    loss_of: Loss = lm_methods.total,
+) -> Tensor:
+    """Everything that a step does; ``loss_of`` is the library's loss or the eager one."""
+    teacher = None
+    if job.teacher is not None:
+        with torch.no_grad():
+            teacher = job.teacher(inputs)
+    loss = loss_of(job.method, job.model(inputs), teacher, labels, job.backend)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(job.model.parameters(), CLIP)
+    optimizer.step()
+    return loss.detach()
+
+
+def fit(job: Job, folder: Path) -> History:
+    """Train ``job.model`` in place, or finish what an earlier call left under ``folder``."""
+    device, path = job.stream.device, folder / f"{job.name.replace(':', '-')}.pt"
+    job.model.to(device)
+    optimizer = optimizer_of(job, job.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: optimizing.cosine(step, job.steps, int(WARMUP * job.steps))
+    )
+    parts = {"model": job.model, "optimizer": optimizer, "schedule": schedule}
+    history = History()
+    if path.exists():
+        history = History(**checkpoints.restore(path, dict(job.settings), parts, device))
+    start = history.step[-1] if history.step else 0
+    bar = tqdm(
+        total=job.steps,
+        initial=start,
+        desc=job.name,
+        unit="step",
+        disable=None,  # where the output is no terminal
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
+    with bar:
+        for first in range(start, job.steps, job.evaluate_every):
+            last = min(first + job.evaluate_every, job.steps)
+            loss, seconds = _train(job, optimizer, schedule, first, last, bar)
+            history.step.append(last)
+            history.loss.append(loss)
+            history.seconds.append(seconds)
+            history.validation.append(evaluate(job.model, job.held))
+            bar.set_postfix(validation=f"{history.final:.3f}")
+            checkpoints.save(path, dict(job.settings), history, parts)
+    job.model.eval()
+    return history
+
+
+def _train(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    first: int,
+    last: int,
+    bar: tqdm[Any],
+) -> tuple[float, float]:
+    """Mean loss and seconds a step; the device is asked for numbers once, at the end."""
+    job.model.train()
+    if job.teacher is not None:
+        job.teacher.eval()
+    total = torch.zeros((), device=job.stream.device)
+    begin = time.perf_counter()
+    with torch.random.fork_rng():
+        # Dropout starts anew with every part that a checkpoint ends: a resumed run draws the same.
+        torch.manual_seed(zlib.crc32(repr((job.name, first)).encode()))
+        for inputs, labels in batches(job.stream, job.context, job.batch, job.seed, first, last):
+            total += train_step(job, optimizer, inputs, labels)
+            schedule.step()
+            bar.update()
+    mean = total.item() / (last - first)
+    return mean, (time.perf_counter() - begin) / (last - first)
+
+
+def evaluate(model: Decoder, held: tuple[Tensor, Tensor], batch: int = 32) -> float:
+    """Cross-entropy of the held-out text, nats a token."""
+    model.eval()
+    total = torch.zeros((), device=held[0].device)
+    with torch.inference_mode():
+        for inputs, labels in zip(*(part.split(batch) for part in held), strict=True):
+            total += F.cross_entropy(
+                model(inputs).flatten(0, 1),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+    return total.item() / int((held[1] != IGNORED).sum())
