@@ -10,10 +10,10 @@
     skew reverse KL         e = alpha, a = 0, b = 1
 
 A class has m (a over(p / m) + b over(q / m)), where over(x) = x log x - x + 1 >= 0; what is added
-sums to 0 over the classes. With s = 1 - exp(-|log(p / q)|) and w the share of the smaller probability,
-m is 1 - w s times the larger one, and the ratios less 1 are w s / (1 - w s) and (w - 1) s / (1 - w s):
-no probability is divided, so that nothing underflows, and each keeps its relative accuracy near
-equality, whatever the shares are.
+sums to 0 over the classes. With s = 1 - exp(-|log(p / q)|) and w the share of the smaller
+probability, m is 1 - w s times the larger one, and the ratios less 1 are w s / (1 - w s) and
+(w - 1) s / (1 - w s): no probability is divided, so that nothing underflows, and each keeps its
+relative accuracy near equality, whatever the shares are.
 
 Edges: finite everywhere while c and e are positive; a class that one side excludes contributes the
 other's probability times the logarithm of its share of m. Without a mixture, c = 0 or e = 0, it is

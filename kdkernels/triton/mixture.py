@@ -17,10 +17,10 @@ _forward = kd.rule
 def rule(p, q, d, of_p, of_q, a, b):
     """a p log(p / m) + b q log(q / m) with m = of_p p + of_q q, a mixture.
 
-    Both divergences are sums of terms >= 0, m (x log x - (x - 1)) of the ratios x = p / m and q / m,
-    which are 1 + of_q delta and 1 - of_p delta with delta = (p - q) / m, exact near equality. The
-    slope per q has two forms, of which the first keeps its digits where x is near 1, however small
-    a share is, and the second elsewhere.
+    Both divergences are sums of terms >= 0, m (x log x - (x - 1)) of the ratios x = p / m and
+    q / m, which are 1 + of_q delta and 1 - of_p delta with delta = (p - q) / m, exact near
+    equality. The slope per q has two forms, of which the first keeps its digits where x is near 1,
+    however small a share is, and the second elsewhere.
     """
     _, gap = _forward(p, q, d, of_p, of_q, a, b)  # q - p, exact where both are nearly equal
     # A ratio of 1 / share, and that times its logarithm, must not overflow; nor 1 / m.
