@@ -108,12 +108,17 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/rules", "mixture.h", "test_golden.py test_language_models.py", "native or equals",
-    ("excess_lost", "slope = slope «- ratio * excess»;", ""),
-    ("excess_of_value", "value = value «+ select(near, F{}, F((q - p) * excess))»;", ""),
-    ("shares_swapped", "R(given[2] * given[1] - given[3] * given[0])",
-     "R(given[2] * given[0] - given[3] * given[1])"),
-    ("impossible_class", "select(p == R(0), broadcast<F>(R(-1)), F(-(less_one / m_over_p)))",
-     "F(less_one / m_over_p)"),
+    ("excess_lost", "F(«log * b - delta * excess»)", "log * b"),
+    ("near_slope", "F(«slope - under * b»)", "slope"),
+    ("weights_of_the_slope",
+     "-R(«given[2] * given[1] * given[1] + given[3] * given[0] * given[0]»)",
+     "given[2] * given[1] * given[0] + given[3] * given[0] * given[1]"),
+    ("share_of_the_larger", "select(teacher_larger, «broadcast<F>(of_q)», broadcast<F>(of_p));",
+     "broadcast<F>(of_p)"),
+    ("from_the_larger", "const F below = select(teacher_larger, «F(-d)», d);", "d"),
+    ("impossible_class",
+     "slope = «select(q == R(0), F{}, F(q * of_q * select(teacher_larger, F(log + below), log)))»;",
+     "F(q * of_q * select(teacher_larger, F(log + below), log))"),
 )  # fmt: skip
 _of(
     "csrc/rules", "mixed_kl.h", "test_golden.py", "native",
@@ -121,6 +126,15 @@ _of(
     ("forward_slope_lost", "slope = gap * «forward»;", "R(1)"),
     ("weights_swapped", "R(options.value[0]), reverse = R(«1.0 - options.value[0]»)",
      "options.value[0]"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_kernel.h", "test_language_models.py", "native and digits",
+    ("certain_rows", "rules::select(certain, «rules::logarithm_of_one_plus(gap)», log_ratio)",
+     "log_ratio"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "evaluate.cpp", "test_corners.py", "native and columns",
+    ("one_long_sum", "if (count > «256») return total(values", "int64_t(1) << 60"),
 )  # fmt: skip
 _of(
     "csrc/rules", "tv.h", "test_golden.py", "native",
@@ -320,12 +334,18 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/triton", "mixture.py", "test_golden.py", "triton",
-    ("excess_lost", "q * (y * b «- ratio * excess»)", ""),
-    ("excess_of_value", "value = value «+ tl.where(near, 0.0, (q - p) * excess)»", ""),
+    ("excess_lost", "far = b * log «- of_q * (a * of_q - b * of_p) * delta»", ""),
+    ("near_slope", "near = «-b * under» - (a", "0.0"),
+    ("terms_of_the_student", "value = m * (a * of_teacher «+ b * of_student»)", ""),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "mixed_kl.py", "test_golden.py", "triton",
     ("reverse_slope_sign", "tl.where(q == 0, 0.0, «-(q * d)» * reverse)", "(q * d)"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "blocks.py", "test_language_models.py", "triton and digits",
+    ("certain_rows", "return tl.where(certain, «near», tl.log(teacher_sum / student_sum))",
+     "tl.log(teacher_sum / student_sum)"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "tv.py", "test_golden.py", "triton",

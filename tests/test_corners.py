@@ -121,6 +121,31 @@ def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> N
         assert gradient.isfinite().all()
 
 
+@each([spec for spec in LOSSES if spec.name == "aekt"])
+def test_a_ratio_that_underflows_has_a_root(case: Case) -> None:
+    """p_t / q_t = exp(-800) is no number of float64, and its square root exp(-400) is one."""
+    dtype = torch.float64
+    student, teacher = (torch.tensor([[x, 0.0, 0.0]], dtype=dtype) for x in (100.0, -800.0))
+    options = {"beta": 0.0, "kappa": 0.5, "temperature": 1.0}
+    target = torch.zeros(1, dtype=torch.int64)
+    leaf = student.to(case.device).requires_grad_()
+    case(leaf, teacher.to(case.device), target.to(case.device), **options).backward()
+    assert leaf.grad is not None
+    # The derivative of TCKD is q_t - p_t, which is 1 but for 1e-43.
+    torch.testing.assert_close(
+        leaf.grad[0, 0].item(), np.exp(-400.0) / np.sqrt(2.0), rtol=1e-11, atol=0.0
+    )
+
+
+@each([spec for spec in LOSSES if spec.name == "dist"])
+def test_the_mean_of_many_columns(case: Case) -> None:
+    """Constant columns have the correlation 0, and in their mean of 1 no errors add up."""
+    classes = case.pick(40_000, 40)
+    student, teacher, _ = make("gaussian", 1, classes, dtype=torch.float64)
+    loss = case(student.to(case.device), teacher.to(case.device), beta=0.0)
+    torch.testing.assert_close(loss.item(), 1.0, rtol=1e-14, atol=0.0)
+
+
 @each(
     [s for s in LOSSES if s.takes_target],
     dtype={dtype_id(d): d for d in sorted(_checks.INTEGERS, key=str)},

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import LOSSES, Case, each
 from torch import Tensor
 
 from kdkernels import functional
@@ -176,6 +178,45 @@ def test_jsd_tends_to_kl_but_is_kl_at_the_end() -> None:
     )
     assert jsd_loss(student, teacher, labels, 0.0) == kl
     assert jsd_loss(100 * student, teacher, labels) <= math.log(2)
+
+
+def _mixture_in_extended_precision(student: Tensor, teacher: Tensor, a: Any, b: Any) -> Any:
+    """a KL(p || m) + b KL(q || m), m = (1 - alpha) of the other side, as published."""
+    wide = np.longdouble
+    q, p = (np.exp(x.double().numpy().astype(wide)) for x in (student, teacher))
+    q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
+    alpha = wide(0.999)
+    m = alpha * p + (1 - alpha) * q if a else (1 - alpha) * p + alpha * q
+    return (a * p * np.log(p / m) + b * q * np.log(q / m)).sum(-1).mean()
+
+
+@each(
+    [spec for spec in LOSSES if spec.name in ("skew_kl", "skew_reverse_kl")],
+    dtype=[torch.float32, torch.float64],
+)
+def test_a_share_near_one_keeps_the_digits(case: Case, dtype: torch.dtype) -> None:
+    """Far from equality too, where two terms of the size of the other share cancel."""
+    student, teacher, _ = _tokens(dtype)
+    student, teacher = student[..., :10], teacher[..., :10]
+    forward = case.spec.name == "skew_kl"
+    truth = _mixture_in_extended_precision(student, teacher, 1.0 * forward, 1.0 * (not forward))
+    rows = [x.reshape(-1, 10).to(case.device) for x in (student, teacher)]
+    loss = case(*rows, alpha=0.999)
+    relative = abs(loss.item() / float(truth) - 1)
+    assert relative < (3e-6 if dtype == torch.float32 else 1e-13), relative
+
+
+@each([spec for spec in LOSSES if spec.name == "tv"], gap=[9.0, 14.0, 40.0])
+def test_total_variation_of_certain_rows_keeps_the_digits(case: Case, gap: float) -> None:
+    """Both are certain of the same class, of whose difference 1 - x would lose the digits."""
+    student, teacher, _ = _tokens(torch.float32)
+    student, teacher = student.reshape(-1, 31), teacher.reshape(-1, 31)
+    student[:, 3] = teacher[:, 3] = gap
+    others = [i for i in range(31) if i != 3]
+    q, p = (torch.softmax(x.double(), -1)[:, others] for x in (student, teacher))
+    truth = ((p - q).abs().sum(-1) + (p - q).sum(-1).abs()) / 2
+    loss = case(student.to(case.device), teacher.to(case.device), reduction="none").cpu()
+    assert ((loss / truth - 1).abs() < 3e-6).all(), (loss / truth - 1).abs().max()
 
 
 @pytest.mark.parametrize("low", [-math.inf, -120.0, -1e4])

@@ -97,25 +97,38 @@ EDGES = {
 RULES = (*rule_library.ROW_RULES, *cuda_emulator.TOYS)
 
 
-def triton_pointwise(rule: str, p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def numbers_of(rule: str) -> list[list[float]]:
+    """The numbers that its losses give a rule: usual ones, and fractions near both ends."""
+    made = []
+    for spec in SPECS.values():
+        if spec.rule == rule and spec.rule_numbers is not None and spec.domains:
+            made += [[*spec.rule_numbers(x)] for x in (0.5, 0.1, 0.9, 1e-3, 0.999)]
+    return made or [toy.OPTIONS]
+
+
+def triton_pointwise(
+    rule: str, numbers: list[float], p: Tensor, q: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
     """The Triton rule on a block of numbers, by way of the interpreter."""
     from rule_block import block
 
     value, slope = torch.empty_like(p), torch.empty_like(p)
     module = {**_rule_modules(), **toy.MODULES}[rule]
-    block[(1,)](p, q, d, value, slope, *toy.OPTIONS, RULE=module.rule, SIZE=p.numel())
+    block[(1,)](p, q, d, value, slope, *numbers, RULE=module.rule, SIZE=p.numel())
     return value, slope
 
 
-def runs(rule: str) -> Iterator[tuple[str, Callable[..., tuple[Tensor, Tensor]]]]:
+def runs(
+    rule: str, numbers: list[float] = toy.OPTIONS
+) -> Iterator[tuple[str, Callable[..., tuple[Tensor, Tensor]]]]:
     for isa in rule_library.instruction_sets():
         for vector in True, False:
-            call = functools.partial(rule_library.pointwise, isa, rule, toy.OPTIONS, vector=vector)
+            call = functools.partial(rule_library.pointwise, isa, rule, numbers, vector=vector)
             yield f"{isa}, vector {vector}", call
     if torch.cuda.is_available():
         return
     if rule in {**_rule_modules(), **toy.MODULES}:
-        yield "triton", functools.partial(triton_pointwise, rule)
+        yield "triton", functools.partial(triton_pointwise, rule, numbers)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -127,7 +140,8 @@ def test_edges_of_the_contract(rule: str, dtype: torch.dtype) -> None:
     p, q = (torch.where((x > 0) & (x < 1e-9), x / TINY * tiny, x) for x in (p, q))
     d = torch.where(d.isinf() & (p > 0) & (q > 0), p.log() - q.log(), d)
     p, q, d = (x.to(dtype) for x in (p, q, d))
-    for how, call in runs(rule):
+    every = [(f"{how}, {x}", call) for x in numbers_of(rule) for how, call in runs(rule, x)]
+    for how, call in every:
         value, slope = call(p.contiguous(), q.contiguous(), d.contiguous())
         for i, name in enumerate(EDGES):
             v, s, what = value[i].item(), slope[i].item(), f"{name} ({how}): {value[i]}, {slope[i]}"
@@ -143,16 +157,18 @@ def test_edges_of_the_contract(rule: str, dtype: torch.dtype) -> None:
                 assert v < INF and abs(s) < INF, what
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_near_equality(rule: str) -> None:
-    """Value and slope keep their digits as d vanishes, which p - q does not; values are >= 0."""
+@pytest.mark.parametrize(
+    ("rule", "numbers"), [(rule, x) for rule in RULES for x in numbers_of(rule)], ids=str
+)
+def test_rules_keep_their_digits(rule: str, numbers: list[float]) -> None:
+    """Value and slope as d vanishes, which p - q does not, and far from there; values are >= 0."""
     smooth = all(spec.smooth for spec in SPECS.values() if spec.rule == rule)
     least = -6 if smooth else -5  # from where on a sign is not that of a rounding error
     d = torch.cat([sign * torch.logspace(least, 1, 64, dtype=torch.float64) for sign in (1, -1)])
     q = torch.linspace(0.01, 0.4, 128, dtype=torch.float64) * torch.exp(-d.clamp(min=0))
     # Float32 numbers whose d is known better than they are.
     wide = (q * d.exp(), q, d)
-    for how, call in runs(rule):
+    for how, call in runs(rule, numbers):
         truth = [x.double() for x in call(*wide)]
         narrow = call(*(x.float() for x in wide))
         assert (narrow[0] >= 0).all(), how

@@ -12,9 +12,11 @@
 namespace kdkernels::cpu {
 namespace {
 
-// Sum in a fixed order, in double.
+// Sum in a fixed order, in double; by halves, so that the rounding error of a sum of doubles does not grow
+// with the number of rows and columns.
 template <class R>
 double total(const R* values, int64_t count) {
+  if (count > 256) return total(values, count / 2) + total(values + count / 2, count - count / 2);
   double sums[4] = {};
   int64_t i = 0;
   for (; i + 4 <= count; i += 4)

@@ -271,6 +271,48 @@ KDK_FN void exponentiate(RowState<M>& row, const RowProblem& problem,
   if constexpr (!kCentred) row.pivot_gap = M::max(pivot_gap);
 }
 
+// Whether any lane of a comparison of a row's numbers holds.
+template <class I>
+KDK_FN bool any_lane(const I& condition) {
+  if constexpr (std::is_arithmetic_v<I>) {
+    return condition;
+  } else {
+    bool any = false;
+    for (unsigned lane = 0; lane < sizeof(I) / sizeof(condition[0]); ++lane)
+      any |= condition[lane] != 0;
+    return any;
+  }
+}
+
+// log(z_t / z_s). Where both rows are certain, the sums without the largest class keep the digits that
+// 1 + x loses, and with them d of the likeliest class is exact, of which 1 - p is all that matters.
+template <class M, class R = typename M::Real>
+KDK_FN typename M::S log_ratio_of_sums(const RowState<M>& row, const typename M::S& inverse_s) {
+  using V = typename M::V;
+  using S = typename M::S;
+  const S log_ratio = logarithm(S(row.z_t * inverse_s));
+  const R most = R(1.125);
+  const auto certain = (row.z_s < most) & (row.z_t < most) & (row.z_s >= R(1)) & (row.z_t >= R(1));
+  if (!any_lane(certain)) return log_ratio;
+  const M mode = row.mode;
+  Blocked<V> rest_s, rest_t;
+  const auto likeliest = splat<R>(R(0.5));
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        const V e = mode.template get<decltype(part)::value>(row.exp_s, i, R(0));
+        const V f = load<R>(row.exp_t + i * kLanes<R>);
+        rest_s.add(rules::select(e > likeliest, V{}, e));
+        rest_t.add(rules::select(f > likeliest, V{}, f));
+      },
+      [&]() KDK_LAMBDA {
+        rest_s.flush();
+        rest_t.flush();
+      });
+  const S gap = (M::sum(rest_t.total) - M::sum(rest_s.total)) * inverse_s;
+  return rules::select(certain, rules::logarithm_of_one_plus(gap), log_ratio);
+}
+
 // The pivot of a rule that is not centred; see csrc/rules/contract.h.
 template <class Pointwise, class M, class R = typename M::Real>
 KDK_FN typename M::S pivot(const RowState<M>& row, const Options& options,
@@ -416,7 +458,9 @@ KDK_FN typename M::S finish(RowState<M>& row, const RowProblem& problem,
     if (temperature.entropy) row.entropy = entropy_of(row);
   }
 
-  const S log_ratio = logarithm(S(row.z_t * inverse_s));
+  S log_ratio;
+  if constexpr (Pointwise::centred) log_ratio = logarithm(S(row.z_t * inverse_s));
+  else log_ratio = log_ratio_of_sums(row, inverse_s);
   const V log_z_ratio = M::spread(log_ratio);
   V pivoted{};
   if constexpr (!Pointwise::centred)

@@ -55,9 +55,9 @@ KDK_FN void split_exponent(const F& x, F& low, F& high, F& rest) {
   high = same_bits<F>(Bits<F>((count - half + 127) << 23));
 }
 
-// log(1 + f) for 1 / sqrt 2 <= 1 + f <= sqrt 2, relative to f.
+// log(1 + f) - f for 1 / sqrt 2 <= 1 + f <= sqrt 2, relative to f^2.
 template <class F>
-KDK_FN F log_near_one(const F& f) {
+KDK_FN F log_near_one_less(const F& f) {
   F y = f * 7.0376836292e-2f - 1.1514610310e-1f;
   y = y * f + 1.1676998740e-1f;
   y = y * f - 1.2420140846e-1f;
@@ -67,17 +67,29 @@ KDK_FN F log_near_one(const F& f) {
   y = y * f - 2.4999993993e-1f;
   y = y * f + 3.3333331174e-1f;
   const F square = f * f;
-  return f + (y * f * square - square * 0.5f);
+  return y * f * square - square * 0.5f;
+}
+
+// log(1 + f) for 1 / sqrt 2 <= 1 + f <= sqrt 2, relative to f.
+template <class F>
+KDK_FN F log_near_one(const F& f) {
+  return f + log_near_one_less(f);
+}
+
+// x = 2^n (1 + f), for a normal number x > 0; `n` counts. Other x give finite numbers.
+template <class F>
+KDK_FN void split_normal(const F& x, Bits<F>& n, F& f) {
+  const Bits<F> bits = same_bits<Bits<F>>(x);
+  n = (bits - 0x3f3504f3) >> 23;  // the exponent of x / sqrt(1 / 2), rounded down
+  f = same_bits<F>(Bits<F>(bits - (n << 23))) - 1.0f;
 }
 
 // x = 2^n (1 + f), for x > 0; `n` counts.
 template <class F>
 KDK_FN void split_number(const F& x, F& n, F& f) {
   const auto subnormal = x < std::numeric_limits<float>::min();
-  const F normal = select(subnormal, F(x * 8388608.0f), x);
-  const Bits<F> bits = same_bits<Bits<F>>(normal);
-  const Bits<F> exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1 / 2), rounded down
-  f = same_bits<F>(Bits<F>(bits - (exponent << 23))) - 1.0f;
+  Bits<F> exponent;
+  split_normal(select(subnormal, F(x * 8388608.0f), x), exponent, f);
   n = __builtin_convertvector(exponent, F) - select(subnormal, broadcast<F>(23.0f), F{});
 }
 
@@ -156,6 +168,33 @@ KDK_FN F logarithm_of(const F& x, const F& less_one) {
     for (unsigned lane = 0; lane < sizeof(F) / sizeof(y[0]); ++lane)
       y[lane] = logarithm_of(scalar_t<F>(x[lane]), scalar_t<F>(less_one[lane]));
     return y;
+  }
+}
+
+// log x of x = 1 + z >= 0, of which z is known as well, and better near 1; and what a divergence makes of
+// it, both >= 0 and z^2 / 2 near 1, where each keeps its relative accuracy:
+//   over = x log x - z,  under = z - log x.
+// Where x underflows, log is some number as low as that, and over is -z. NaN may give any number.
+template <class F>
+KDK_FN void logarithm_terms(const F& x, const F& z, F& log, F& over, F& under) {
+  using R = scalar_t<F>;
+  if constexpr (kFloatVector<F>) {
+    polynomial::Bits<F> n;
+    F f;
+    polynomial::split_normal(x, n, f);
+    const auto near = n == 0;
+    f = select(near, z, f);
+    const F less = polynomial::log_near_one_less(f);
+    const F count = __builtin_convertvector(n, F);
+    log = count * 0.693145752f + ((f + less) + count * 1.42860677e-06f);
+    under = select(near, F(-less), F(z - log));
+    over = select(near, z, x) * log - select(near, under, z);
+  } else {
+    const F least = broadcast<F>(std::numeric_limits<R>::min());
+    log = logarithm_of(select(x < least, least, x), z);
+    const auto near = log * log < R(0.0625);
+    under = select(near, F(phi_series(F(-log)) * (log * log)), F(z - log));
+    over = select(near, z, x) * log - select(near, under, z);
   }
 }
 

@@ -16,6 +16,8 @@ target than the teacher (w > 1) is pulled harder, a surer one (w < 1) is held ba
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,11 @@ def aekt(
     student, teacher = rescale(student, teacher, temperature, standardize)
     rows = split(student, teacher, target)
     log_p_t = rows.log_p[:, 0]
-    ratio = torch.where(log_p_t == -torch.inf, 0.0, rows.d[:, 0].detach().exp())
-    explicit = weighted(rows.explicit(), ratio.clamp(max=operand(ratio_max)) ** operand(kappa))
-    return weighted(explicit, alpha) + weighted(rows.implicit(), beta)
+    impossible = log_p_t == -torch.inf
+    log_ratio = torch.where(impossible, 0.0, rows.d[:, 0].detach())
+    # By the logarithm, because a ratio that underflows may have a root that does not.
+    bound = operand(ratio_max)
+    bound = bound.log() if isinstance(bound, Tensor) else math.log(bound)
+    weight = (log_ratio.clamp(max=bound) * operand(kappa)).exp()
+    weight = torch.where(impossible, 0.0 ** operand(kappa), weight)
+    return weighted(weighted(rows.explicit(), weight), alpha) + weighted(rows.implicit(), beta)

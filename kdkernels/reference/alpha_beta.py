@@ -42,7 +42,9 @@ def alpha_beta(
     """Divergence of each row: (rows, classes) x (rows, classes) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
     log_p, log_q = log_softmax(teacher), log_softmax(student)
-    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    # A power that underflows is 0, whatever it would be multiplied with.
+    neither = torch.maximum(log_p, log_q).detach() * operand(alpha + beta) < -700.0
+    neither = neither | ((log_p == -torch.inf) & (log_q == -torch.inf))
     d = torch.where(neither, 0.0, log_p - log_q)
     of_student = d < 0
     x = torch.where(of_student, -d, d)

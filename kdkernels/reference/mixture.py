@@ -9,9 +9,11 @@
     skew KL (DistiLLM)      c = alpha, a = 1, b = 0
     skew reverse KL         e = alpha, a = 0, b = 1
 
-With r = p / q and x = |log r|, the logarithm of a class's larger probability against the mixture is
--log1p(w (exp(-x) - 1)), w being the weight of the other one, and differs by x from that of the
-smaller: no probability is divided, so that nothing underflows.
+A class has m (a over(p / m) + b over(q / m)), where over(x) = x log x - x + 1 >= 0; what is added
+sums to 0 over the classes. With s = 1 - exp(-|log(p / q)|) and w the share of the smaller
+probability, m is 1 - w s times the larger one, and the ratios less 1 are w s / (1 - w s) and
+(w - 1) s / (1 - w s): no probability is divided, so that nothing underflows, and each keeps its
+relative accuracy near equality, whatever the shares are.
 
 Edges: finite everywhere while c and e are positive; a class that one side excludes contributes the
 other's probability times the logarithm of its share of m. Without a mixture, c = 0 or e = 0, it is
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._rows import rescale
-from ._tokens import excess, kl_terms, log_softmax, with_nan_of
+from ._tokens import kl_terms, log_softmax, with_nan_of
 
 
 def jsd(
@@ -92,39 +94,51 @@ def _from_mixture(
     log_q: Tensor, log_p: Tensor, shares: tuple[float, float], a: float, b: float
 ) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
-    m = shares[0] * p + shares[1] * q
-    p_over_m, q_over_m = _against_mixture(log_p, log_q, shares)
-    total = torch.zeros_like(p)
-    if a:
-        total = total + a * excess(p, m, p_over_m)
-    if b:
-        total = total + b * excess(q, m, q_over_m)
-    return with_nan_of(log_p, total.sum(-1))
-
-
-def _against_mixture(
-    log_p: Tensor, log_q: Tensor, shares: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """log(p / m) and log(q / m), m = c p + e q; 0 where both are 0."""
-    c, e = shares
     both = (log_p == -torch.inf) & (log_q == -torch.inf)
     d = torch.where(both, 0.0, log_p - log_q)
+    of_p, of_q = _over_mixture(d, shares)
+    total = torch.zeros_like(p)
+    if a:
+        total = total + a * of_p
+    if b:
+        total = total + b * of_q
+    m = shares[0] * p + shares[1] * q
+    return with_nan_of(log_p, (m * total).sum(-1))
+
+
+def _over_mixture(d: Tensor, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """over(p / m) and over(q / m) of d = log(p / q), m = c p + e q."""
+    c, e = shares
     teacher_larger = d > 0
     # Where both differ by more, exp(-d) is 0; an infinite d would make 0 inf of the gradient.
-    above = torch.where(teacher_larger, d, 0.0).clamp(max=1e4)
-    below = torch.where(teacher_larger, 0.0, d).clamp(min=-1e4)
-    # log1p(w (x - 1)) is log(1 - w + w x): one keeps its digits near x = 1, the other at w = 1.
-    p_over_m = torch.where(
-        above < 1,
-        -torch.log1p(e * torch.expm1(-above.clamp(max=1.0))),
-        -torch.log(c + e * torch.exp(-above)),
+    gap = torch.where(teacher_larger, d, -d).clamp(max=1e4)
+    share = torch.where(teacher_larger, torch.full_like(d, e), c)
+    rest = torch.where(teacher_larger, torch.full_like(d, c), e)
+    # The derivative of expm1 comes from its value, which is no good where exp(-gap) is small.
+    ratio = torch.exp(-gap)
+    apart = torch.where(gap < 1, -torch.expm1(-gap.clamp(max=1.0)), 1 - ratio)
+    lost = share * apart  # 1 - m / larger
+    # The first keeps its digits near 1, the second where little is left.
+    m = torch.where(lost < 0.5, 1 - lost, rest + share * ratio)
+    log_m = torch.where(
+        lost < 0.5, torch.log1p(-lost.clamp(max=0.5)), torch.where(lost < 0.5, 1.0, m).log()
     )
-    q_over_m = torch.where(
-        below > -1,
-        -torch.log1p(c * torch.expm1(below.clamp(min=-1.0))),
-        -torch.log(e + c * torch.exp(below)),
-    )
+    larger = _over(1 / m, lost / m, -log_m)
+    smaller = _over(ratio / m, -rest * apart / m, -log_m - gap)
     return (
-        torch.where(teacher_larger, p_over_m, q_over_m + below),
-        torch.where(teacher_larger, p_over_m - above, q_over_m),
+        torch.where(teacher_larger, larger, smaller),
+        torch.where(teacher_larger, smaller, larger),
     )
+
+
+def _over(x: Tensor, z: Tensor, log_x: Tensor) -> Tensor:
+    """x log x - z of x = 1 + z, with relative accuracy: near 1 by the series of 2 artanh(u)."""
+    near = z.abs() < 0.25
+    close = torch.where(near, z, 0.0)
+    u = close / (2 + close)
+    square = u * u
+    series = torch.full_like(u, 1 / 21)
+    for n in range(19, 1, -2):
+        series = series * square + 1 / n
+    # log x = 2 u (1 + u^2 series), and z (2 u) - (z - 2 u) is z u.
+    return torch.where(near, u * (close + 2 * (1 + close) * square * series), x * log_x - z)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .numerics import log1p
+
 VARYING = ("rows", "inner", "chunk_rows", "chunks", "ignore_index")
 """Sizes that differ from call to call: they must not recompile, nor change how a row is summed."""
 
@@ -58,6 +60,24 @@ def add_to_normaliser(maximum, total, logits, k):
     shift = finite_max(larger)
     total = total * tl.exp((maximum - shift) * k)
     return larger, total + tl.sum(tl.exp((logits - shift) * k), axis=1, keep_dims=True)
+
+
+@triton.jit
+def add_to_rest(maximum, larger, total, rest, logits, k):
+    """Extend the part of the sum that the classes at the maximum have not; before ``total``."""
+    shift = finite_max(larger)
+    before = tl.where(maximum < larger, total * tl.exp((maximum - shift) * k), rest)
+    others = tl.where(logits == larger, 0.0, tl.exp((logits - shift) * k))
+    return before + tl.sum(others, axis=1, keep_dims=True)
+
+
+@triton.jit
+def log_ratio_of_sums(student_sum, teacher_sum, student_rest, teacher_rest):
+    """log(teacher_sum / student_sum); of certain rows from the rests, whose digits 1 + x loses."""
+    certain = (student_sum < 1.125) & (teacher_sum < 1.125)
+    gap = (teacher_rest - student_rest) / student_sum
+    near = log1p(tl.where(certain, gap, 0.0))
+    return tl.where(certain, near, tl.log(teacher_sum / student_sum))
 
 
 @triton.jit

@@ -5,43 +5,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import expm1, log1p, phi
+from . import kd
+from .numerics import log_terms
 
 FAMILY = "divergence"
 CENTRED = False
-
-
-@triton.jit
-def _log(x, less_one):
-    """log(x), of which x - 1 is known as well, and better near 1."""
-    near = tl.abs(less_one) < 0.5
-    return tl.where(near, log1p(tl.where(near, less_one, 0.0)), tl.log(x))
+_forward = kd.rule
 
 
 @triton.jit
 def rule(p, q, d, of_p, of_q, a, b):
     """a p log(p / m) + b q log(q / m) with m = of_p p + of_q q, a mixture.
 
-    Each logarithm comes from the ratio of p and q, so that neither is the difference of larger
-    ones. Both divergences are sums of terms >= 0, p (m / p - 1 + log(p / m)), whose parts m - p and
-    m - q cancel in JSD; what remains of them is excess (q - p).
+    Both divergences are sums of terms >= 0, m (x log x - (x - 1)) of the ratios x = p / m and
+    q / m, which are 1 + of_q delta and 1 - of_p delta with delta = (p - q) / m, exact near
+    equality. The slope per q has two forms, of which the first keeps its digits where x is near 1,
+    however small a share is, and the second elsewhere.
     """
-    excess = a * of_q - b * of_p
-    near = tl.abs(d) < 0.25
-    # Bounded, because one that overflows belongs to a probability that is as good as 0.
-    most = 1e300 if p.dtype == tl.float64 else 1e37
-    p_over_q = p / q
-    p_over_q = tl.where(p_over_q > most, most, p_over_q)
-    q_over_p = q / p
-    q_over_p = tl.where(q_over_p > most, most, q_over_p)
-    less_one = tl.where(near, expm1(tl.where(near, d, 0.0)), p_over_q - 1.0)
-    inverse_less_one = tl.where(near, expm1(tl.where(near, -d, 0.0)), q_over_p - 1.0)
-    x = -_log(q_over_p * of_q + of_p, inverse_less_one * of_q)
-    y = -_log(p_over_q * of_p + of_q, less_one * of_p)
-    of_x = tl.where(near, phi(x), x)
-    of_y = tl.where(near, phi(y), y)
-    value = tl.where(p == 0, 0.0, p * of_x * a) + tl.where(q == 0, 0.0, q * of_y * b)
-    value = value + tl.where(near, 0.0, (q - p) * excess)
-    value = tl.where(value < 0, 0.0, value)  # of numbers so small that their products are 0
-    ratio = less_one / (less_one * of_p + 1.0) * of_q  # p / m - 1
-    return value, tl.where(q == 0, 0.0, q * (y * b - ratio * excess))
+    _, gap = _forward(p, q, d, of_p, of_q, a, b)  # q - p, exact where both are nearly equal
+    # A ratio of 1 / share, and that times its logarithm, must not overflow; nor 1 / m.
+    share = 1e-304 if p.dtype == tl.float64 else 1e-35
+    least = 2.3e-308 if p.dtype == tl.float64 else 1.2e-38
+    of_p = tl.where(of_p < share, share, of_p)
+    of_q = tl.where(of_q < share, share, of_q)
+    m = of_p * p + of_q * q
+    inverse = 1.0 / tl.where(m < least, least, m)
+    delta = -gap * inverse
+    z = -of_p * delta
+    _, of_teacher, _ = log_terms(p * inverse, of_q * delta)
+    log, of_student, under = log_terms(q * inverse, z)
+    value = m * (a * of_teacher + b * of_student)
+    value = tl.where(value < 0, 0.0, value)  # of numbers so small that they are no ratios
+    near = -b * under - (a * of_q * of_q + b * of_p * of_p) * delta
+    far = b * log - of_q * (a * of_q - b * of_p) * delta
+    return value, q * tl.where(tl.abs(z) < 0.25, near, far)

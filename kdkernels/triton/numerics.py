@@ -38,6 +38,22 @@ def log1p(x):
 
 
 @triton.jit
+def log_terms(x, z):
+    """log x of x = 1 + z >= 0, of which z is known as well and better near 1; x log x - z and
+    z - log x, both >= 0 and z^2 / 2 near 1, where each keeps its relative accuracy.
+
+    Where x is 0, some number as low as that of a small probability, and -z.
+    """
+    close = tl.abs(z) < 0.25
+    least = 1e-300 if x.dtype == tl.float64 else 1e-37
+    far = tl.where(x < least, least, x)
+    log = tl.where(close, log1p(tl.where(close, z, 0.0)), tl.log(far))
+    under = tl.where(close, phi(tl.where(close, -log, 0.0)), z - log)
+    over = tl.where(close, z * log - under, x * log - z)
+    return log, over, under
+
+
+@triton.jit
 def softplus(x):
     """log(1 + exp(x)), relative error of a few ulp for any x, and exact at -inf, inf and NaN."""
     return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))

@@ -23,9 +23,11 @@ from .blocks import (
     VARYING,
     add_to_moments,
     add_to_normaliser,
+    add_to_rest,
     block_columns,
     finite_max,
     load_logits,
+    log_ratio_of_sums,
     narrowed,
     row_offset,
 )
@@ -197,6 +199,8 @@ def row_kernel(
     one = tl.full([], 1.0, ACC)
     hard_max = student_max  # of the classes other than the target, at temperature 1
     hard_sum = student_sum
+    student_rest = student_sum  # without the likeliest class
+    teacher_rest = student_sum
     for start in range(0, end, BLOCK):
         columns = block_columns(start, BLOCK)
         inside = valid & (columns < classes)
@@ -213,8 +217,17 @@ def row_kernel(
             there = tl.where(student == best, teacher, -float("inf"))
             there = tl.max(there, axis=1, keep_dims=True)
             likeliest_teacher = tl.where(best > student_max, there, likeliest_teacher)
+        old_student, old_teacher = student_max, teacher_max
+        old_student_sum, old_teacher_sum = student_sum, teacher_sum
         student_max, student_sum = add_to_normaliser(student_max, student_sum, student, student_k)
         teacher_max, teacher_sum = add_to_normaliser(teacher_max, teacher_sum, teacher, teacher_k)
+        if not CENTRED:
+            student_rest = add_to_rest(
+                old_student, student_max, old_student_sum, student_rest, student, student_k
+            )
+            teacher_rest = add_to_rest(
+                old_teacher, teacher_max, old_teacher_sum, teacher_rest, teacher, teacher_k
+            )
     student_max = finite_max(student_max)
     teacher_max = finite_max(teacher_max)
     hard_max = finite_max(hard_max)
@@ -253,7 +266,10 @@ def row_kernel(
         nothing = no_teacher | (student_sum == 0)
         teacher_sum = tl.where(no_teacher, 1.0, teacher_sum)
         student_sum = tl.where(student_sum == 0, 1.0, student_sum)
-    log_ratio = tl.log(teacher_sum / student_sum)
+    if CENTRED:
+        log_ratio = tl.log(teacher_sum / student_sum)
+    else:
+        log_ratio = log_ratio_of_sums(student_sum, teacher_sum, student_rest, teacher_rest)
 
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr + row * upstream_stride, mask=exists, other=0.0).to(ACC)
