@@ -112,14 +112,17 @@ def total(
     cross-entropy, and the divergence leaves out the same tokens. No divergence has T² in: KL of the
     library has, and it is divided out.
     """
-    o, loss = method.options, _hard(method, student, labels)
+    o = method.options
     if method.entry is None or teacher is None:
-        return loss
+        return _hard(method, student, labels)
     weight = o["weight"] / (o["temperature"] ** 2 if method.entry.name == "kd" else 1.0)
-    keywords: dict[str, Any] = {"temperature": o["temperature"], "loss_weight": weight}
-    return loss + method.entry.loss(
-        student, teacher, labels=labels, backend=backend, **method.own(), **keywords
-    )
+    keywords: dict[str, Any] = {
+        "temperature": o["temperature"],
+        "loss_weight": weight,
+        "hard_weight": o["ce"],  # cross-entropy in the same pass
+        "backend": backend,
+    }
+    return method.entry.loss(student, teacher, labels=labels, **method.own(), **keywords)
 
 
 def eager(

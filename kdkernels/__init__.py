@@ -25,6 +25,7 @@ else:
 
 from . import functional as functional
 from ._dispatch import available as available, use_backend as use_backend
+from ._rowwise import LossParts as LossParts
 from ._version import __version__ as __version__
 from .losses import *  # noqa: F403
 from .registry import SPECS
@@ -32,6 +33,7 @@ from .registry import SPECS
 __all__ = [
     *sorted(spec.module.__name__ for spec in SPECS.values()),
     *functional.__all__,
+    "LossParts",
     "__version__",
     "available",
     "functional",

@@ -310,10 +310,10 @@ def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
 def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     alpha, beta = WIDE(options["alpha"]), WIDE(options["beta"])
     total = alpha + beta
-    if total:  # a power of what counts as 0 is 0, however small the power
-        least = np.log(options["floor"]) if options["pivot"] else -708 / total
-        lost = np.maximum(log_p, log_q) < least
-        log_p, log_q = (np.where(lost, -np.inf, x) for x in (log_p, log_q))
+    # A power of what counts as 0 is 0.
+    least = np.log(options["floor"]) if options["pivot"] else -700 / total
+    lost = np.maximum(log_p, log_q) < least
+    log_p, log_q = (np.where(lost, -np.inf, x) for x in (log_p, log_q))
     q = np.exp(log_q)
     neither = (log_p == -np.inf) & (log_q == -np.inf)
     gap = np.where(neither, 0, log_p - np.where(neither, 0, log_q))
@@ -331,9 +331,7 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
             near = near + power * powers
         with np.errstate(all="ignore"):
             e_a, e_s = np.exp(-a * x), np.exp(-total * x)
-            if a == 0 and b == 0:
-                far = x * x / 2
-            elif a == 0:
+            if a == 0:
                 far = (np.expm1(-b * x) + b * x) / b**2
             elif b == 0:
                 far = (1 - (1 + np.where(e_a == 0, 0, a * x)) * e_a) / a**2

@@ -324,6 +324,8 @@ class Draw:
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 plain[name] = float(value)
                 given[name] = self.number(float(value))
+        if spec.name == "alpha_beta" and plain["alpha"] + plain["beta"] < 0.5:
+            given["beta"] = plain["beta"] = 0.5
         if "ignore_index" in plain and spec.target_name in tensors:
             self.mask(tensors[spec.target_name], plain["ignore_index"])
         return given, plain

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdkernels import functional
 from kdkernels.functional import (
+    alpha_beta_loss,
     jsd_loss,
     kd_loss,
     mixed_kl_loss,
@@ -95,6 +96,24 @@ def categorical(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return torch.distributions.kl_divergence(q, p)[labels != IGNORED].mean()
 
 
+def abkd(alpha: float, beta: float) -> Callable[..., Tensor]:
+    """ABKD's divergence and its limits, which the published code divides by the exponent once."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        q, p = F.softmax(student, -1), F.softmax(teacher, -1)
+        if beta == 0:
+            terms = (p**alpha * (p**alpha / q**alpha).log() - p**alpha + q**alpha) / alpha / alpha
+        elif alpha == 0:
+            terms = (q**beta * (q**beta / p**beta).log() - q**beta + p**beta) / beta / beta
+        else:
+            total = alpha + beta
+            terms = alpha / total * p**total + beta / total * q**total - p**alpha * q**beta
+            terms = terms / (alpha * beta)
+        return terms.sum(-1)[labels != IGNORED].mean()
+
+    return loss
+
+
 def acceptance(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """What speculative decoding rejects: one minus the sum of the smaller probabilities."""
     accepted = torch.minimum(F.softmax(student, -1), F.softmax(teacher, -1)).sum(-1)
@@ -111,6 +130,23 @@ def automodel(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 
 Rows = list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], bool]]
 EQUAL: Rows = [
+    *(
+        (
+            f"abkd-{a}-{b}",
+            lambda s, t, y, a=a, b=b: alpha_beta_loss(s, t, y, a, b),
+            abkd(a, b),
+            False,
+        )
+        for a, b in (
+            (0.2, 0.7),
+            (1.0, 0.0),
+            (0.0, 1.0),
+            (0.6, 0.0),
+            (0.0, 0.5),
+            (0.5, 0.5),
+            (1.0, 1.0),
+        )
+    ),
     ("TRL 0", lambda s, t, y: kd_loss(s, t, 1.0, target=y), trl(0.0), False),
     *(
         (f"TRL {beta}", lambda s, t, y, beta=beta: jsd_loss(s, t, y, beta), trl(beta), False)
@@ -241,7 +277,15 @@ def test_finite_where_the_published_forms_are_not_numbers(low: float) -> None:
 
 
 README = Path(__file__).parents[1] / "README.md"
-BETA, RATIO, LAM, ITEMS, T = 0.3, 0.7, 0.2, 11, 2.5
+ALPHA, BETA, RATIO, LAM, ITEMS, T, W = 0.8, 0.3, 0.7, 0.2, 11, 2.5, 0.6
+
+
+def beside_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """What trainers add by hand."""
+    hard = F.cross_entropy(student.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    return trl(0.5)(student, teacher, labels) + W * hard
+
+
 WRITTEN: dict[str, tuple[Callable[..., Tensor], float]] = {
     "TRL's `generalized_jsd_loss(s, t, labels, beta)`": (trl(BETA), 0.0),
     "TRL's `generalized_jsd_loss(s, t, labels, beta, num": (trl(BETA, ITEMS), 0.0),
@@ -251,6 +295,8 @@ WRITTEN: dict[str, tuple[Callable[..., Tensor], float]] = {
     "DistiLLM's `skewed_forward": (distillm(False, LAM), 1.0),
     "DistiLLM's `skewed_reverse": (distillm(True, LAM), 0.0),
     "NeMo Automodel's": (automodel, 0.0),
+    "ABKD's divergence": (abkd(ALPHA, BETA), 0.0),
+    "any of them beside": (beside_cross_entropy, 0.0),
     "one minus the acceptance": (acceptance, 0.0),
 }
 
@@ -271,7 +317,17 @@ def test_the_row_of_readme_is_their_loss(start: str) -> None:
     (code,) = (code for left, code in _rows().items() if left.startswith(start))
     theirs, entropy = WRITTEN[start]
     s, t, labels = _tokens()
-    names = {"s": s, "t": t, "labels": labels, "beta": BETA, "ratio": RATIO, "lam": LAM, "T": T}
+    names = {
+        "s": s,
+        "t": t,
+        "labels": labels,
+        "beta": BETA,
+        "ratio": RATIO,
+        "lam": LAM,
+        "T": T,
+        "w": W,
+    }
+    names["alpha"] = ALPHA
     ours = eval(code, {**vars(functional), **names, "n": ITEMS})
     expected = theirs(s, t, labels) - entropy * _entropy(t, labels)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)

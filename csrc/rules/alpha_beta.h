@@ -1,4 +1,4 @@
-// The alpha-beta divergence. Options: alpha, beta, both in [0, 1]. Specification:
+// The alpha-beta divergence. Options: alpha, beta, both in [0, 1], at least 1/2 together. Specification:
 // kdkernels/reference/alpha_beta.py.
 #pragma once
 
@@ -24,8 +24,7 @@ struct Rule {
     const F b = select(of_student, broadcast<F>(beta), broadcast<F>(alpha));
     const F x = select(of_student, F(-d), d);
     const F larger = select(of_student, q, p);
-    const F power = exponential(F(logarithm(select(larger == R(0), broadcast<F>(R(1)), larger)) * sum));
-    const F scale = sum == R(1) ? larger : power;
+    const F scale = sum == R(1) ? larger : exponential(F(logarithm(larger) * sum));
     const F y = select(a == R(0), F{}, F(a * x)), z = select(b == R(0), F{}, F(b * x));
     const F decay = exponential(F(-y));
     const auto lost = decay == R(0);
@@ -38,9 +37,8 @@ struct Rule {
     const F second = select(z < R(0.25), F(z * z * phi_series(z)), F(z - fall));
     const F f_first = select(a == R(0), F{}, F(first * by_a));
     const F f_second = select((b == R(0)) | lost, F{}, F(second * by_b * decay));
-    const F f = sum == R(0) ? F(x * x * R(0.5)) : F((f_first + f_second) * (R(1) / sum));
-    // Of probabilities that underflow the logarithms' distance, which has no factor, is left.
-    const auto none = (larger == R(0)) & ((F{} + sum != R(0)) | (d != d));
+    const F f = (f_first + f_second) * (R(1) / sum);
+    const auto none = larger == R(0);
     value = select(none, F{}, F(scale * f));
     // d value / d log q: scale (1 - exp(-a x)) / a of the larger student, else minus what follows.
     const F own = select(a == R(0), x, F(rise * by_a)), others = select(b == R(0), x, F(fall * by_b));

@@ -34,14 +34,17 @@ def alpha_beta_loss(
 
     with p and q the softmaxes of teacher and student over T, and the limits where alpha or beta is
     0. Both 1/2 is four times the squared Hellinger distance, both 1 half the squared Euclidean one,
-    both 0 half the squared distance of the logarithms, and ``alpha + beta = 1`` the
-    alpha-divergences. **There is no T^2**, as in the published code.
+    and ``alpha + beta = 1`` are the alpha-divergences. Together they must be 1/2 at least: to a
+    small power even a probability that underflows in float32 counts. **There is no T^2**, as in the
+    published code.
 
     Args:
-        alpha: exponent of the teacher's probabilities, in [0, 1].
+        alpha: exponent of the teacher's probabilities, in [0, 1]; with beta at least 0.5.
         beta: exponent of the student's, in [0, 1].
     """
-    options = (alpha, beta)
+    options = (_checks.fraction("alpha", alpha), _checks.fraction("beta", beta))
+    if sum(options) < 0.5:
+        raise _checks.fail("alpha + beta", "at least 0.5", sum(options))
     return row_loss(
         ALPHA_BETA, student_logits, teacher_logits, labels, options, temperature, **common
     )

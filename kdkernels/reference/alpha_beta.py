@@ -5,17 +5,18 @@
     d loss_row / d student_i = (g_i - q_i sum_j g_j) / T,
     g_i = 1 / alpha (q_i^s - p_i^alpha q_i^beta)
 
-and its limits: alpha = 1, beta = 0 is KL(p || q), alpha = 0, beta = 1 is KL(q || p), both 0 half the
-squared difference of the logarithms. With X the larger of p_i^s and q_i^s, x = |log p_i - log q_i|, a the
-exponent of the smaller probability and b the other's, a class's part is X f(x),
+and its limits: alpha = 1, beta = 0 is KL(p || q), alpha = 0, beta = 1 is KL(q || p). With X the
+larger of p_i^s and q_i^s, x = |log p_i - log q_i|, a the exponent of the smaller probability and b
+the other's, a class's part is X f(x),
 
     f(x) = x / s [(1 - (1 + y) exp(-y)) / y + exp(-y) phi(z) / z],  y = a x,  z = b x,
     phi(z) = exp(-z) - 1 + z,
 
 whose terms are positive, and where nothing is divided by alpha or beta.
 
-Edges: infinite where beta = 0 and only the student excludes a class, or alpha = 0 and only the teacher
-does; else finite. A row that is all -inf, or holds NaN or +inf, gives NaN and touches no other row.
+Edges: infinite where beta = 0 and only the student excludes a class, or alpha = 0 and only the
+teacher does; else finite. A row that is all -inf, or holds NaN or +inf, gives NaN and touches no
+other row.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def alpha_beta(
     of_student = d < 0
     x = torch.where(of_student, -d, d)
     larger = torch.where(of_student, log_q, log_p)
-    by_student = _parts(x, alpha, beta)
-    by_teacher = _parts(x, beta, alpha)
+    # Each of its own classes: an infinite x of the others would make NaN of the gradient.
+    by_student = _parts(torch.where(of_student, x, 0.0), alpha, beta)
+    by_teacher = _parts(torch.where(of_student, 0.0, x), beta, alpha)
     f = torch.where(of_student, by_student, by_teacher)
     scale = torch.where(neither, 0.0, larger * operand(alpha + beta)).exp()
     values = torch.where(neither, 0.0, scale * f)
@@ -59,8 +61,6 @@ def alpha_beta(
 
 def _parts(x: Tensor, a: float, b: float) -> Tensor:
     """f of the classes of which a is the exponent of the smaller probability."""
-    if a == 0 and b == 0:
-        return 0.5 * x * x
     first = x.new_zeros(()) if a == 0 else _bounded(x * a) / a
     decay = torch.exp(-x * a) if a else torch.ones_like(x)
     gone = decay == 0

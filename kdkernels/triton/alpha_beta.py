@@ -23,9 +23,8 @@ def rule(p, q, d, alpha, beta, third, fourth):
     b = tl.where(of_student, beta, alpha)
     x = tl.abs(d)
     larger = tl.where(of_student, q, p)
-    # Of probabilities that underflow the logarithms' distance, which has no factor, is left.
-    none = (larger == 0) & ((total != 0) | (d != d))
-    scale = tl.exp(tl.log(tl.where(larger == 0, 1.0, larger)) * total)
+    none = larger == 0
+    scale = tl.exp(tl.log(tl.where(none, 1.0, larger)) * total)
     y = tl.where(a == 0, 0.0, a * x)
     z = tl.where(b == 0, 0.0, b * x)
     decay = tl.exp(-y)
@@ -42,7 +41,7 @@ def rule(p, q, d, alpha, beta, third, fourth):
     second = tl.where(near_z, phi(small), expm1(-z) + z) / tl.where(b == 0, 1.0, b)
     second = tl.where(lost, 0.0, second * decay)
     f = tl.where(a == 0, 0.0, first) + tl.where(b == 0, 0.0, second)
-    f = tl.where(total == 0, 0.5 * x * x, f / tl.where(total == 0, 1.0, total))
+    f = f / total
     own = tl.where(a == 0, x, -expm1(-y) / tl.where(a == 0, 1.0, a))
     others = tl.where(b == 0, x, -expm1(-z) / tl.where(b == 0, 1.0, b))
     fallen = tl.where(lost, 0.0, -others * decay)

@@ -99,8 +99,9 @@ def _run(
     # exponentials: half the classes a thread.
     kept = 1 if module.CENTRED and not hard else 2
     config = launch.row_launch(classes, kept * accumulator.primitive_bitwidth // 8)
-    if hard and not module.CENTRED and not config.resident:  # both
-        config = config._replace(block=config.block // 2)
+    wide = accumulator.primitive_bitwidth == 64
+    if (hard or wide) and not module.CENTRED and not config.resident:  # both
+        config = config._replace(block=config.block // (4 if wide else 2))
     first, second, third, fourth = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
     with launch.on_device(student):
         row_kernel[(triton.cdiv(rows.rows, config.rows),)](

@@ -40,7 +40,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_row(const char
     const cpu::Kernels& kernels = find(name);
     RowProblem problem = problem_of(*call);
     const bool wide = problem.student.type == Scalar::f64 || problem.teacher.type == Scalar::f64;
-    cpu::finish(problem, kernels, call->scale, call->reduction);
+    cpu::finish(problem, kernels, call->reduction);
     const double value = cpu::run(problem, kernels, wide, call->reduction, serial);
     if (call->total && wide) *static_cast<double*>(call->total) = value;
     if (call->total && !wide) *static_cast<float*>(call->total) = float(value);
