@@ -17,6 +17,7 @@ from every import example, gradient
 from kdkernels.registry import SPECS, LossSpec
 
 WORLD = 2
+NUMBERS_OF_ROWS = ("token_weight", "temperature")
 
 
 def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
@@ -67,6 +68,14 @@ def _check_image() -> None:
     loss: Any = spec.function(s, t, y, reduction="none")
     assert loss.placements == (Shard(1),) and loss.shape == labels.shape
     torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+    # Numbers of rows are sharded as the rows are.
+    numbers = {name: 1 + torch.rand(2, 3, 4, generator=generator) for name in NUMBERS_OF_ROWS}
+    expected = spec.function(student, teacher, labels, hard_weight=0.5, **numbers)
+    sharded = {name: distribute_tensor(x, mesh, [Shard(1)]) for name, x in numbers.items()}
+    loss = spec.function(s, t, y, hard_weight=0.5, **sharded)
+    torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="return_parts must be False where logits are DTensors"):
+        spec.function(s, t, y, return_parts=True)
 
 
 def _worker(rank: int, port_file: str, failures: Any) -> None:
