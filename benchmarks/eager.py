@@ -87,6 +87,22 @@ def skew_reverse_kl(
     return _mean_over_rows(log_q.exp() * (log_q - mixture.log()))
 
 
+def alpha_beta(
+    student: Tensor,
+    teacher: Tensor,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+) -> Tensor:
+    """As in ABKD: powers of the probabilities."""
+    classes = 1 if student.dim() == 4 else -1
+    q = F.softmax(student / temperature, dim=classes)
+    p = F.softmax(teacher / temperature, dim=classes)
+    total = alpha + beta
+    terms = alpha / total * p**total + beta / total * q**total - p**alpha * q**beta
+    return _mean_over_rows(terms / (alpha * beta))
+
+
 def tv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     classes = 1 if student.dim() == 4 else -1
     q = F.softmax(student / temperature, dim=classes)
@@ -180,6 +196,7 @@ def dist(
 EAGER: dict[str, Callable[..., Tensor]] = {
     "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "reverse_kl": reverse_kl, "jsd": jsd,
     "mixed_kl": mixed_kl, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl, "tv": tv,
+    "alpha_beta": alpha_beta,
     **embedding_eager.EAGER,
 }  # fmt: skip
 

@@ -88,7 +88,10 @@ def test_adds_the_cross_entropy_of_the_labels(case: Case, reduction: str, dtype:
     ROW_LOSSES,
     layout=("dense", "tokens", "strided", "half", "bfloat16", "long"),
     temperature=(1.0, 2.0, 3.0, 4.0),
-    keep=lambda case, layout, temperature: layout != "long" or not case.interpreted,
+    # Of 15000 probabilities two are equal but for a rounding, where a gradient may jump.
+    keep=lambda case, layout, temperature: (
+        layout != "long" or (case.spec.smooth and not case.interpreted)
+    ),
     shared=("layout", "temperature"),
 )
 def test_in_every_traversal_at_every_temperature(

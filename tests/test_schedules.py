@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -19,7 +20,13 @@ def _schedules(spec: LossSpec) -> dict[str, list[float]]:
     """Values of every float option, all in its domain."""
     parameters = inspect.signature(spec.function).parameters.values()
     floats = [p for p in parameters if isinstance(p.default, float)]
-    return {p.name: [p.default * (1 + step / 8) for step in range(VALUES)] for p in floats}
+    up, down = ([1 + sign * step / 8 for step in range(VALUES)] for sign in (1, -0.5))
+
+    def values(name: str, default: float) -> list[float]:
+        high = spec.domains.get(name, (0, math.inf))[1]
+        return [default * x for x in (up if default * up[-1] <= high else down)]
+
+    return {p.name: values(p.name, p.default) for p in floats}
 
 
 def _cases() -> Any:

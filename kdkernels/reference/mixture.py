@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tracing import operand
 from ._rows import rescale
 from ._tokens import kl_terms, log_softmax, with_nan_of
 
@@ -108,12 +109,13 @@ def _from_mixture(
 
 def _over_mixture(d: Tensor, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """over(p / m) and over(q / m) of d = log(p / q), m = c p + e q."""
-    c, e = shares
+    c, e = map(operand, shares)
+    zero = torch.zeros_like(d)
     teacher_larger = d > 0
     # Where both differ by more, exp(-d) is 0; an infinite d would make 0 inf of the gradient.
     gap = torch.where(teacher_larger, d, -d).clamp(max=1e4)
-    share = torch.where(teacher_larger, torch.full_like(d, e), c)
-    rest = torch.where(teacher_larger, torch.full_like(d, c), e)
+    share = torch.where(teacher_larger, zero + e, zero + c)
+    rest = torch.where(teacher_larger, zero + c, zero + e)
     # The derivative of expm1 comes from its value, which is no good where exp(-gap) is small.
     ratio = torch.exp(-gap)
     apart = torch.where(gap < 1, -torch.expm1(-gap.clamp(max=1.0)), 1 - ratio)

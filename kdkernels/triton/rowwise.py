@@ -101,7 +101,7 @@ def _run(
     config = launch.row_launch(classes, kept * accumulator.primitive_bitwidth // 8)
     wide = accumulator.primitive_bitwidth == 64
     if (hard or wide) and not module.CENTRED and not config.resident:  # both
-        config = config._replace(block=config.block // (4 if wide else 2))
+        config = config._replace(block=max(config.block // (4 if wide else 2), 1))
     first, second, third, fourth = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
     with launch.on_device(student):
         row_kernel[(triton.cdiv(rows.rows, config.rows),)](
