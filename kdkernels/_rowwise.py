@@ -98,7 +98,7 @@ def row_loss(
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
     if token_weight is not None:
         _checks.token_weight(token_weight, student, class_dim)
-    if isinstance(loss_weight, Tensor) and hard != 0.0:
+    if isinstance(loss_weight, Tensor) and hard != 0.0 and loss_weight.requires_grad:
         common: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
@@ -113,12 +113,15 @@ def row_loss(
         return joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
+    hard_token_weight = token_weight if hard != 0.0 else None
     if isinstance(loss_weight, Tensor):
         _checks.weight(loss_weight)
         factor = _checks.on_device("loss_weight", loss_weight, student.device)
         loss_weight = 1.0
+        if hard != 0.0:  # of the divergence alone
+            token_weight = factor if token_weight is None else token_weight * factor
+            factor = None
     scale = _checks.number("loss_weight", loss_weight)
-    hard_token_weight = token_weight if hard != 0.0 else None
     learned = heats is not None and _temperature.learned(spec, heats)
     if heats is not None:
         given_heats, heats = heats, heats.detach().to(working_dtype(student, teacher))

@@ -169,6 +169,13 @@ def test_weights_and_counts_that_are_tensors(case: Case) -> None:
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(by_logits, torch.autograd.grad(expected, leaf)[0])
     torch.testing.assert_close(by_weight, case(leaf, teacher, **numbers).detach())
+    # A constant is folded into the weights of the rows, so that one gradient is rounded.
+    options["token_weight"] = torch.linspace(0.5, 2, 7).to(student)
+    constant = case(leaf, teacher, loss_weight=weight.detach(), hard_weight=WEIGHT, **options)
+    number = case(leaf, teacher, loss_weight=0.3, hard_weight=WEIGHT, **options)
+    slopes = [torch.autograd.grad(x, leaf)[0] for x in (constant, number)]
+    torch.testing.assert_close(constant, number)
+    torch.testing.assert_close(*slopes)
 
 
 @each(ROW_LOSSES, reduction=("mean", "sum", "none"), temperature=(1.0, 2.5))
