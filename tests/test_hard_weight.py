@@ -16,6 +16,7 @@ from inputs import make
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from kdkernels import _dispatch
 from kdkernels.functional import kd_loss, mixed_kl_loss
 from kdkernels.registry import SPECS, LossSpec
 
@@ -294,3 +295,24 @@ def test_float16_gradients_do_not_underflow() -> None:
     (kd_loss(half, teacher, target=target, hard_weight=1.0) * 2.0**14).backward()
     (kd_loss(wide, teacher, target=target, hard_weight=1.0) * 2.0**14).backward()
     torch.testing.assert_close(half.grad.double(), wide.grad, rtol=1e-3, atol=1e-4)
+
+
+@row_losses
+def test_compiled_cuda_kernels_leave_it_to_others(spec: LossSpec) -> None:
+    """Where they would be chosen; asked for by name they raise, as nothing falls back."""
+    other = torch.empty(0, device="meta")  # no CPU tensor, and Triton does not run it
+    assert _dispatch.beside_cuda(spec, other, None) == "reference"
+    with pytest.raises(ValueError, match=r"got 'native': compiled CUDA kernels give neither"):
+        _dispatch.beside_cuda(spec, other, "native")
+
+
+def test_a_learned_temperature_is_a_parameter_of_its_module() -> None:
+    """CTKD: an optimiser finds it, and it moves against its gradient."""
+    student, teacher = torch.randn(2, 16, 10)
+    module = SPECS["kd"].module(temperature=torch.nn.Parameter(torch.tensor(4.0)))
+    (parameter,) = module.parameters()
+    before = module(student, teacher)
+    before.backward()
+    with torch.no_grad():
+        parameter -= 0.1 * parameter.grad
+    assert module(student, teacher) < before
