@@ -179,7 +179,12 @@ def test_weights_and_counts_that_are_tensors(case: Case) -> None:
     torch.testing.assert_close(*slopes)
 
 
-@each(ROW_LOSSES, reduction=("mean", "sum", "none"), temperature=(1.0, 2.5))
+@each(
+    ROW_LOSSES,
+    reduction=("mean", "sum", "none"),
+    temperature=(1.0, 2.5),
+    shared=("reduction", "temperature"),
+)
 def test_parts(case: Case, reduction: str, temperature: float) -> None:
     """Distillation and cross-entropy add up to the loss; the entropy is the softened student's."""
     student, teacher, target = _inputs(case)
