@@ -118,7 +118,8 @@ _of(
     ("from_the_larger", "const F below = select(teacher_larger, «F(-d)», d);", "d"),
     ("impossible_class",
      "slope = «select(q == R(0), F{}, F(q * of_q * select(teacher_larger, F(log + below), log)))»;",
-     "F(q * of_q * select(teacher_larger, F(log + below), log))"),
+     "F(q * of_q * select(teacher_larger, F(log + below), log))",
+     "test_language_models.py", "finite"),
 )  # fmt: skip
 _of(
     "csrc/rules", "mixed_kl.h", "test_golden.py", "native",
