@@ -54,8 +54,7 @@ NOT_A_NUMBER: Sequence[Any] = (
 NEGATIVE: Sequence[Any] = (-1.0, -1e-30, -1, np.float32(-2), torch.tensor(-1.0))
 NOT_POSITIVE: Sequence[Any] = (*NEGATIVE, 0, 0.0, -0.0, np.int64(0))
 NOT_A_TEMPERATURE: Sequence[Any] = (
-    *NOT_POSITIVE, 1e-7, 1e30, 1e7, torch.ones((), device="meta"),
-    torch.ones((), requires_grad=True),
+    *NOT_POSITIVE, 1e-7, 1e30, 1e7, torch.ones((), device="meta"), torch.tensor(1e7),
 )  # fmt: skip
 BAD_VALUES: dict[str, Sequence[Any]] = {
     "temperature": (*NOT_A_NUMBER, *NOT_A_TEMPERATURE),
