@@ -169,8 +169,9 @@ def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
     return value
 
 
-def row_temperature(value: Tensor, student: Tensor, class_dim: int, name: str) -> None:
+def row_temperature(value: Tensor, student: Tensor, class_dim: int) -> None:
     """Check a temperature that is a tensor: 0-d, or one number for each row of the logits."""
+    name = "temperature"
     tensor(name, value)
     if value.dim():
         _one_a_row(name, value, student, class_dim)

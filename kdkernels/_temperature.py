@@ -25,7 +25,7 @@ def split(value: Tensor, student: Tensor, class_dim: int) -> tuple[float, Tensor
 
     A constant of the CPU that nobody traces is a number.
     """
-    _checks.row_temperature(value, student, class_dim, "temperature")
+    _checks.row_temperature(value, student, class_dim)
     if value.is_cpu and plain(value) and not torch.compiler.is_compiling() and not _moves(value):
         if value.dim() == 0 and not (value.requires_grad and torch.is_grad_enabled()):
             return _checks.number("temperature", value.detach()), None

@@ -55,7 +55,7 @@ struct RowState {
   S pivot_gap;           // gap of the student's most likely class, for rules that are not centred
   S hard_target, z_hard;  // logit of the target and sum over the other classes, at temperature 1
   S log_sum;             // sum of the exponentials times their logarithms
-  S hard_value, entropy;  // of the last stage: cross-entropy of the target; entropy of q
+  S hard_value{}, entropy{};  // of the last stage: cross-entropy of the target; entropy of q
 };
 
 // What does not change from row to row.

@@ -26,7 +26,7 @@ void run_rows(const std::string& rule, const RowRun& run, const RowPlan& plan, c
 // Whether a rule needs targets; throws for a name that is not a row loss.
 bool reads_target(const std::string& rule);
 
-// Throws where a call asks for what Triton's kernels alone give on a GPU: kdkernels/_rowwise.py goes there.
+// Throws where a call asks for what Triton's kernels alone give on a GPU: kdkernels/_rowrun.py goes there.
 void expect_divergence_alone(const RowProblem& problem, bool parts);
 
 }  // namespace kdkernels::cuda
