@@ -70,31 +70,44 @@ def row_loss(
         if needs_target:
             args = (target,)
 
-    def weigh(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
-        values = weighted(values, factor)
-        if weight is not None:
-            values = weighted(values, weight.reshape(-1).to(values.dtype))
-        return values if valid is None else torch.where(valid, values, torch.zeros_like(values))
-
     values = rows(student, teacher, *args, temperature=heat, standardize=standardize)
-    soft = total = weigh(values, scale, token_weight)
-    hard_values = torch.zeros_like(soft)
+    soft = weigh(values, scale, token_weight, valid)
+    hard_values = spread = torch.zeros_like(soft)
     if hard != 0.0:
         assert target is not None  # checked before
-        hard_values = weigh(cross_entropy(student, target), hard, hard_token_weight)
-        total = soft + hard_values
+        hard_values = weigh(cross_entropy(student, target), hard, hard_token_weight, valid)
+    if parts:
+        spread = weigh(entropy(student, heat, standardize), 1.0, None, valid)
+    return finish(soft, hard_values, spread, valid, shape, reduction, parts)
+
+
+def weigh(values: Tensor, factor: float, weight: Tensor | None, valid: Tensor | None) -> Tensor:
+    """The rows' values times their weights; 0 where a row is ignored."""
+    values = weighted(values, factor)
+    if weight is not None:
+        values = weighted(values, weight.reshape(-1).to(values.dtype))
+    return values if valid is None else torch.where(valid, values, torch.zeros_like(values))
+
+
+def finish(
+    soft: Tensor,
+    hard: Tensor,
+    spread: Tensor,
+    valid: Tensor | None,
+    shape: torch.Size,
+    reduction: int,
+    parts: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of the rows' weighed values, and its parts if asked."""
+    total = soft + hard
     separate = None
     if parts:
-        spread = entropy(student, heat, standardize)
-        if valid is not None:
-            spread = torch.where(valid, spread, torch.zeros_like(spread))
-        separate = torch.stack([soft.detach(), hard_values.detach(), spread])
-        separate = separate.reshape(3, *shape)
+        separate = torch.stack([soft.detach(), hard.detach(), spread]).reshape(3, *shape)
     if reduction == 0:
         return total.reshape(shape), separate
     loss = total.sum()
     if reduction == 1:
-        count = valid.sum().clamp(min=1) if valid is not None else max(student.shape[0], 1)
+        count = valid.sum().clamp(min=1) if valid is not None else max(soft.shape[0], 1)
         loss = loss / count
         if separate is not None:
             separate = torch.cat([separate[:2] / count, separate[2:]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ._calls import RowCall
 from ._dispatch import beside_cuda, choose
 from ._dtypes import working_dtype
 from ._tracing import traced, transformed
-from .registry import LossSpec
+from .registry import SPECS, LossSpec
 
 
 def run(
@@ -39,15 +40,36 @@ def run(
     chosen = choose(spec, student, backend)
     if (parts or hard != 0.0) and chosen == "native" and not student.is_cpu:
         chosen = beside_cuda(spec, student, backend)
+    if spec.steps is not None and chosen != "reference":
+
+        def rows(
+            of: LossSpec,
+            *numbers: float,
+            scale: float = 1.0,
+            hard: float = 0.0,
+            parts: bool = False,
+            constant: bool = False,
+        ) -> tuple[Tensor, Tensor | None]:
+            return run(
+                of, backend, numbers, temperature, scale, hard, standardize, parts, ignore_index,
+                class_dim, student.detach() if constant else student, teacher, target,
+                None, hard_token_weight, row_temperature, 0,
+            )  # fmt: skip
+
+        return _by_steps(
+            spec.steps(lambda *call, **how: rows(*call, **how)[0], *options),
+            rows, scale, hard, parts, target, ignore_index,
+            _by_row(token_weight, student, class_dim), reduction,
+        )  # fmt: skip
     if chosen != "native":  # which checks both itself
         _checks.allocated("student_logits", student)
         _checks.allocated("teacher_logits", teacher)
         if target is not None and (spec.needs_target or hard != 0.0):
             _check_range(target, student.shape[class_dim], ignore_index)
     if chosen == "reference":
-        rows = functools.partial(spec.reference, **dict(zip(spec.options, options, strict=True)))
+        own = dict(zip(spec.options, options, strict=True))
         return _reduce.row_loss(
-            rows,
+            functools.partial(spec.reference, **own),
             student,
             teacher,
             target,
@@ -81,6 +103,30 @@ def run(
     if parts:
         return apply_with_parts(chosen, "row", *tensors)
     return apply(chosen, "row", *tensors), None
+
+
+def _by_steps(
+    values: Tensor,
+    rows: Callable[..., tuple[Tensor, Tensor | None]],
+    scale: float,
+    hard: float,
+    parts: bool,
+    target: Tensor | None,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of rows' values that other losses gave; the cross-entropy is a call of its own."""
+    shape = values.shape
+    valid = None if target is None else target.reshape(-1).long() != ignore_index
+    soft = _reduce.weigh(values.reshape(-1), scale, token_weight, valid)
+    hard_values = spread = torch.zeros_like(soft)
+    if hard != 0.0 or parts:
+        given, separate = rows(SPECS["kd"], scale=0.0, hard=hard, parts=parts, constant=hard == 0.0)
+        hard_values = given.reshape(-1)
+        if separate is not None:
+            spread = separate[2].reshape(-1)
+    return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
 
 
 def _by_row(

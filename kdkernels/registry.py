@@ -38,12 +38,14 @@ class LossSpec:
     ``ends`` are values of the first one at which the loss is another (pairs: the compiler compares
     a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
-    ``by_temperature`` gives each row's derivative by its temperature, for those who learn it.
+    ``steps`` makes each row's value of those of other losses, which its first argument evaluates,
+    where no rule alone gives it. ``by_temperature`` gives each row's derivative by its temperature,
+    for those who learn it.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
-    not numbers. ``composed`` is the loss's function in ``kdkernels.composed``, where it has no
-    kernels and its reference is slow.
+    not numbers, and options together where one counts only beside others. ``composed`` is the
+    loss's function in ``kdkernels.composed``, where it has no kernels and its reference is slow.
     """
 
     name: str
@@ -67,6 +69,7 @@ class LossSpec:
     ends: tuple[tuple[float, End], ...] = ()
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
+    steps: Callable[..., Tensor] | None = None
     by_temperature: Callable[..., Tensor] | None = None
     constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")

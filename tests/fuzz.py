@@ -237,8 +237,8 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     wide = loss.dtype == torch.float64
     hard = formulas.WIDE(options.pop("hard_weight", 0.0))
     # Autograd of the plain formula takes no pivot; the kernels do.
-    options = {**options, "pivot": case.backend != "reference"}
     info = torch.finfo(torch.float64 if wide else torch.float32)
+    options = {**options, "pivot": case.backend != "reference", "tiny": info.tiny}
     flushed, least = (1e-307, 5e-324) if wide else (1e-37, 1.4e-45)
 
     def exact(move: Callable[[Any], Any], floor: float = flushed) -> tuple[Any, Any, Any]:
@@ -301,6 +301,8 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     size = np.where(np.isfinite(expected), abs(expected), 0).max(1, initial=0)[:, None]
     terms = np.where(np.isfinite(terms), terms, 0) * abs(factor[:, None]) / share
     noise = noise + working * (size / K + terms / 2) + lost * abs(factor[:, None])
+    if spec.steps is not None:  # up to three gradients, each of which is rounded, and their sum
+        noise = noise + 1.5 * formulas.WIDE(torch.finfo(student.dtype).eps) * terms / K
     close(gradient, expected, noise, student.dtype, "gradient")
     if (gradient[~valid] != 0).any():
         raise Wrong("an ignored row has a gradient")

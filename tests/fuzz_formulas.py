@@ -307,6 +307,23 @@ def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     return abs(gap).sum(-1) / 2, slope, np.where(touched, 1e18 * q, size)
 
 
+def _acceptance(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
+    distance, slope, size = _tv(log_q, log_p, options)
+    overlap = np.exp(np.minimum(log_q, log_p)).sum(-1)
+    if options["kind"] == "log":
+        least = WIDE(options["tiny"]) * 2**36
+        value = -np.log(np.maximum(overlap, least))
+        value = np.where(distance < 0.5, -np.log1p(-np.minimum(distance, 0.5)), value)
+        factor = np.where(overlap < least, 0, 1 / np.maximum(overlap, least))[:, None]
+        at_floor = (abs(overlap / least - 1) < 1e-3)[:, None]
+        return value, slope * factor, np.where(at_floor, 1e18, 1) * size * factor
+    p, q, eta = np.exp(log_p), np.exp(log_q), WIDE(options["eta"])
+    weight = np.exp(eta * (distance - 1))
+    value = times(weight, kl(log_p, log_q, options["floor"])) + times(1 - weight, distance)
+    weight = weight[:, None]
+    return value, weight * (q - p) + (1 - weight) * slope, weight * (q + p) + (1 - weight) * size
+
+
 def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     alpha, beta = WIDE(options["alpha"]), WIDE(options["beta"])
     total = alpha + beta
@@ -364,6 +381,7 @@ ROWS: dict[str, Callable[..., Rows]] = {
     "skew_reverse_kl": of_tokens(_skew_reverse_kl),
     "tv": of_tokens(_tv),
     "alpha_beta": of_tokens(_alpha_beta),
+    "acceptance": of_tokens(_acceptance),
 }
 
 

@@ -43,6 +43,8 @@ GOOD: dict[str, Sequence[Any]] = {
     "margin": (0.2, 1.0, 2.0, 0.0),
     "p": (2.0, 1.0, 3.0, 4.0, 1.5, 8.0),
     "similarity": ("l1", "cosine"),
+    "kind": ("log", "hybrid"),
+    "eta": (3.0, 1.0, 0.0, 0.5, 4),
     "standardize": (False, False, False, True),
     "ignore_index": (-100, 0, 1, 2, -1, 255, 10**6, 2**63 - 1, -(2**63)),
 }
@@ -66,7 +68,8 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     **{
         name: (*NOT_A_NUMBER, *NEGATIVE)
         for name in (
-            "alpha", "beta", "gamma", "eps", "kappa", "margin", "distance_weight", "angle_weight",
+            "alpha", "beta", "gamma", "eps", "eta", "kappa", "margin", "distance_weight",
+            "angle_weight",
             "inheritance_weight", "exploration_weight",
         )
     },
@@ -78,6 +81,7 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     "standardize": (1, 0, None, "yes", [], 1.0, torch.tensor(1)),
     "backend": ("cuda", "", ["native"], 0, False, b"native", {}, ("native",)),
     "similarity": ("L1", None, 1, ["l1"], ""),
+    "kind": ("Log", None, 1, ["log"], ""),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -30,6 +31,12 @@ from kdkernels.registry import SPECS, LossSpec
 
 losses = pytest.mark.parametrize("spec", LOSSES, ids=LOSS_IDS)
 all_losses = pytest.mark.parametrize("spec", SPECS.values(), ids=LOSS_IDS)
+
+
+def _changed(spec: LossSpec, name: str) -> dict[str, Any]:
+    """The argument at a value that must change the result, and others at which it counts at all."""
+    value = _perturbed(spec, inspect.signature(spec.function).parameters[name])
+    return dict(value) if isinstance(value, Mapping) else {name: value}
 
 
 def _perturbed(spec: LossSpec, parameter: inspect.Parameter) -> Any:
@@ -77,9 +84,8 @@ def test_every_argument_matters(case: Case, argument: str) -> None:
         changed["target"] = target.roll(1) if case.spec.needs_target else target.fill_(-100)
         options["target"] = target.clone() if case.spec.needs_target else target + 101
     else:
-        changed[argument] = _perturbed(
-            case.spec, inspect.signature(case.spec.function).parameters[argument]
-        )
+        changed |= _changed(case.spec, argument)
+        options |= {name: value for name, value in changed.items() if name != argument}
     before = value_and_grad(case, student, teacher, **options)
     after = value_and_grad(case, changed_student, changed_teacher, **changed)
     tolerance = 1e-5  # of a float32 result of size one
@@ -131,10 +137,10 @@ def test_every_argument_of_a_module_reaches_its_function(spec: LossSpec) -> None
     target[1] = 2
     inputs = (student, teacher, target) if spec.takes_target else (student, teacher)
     names = ("student_logits", "teacher_logits", spec.target_name)
-    for name, parameter in option_names(spec).items():
-        value = "reference" if name == "backend" else _perturbed(spec, parameter)
-        by_function = spec.function(**dict(zip(names, inputs, strict=False)), **{name: value})
-        assert torch.equal(spec.module(**{name: value})(*inputs), by_function), name
+    for name in option_names(spec):
+        changed = {name: "reference"} if name == "backend" else _changed(spec, name)
+        by_function = spec.function(**dict(zip(names, inputs, strict=False)), **changed)
+        assert torch.equal(spec.module(**changed)(*inputs), by_function), name
 
 
 @pytest.mark.parametrize(

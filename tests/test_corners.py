@@ -41,7 +41,7 @@ def test_the_reference_keeps_its_digits_at_any_temperature(
     options |= {"temperature": temperature, "reduction": "none"}
     case = Case(spec, "reference", "cpu")
     given = {k: v for k, v in options.items() if k != "backend"}
-    options |= {"floor": 0.0, "pivot": False}
+    options |= {"floor": 0.0, "pivot": False, "tiny": torch.finfo(dtype).tiny}
     loss, gradient = value_and_grad(
         case, student, teacher, target, **given, upstream=torch.ones(6, dtype=dtype)
     )
@@ -198,7 +198,8 @@ def test_tensors_that_know_that_they_are_zero(case: Case) -> None:
         torch.testing.assert_close(case(*pair, target), case(*plain, target))
 
 
-@each([s for s in LOSSES], kernels=True)
+# Losses of other losses' rows ask for their gradients in the backward pass.
+@each([s for s in LOSSES if s.steps is None], kernels=True)
 def test_too_little_memory_says_so(case: Case) -> None:
     """A petabyte of gradient, from one number: no crash and no name of a macro."""
     if case.device != "cpu":

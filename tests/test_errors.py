@@ -75,6 +75,11 @@ BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "beta": NON_NEGATIVE,
     "gamma": NON_NEGATIVE,
     "eps": NON_NEGATIVE,
+    "eta": NON_NEGATIVE,
+    "kind": [
+        (value, ValueError, f"'log' or 'hybrid', got {value!r}")
+        for value in ("Log", None, 1, ["log"])
+    ],
     "loss_weight": NUMBER,
     "backend": [
         (value, ValueError, f"'native', 'triton', 'reference' or None, got {value!r}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdkernels import functional
 from kdkernels.functional import (
+    acceptance_loss,
     alpha_beta_loss,
     jsd_loss,
     kd_loss,
@@ -120,6 +121,32 @@ def acceptance(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return (1 - accepted)[labels != IGNORED].mean()
 
 
+def speculators(hybrid: bool, eta: float = 3.0) -> Callable[..., Tensor]:
+    """``nla_loss`` and ``lk_hybrid``: each token's own weight, a constant."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        q, p = F.softmax(student, -1), F.softmax(teacher, -1)
+        accepted = torch.minimum(p, q).sum(-1)
+        x = -accepted.clamp_min(1e-5).log()
+        if hybrid:
+            weight = torch.exp(-eta * accepted.detach())
+            kl = (p * (p.log() - q.log())).sum(-1)
+            x = weight * kl + (1 - weight) * (1 - accepted)
+        return x[labels != IGNORED].mean()
+
+    return loss
+
+
+LK = speculators(True, 2.0)
+
+
+def specforge(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """LK ``alpha``: the rates are multiplied by a mask, and bounded."""
+    accepted = torch.minimum(F.softmax(student, -1), F.softmax(teacher, -1)).sum(-1)
+    mask = (labels != IGNORED) & (accepted > 1e-5)
+    return -(accepted.clamp_min(1e-5).log() * mask).sum() / (labels != IGNORED).sum()
+
+
 def automodel(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 2.5) -> Tensor:
     """NeMo Automodel's ``KDLoss``: T^2 is in."""
     s, t = (x[labels != IGNORED] / temperature for x in (student, teacher))
@@ -171,6 +198,14 @@ EQUAL: Rows = [
     ("DistiLLM", lambda s, t, y: skew_kl_loss(s, t, y), distillm(False), True),
     ("DistiLLM reverse", lambda s, t, y: skew_reverse_kl_loss(s, t, y), distillm(True), False),
     ("acceptance", lambda s, t, y: tv_loss(s, t, y), acceptance, False),
+    ("speculators", lambda s, t, y: acceptance_loss(s, t, y), speculators(False), False),
+    (
+        "speculators hybrid",
+        lambda s, t, y: acceptance_loss(s, t, y, "hybrid", 2.0),
+        LK,
+        False,
+    ),
+    ("SpecForge", lambda s, t, y: acceptance_loss(s, t, y), specforge, False),
     ("Automodel", lambda s, t, y: kd_loss(s, t, 2.5, labels=y), automodel, False),
 ]
 
@@ -203,6 +238,8 @@ def test_equals(
     (gradient,), (wanted,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, wide)
     if dtype == torch.bfloat16:
         tolerance = {"rtol": 2**-8, "atol": 1e-6}
+        if theirs is LK:  # two gradients, each of which is rounded, and their sum
+            tolerance["rtol"] = 2**-7
     torch.testing.assert_close(gradient.double(), wanted, **tolerance)
 
 
@@ -255,13 +292,34 @@ def test_total_variation_of_certain_rows_keeps_the_digits(case: Case, gap: float
     assert ((loss / truth - 1).abs() < 3e-6).all(), (loss / truth - 1).abs().max()
 
 
+@each([spec for spec in LOSSES if spec.name == "acceptance"], gap=[0.1, 1.0, 30.0, 57.0, 70.0])
+def test_acceptance_is_exact_at_both_ends(case: Case, gap: float) -> None:
+    """1 - a and a keep their digits; a teacher that is certain gives the cross-entropy."""
+    student, teacher, labels = (x[0] for x in _tokens(torch.float32))
+    teacher = student + gap * teacher if gap < 1 else torch.full_like(teacher, -torch.inf)
+    if gap >= 1:
+        labels = labels.clamp(min=0)
+        teacher.scatter_(-1, labels.unsqueeze(-1), 0.0)
+        student = student.scatter(-1, labels.unsqueeze(-1), -gap)
+    q, p = (torch.softmax(x.double(), -1) for x in (student, teacher))
+    truth = -torch.log1p(-(p - q).abs().sum(-1) / 2)
+    leaf = student.clone().to(case.device).requires_grad_()
+    if gap >= 1:
+        truth = F.cross_entropy(student.double(), labels, reduction="none").clamp(max=62.3832462)
+    loss = case(leaf, teacher.to(case.device), reduction="none")
+    assert ((loss.detach().cpu() / truth - 1).abs() < 3e-6).all(), loss
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    if 1 <= gap < 60:
+        torch.testing.assert_close(gradient.cpu().double(), q - p, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("low", [-math.inf, -120.0, -1e4])
 def test_finite_where_the_published_forms_are_not_numbers(low: float) -> None:
     """Classes that both exclude, and probabilities that underflow on both sides."""
     student, teacher, labels = _tokens(torch.float32)
     student[..., :4] = low
     teacher[..., 1:5] = low
-    for loss in (jsd_loss, skew_kl_loss, skew_reverse_kl_loss, tv_loss):
+    for loss in (jsd_loss, skew_kl_loss, skew_reverse_kl_loss, tv_loss, acceptance_loss):
         leaf = student.clone().requires_grad_()
         value = loss(leaf, teacher, labels)
         (gradient,) = torch.autograd.grad(value, leaf)
@@ -277,7 +335,7 @@ def test_finite_where_the_published_forms_are_not_numbers(low: float) -> None:
 
 
 README = Path(__file__).parents[1] / "README.md"
-ALPHA, BETA, RATIO, LAM, ITEMS, T, W = 0.8, 0.3, 0.7, 0.2, 11, 2.5, 0.6
+ALPHA, BETA, RATIO, LAM, ITEMS, T, W, ETA = 0.8, 0.3, 0.7, 0.2, 11, 2.5, 0.6, 2.0
 
 
 def beside_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -298,6 +356,8 @@ WRITTEN: dict[str, tuple[Callable[..., Tensor], float]] = {
     "ABKD's divergence": (abkd(ALPHA, BETA), 0.0),
     "any of them beside": (beside_cross_entropy, 0.0),
     "one minus the acceptance": (acceptance, 0.0),
+    "speculators' `nla": (speculators(False), 0.0),
+    "speculators' `lk_hybrid": (speculators(True, ETA), 0.0),
 }
 
 
@@ -327,7 +387,7 @@ def test_the_row_of_readme_is_their_loss(start: str) -> None:
         "T": T,
         "w": W,
     }
-    names["alpha"] = ALPHA
+    names |= {"alpha": ALPHA, "eta": ETA}
     ours = eval(code, {**vars(functional), **names, "n": ITEMS})
     expected = theirs(s, t, labels) - entropy * _entropy(t, labels)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)

@@ -3,6 +3,7 @@
 To add a loss, import its public names here (one line); everything else finds it in the registry.
 """
 
+from .acceptance import AcceptanceLoss as AcceptanceLoss, acceptance_loss as acceptance_loss
 from .aekt import AEKTLoss as AEKTLoss, aekt_loss as aekt_loss
 from .alpha_beta import AlphaBetaLoss as AlphaBetaLoss, alpha_beta_loss as alpha_beta_loss
 from .attention import (

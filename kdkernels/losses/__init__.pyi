@@ -12,6 +12,7 @@ from .refilled import LocalClassifierLoss as LocalClassifierLoss
 from .pkd import PKDLoss as PKDLoss
 from .rkd import RKDLoss as RKDLoss
 from .refilled import TupleMatchingLoss as TupleMatchingLoss
+from .acceptance import acceptance_loss as acceptance_loss
 from .aekt import aekt_loss as aekt_loss
 from .alpha_beta import alpha_beta_loss as alpha_beta_loss
 from .attention import attention_transfer_loss as attention_transfer_loss
@@ -60,6 +61,30 @@ class AEKTLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class AcceptanceLoss(TokenLoss):
+    kind: str
+    eta: float
+    temperature: float
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
+    backend: str | None
+    def __init__(
+        self,
+        kind: str = ...,
+        eta: float = ...,
+        temperature: float = ...,
+        *,
+        ignore_index: int | None = ...,
+        reduction: str = ...,
+        loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
         backend: str | None = ...,
     ) -> None: ...
 
