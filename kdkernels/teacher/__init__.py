@@ -1,10 +1,30 @@
-"""Teachers that never enter training memory: top-k, sampled, hidden states.
+"""Teachers that never enter training memory: top-k, sampled, hidden states, caches on disk.
 
-from kdkernels.teacher import TopKTeacher, top_k
+    from kdkernels.teacher import CacheWriter, open_cache, top_k
+
+Nothing here imports safetensors until a cache is written or opened.
 """
 
+from .batches import (
+    CachedSequence as CachedSequence,
+    TeacherBatch as TeacherBatch,
+    collate as collate,
+)
 from .linear import LinearTeacher as LinearTeacher
+from .reader import TeacherCache as TeacherCache, open_cache as open_cache
 from .sparse import TopKTeacher as TopKTeacher
 from .targets import sampled as sampled, top_k as top_k
+from .writer import CacheWriter as CacheWriter
 
-__all__ = ["LinearTeacher", "TopKTeacher", "sampled", "top_k"]
+__all__ = [
+    "CacheWriter",
+    "CachedSequence",
+    "LinearTeacher",
+    "TeacherBatch",
+    "TeacherCache",
+    "TopKTeacher",
+    "collate",
+    "open_cache",
+    "sampled",
+    "top_k",
+]
