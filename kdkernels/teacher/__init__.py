@@ -10,6 +10,7 @@ from .batches import (
     TeacherBatch as TeacherBatch,
     collate as collate,
 )
+from .importers import from_trl as from_trl, from_vllm as from_vllm
 from .linear import LinearTeacher as LinearTeacher
 from .reader import TeacherCache as TeacherCache, open_cache as open_cache
 from .sparse import TopKTeacher as TopKTeacher
@@ -24,6 +25,8 @@ __all__ = [
     "TeacherCache",
     "TopKTeacher",
     "collate",
+    "from_trl",
+    "from_vllm",
     "open_cache",
     "sampled",
     "top_k",
