@@ -7,12 +7,14 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from kdkernels.teacher import (
@@ -86,6 +88,29 @@ def test_absent_entries_and_narrow_rows(tmp_path: Path) -> None:
     assert input_ids.tolist() == [1, 2, 3]
     assert teacher.ids.tolist() == [[3, 0, 0, 0], [0] * 4, [5, 0, 0, 0]]
     assert teacher.logprobs.tolist() == [[-0.5, *[-INF] * 3], [-INF] * 4, [-1.0, *[-INF] * 3]]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 20), st.integers(1, 6))
+def test_sequences_of_any_lengths(lengths: list[int], shard_tokens: int, k: int) -> None:
+    total = sum(lengths)
+    teacher = top_k(torch.arange(total * 8.0).view(total, 8).sin(), k)
+    input_ids = torch.arange(total)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"vocab_size": 8, "k": k, "shard_tokens": shard_tokens}
+        with CacheWriter(folder, logprob_dtype=torch.float32, **options) as writer:
+            start = 0
+            for length in lengths:
+                writer.append(input_ids[start : start + length], teacher[start : start + length])
+                start += length
+        cache = open_cache(folder, verify=True)
+        assert cache.lengths().tolist() == lengths
+        parts = list(cache)
+        assert max(s["tokens"] for s in cache._shards) <= max(shard_tokens, *lengths)
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), input_ids.int())
+        for name in ("ids", "logprobs", "log_rest"):
+            stored = torch.cat([getattr(part.teacher, name) for part in parts])
+            assert torch.equal(stored, getattr(teacher, name).to(stored.dtype)), name
 
 
 def test_bytes_a_token(tmp_path: Path) -> None:

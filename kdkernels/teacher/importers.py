@@ -175,13 +175,11 @@ def _same_length(name: str, value: Any, other: Any, other_name: str) -> None:
 
 
 def _padded(rows: list[list[tuple[int, float]]], width: int) -> TopKTeacher:
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    logprobs = torch.full((len(rows), width), -torch.inf)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, : len(row)] = torch.tensor([number for number, _ in row])
-            logprobs[i, : len(row)] = torch.tensor([x for _, x in row])
-    return TopKTeacher(ids, logprobs)
+    absent = [(0, -math.inf)] * width
+    padded = [entry for row in rows for entry in (*row, *absent[len(row) :])]
+    ids = torch.tensor([number for number, _ in padded], dtype=torch.int64)
+    logprobs = torch.tensor([x for _, x in padded], dtype=torch.float32)
+    return TopKTeacher(ids.view(-1, width), logprobs.view(-1, width))
 
 
 def _binary(response: Mapping[str, Any]) -> TopKTeacher:

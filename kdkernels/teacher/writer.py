@@ -30,14 +30,15 @@ class CacheWriter:
     Memory is one shard, whatever the size of the cache: sequences are copied into its buffers and
     written when it is full. At K = 64 and float16 a token takes 392 bytes and a sequence 8. Leaving
     the ``with`` block, or :meth:`close`, finishes the cache; after an exception it stays
-    unfinished, and cannot be opened.
+    unfinished, and cannot be opened. Several processes write a cache each, which
+    ``torch.utils.data.ConcatDataset`` reads as one.
 
     Args:
         path: folder to make; it must not exist, or be empty.
         vocab_size: V, the size of the teacher's distribution; 2 <= V <= 2^31.
         k: entries a token, 1 <= k <= V.
         temperature: that of the log-probabilities, recorded for the reader; between 1e-6 and 1e6.
-        logprob_dtype: torch.float16 (error of a probability up to 0.5 % at log p = -10), or
+        logprob_dtype: torch.float16 (error of a probability up to 0.4 % at log p = -10), or
             torch.float32 (644 bytes a token at K = 64, and 4 more for the input id).
         shard_tokens: tokens of a shard, >= 1; a longer sequence has a shard of its own.
         tokenizer, model: fingerprints that :func:`open_cache` can ask for, any text.
@@ -96,7 +97,8 @@ class CacheWriter:
             input_ids: (S,) token ids, any integer type, in [0, 2^31); S >= 1.
             teacher: rows (S,) and at most ``k`` entries, on any device; row i is the distribution
                 of the token after ``input_ids[i]``. Narrower rows get absent entries. Either every
-                sequence of a cache has a ``log_rest`` or none has.
+                sequence of a cache has a ``log_rest`` or none has. Rows that are to stay out of the
+                loss, a prompt's, hold -inf alone: :func:`collate` gives them no label.
 
         Raises:
             TypeError, ValueError: ``name must be <expected>, got <got>``; the data of the teacher
