@@ -517,3 +517,70 @@ _of(
     ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
     ("row_dim", "Shard(p.dim «- (p.dim > class_dim)»)", ""),
 )  # fmt: skip
+
+# Teachers: containers, targets, caches, servers' answers.
+
+_of(
+    "kdkernels/teacher", "sparse.py", "test_teacher.py", "rows or index or check or to",
+    ("entries_indexed", "    entries = «(*parts, slice(None)) if any(part is Ellipsis for part in"
+     " parts) else parts»\n", "parts"),
+    ("rest_rounded", "rest = None if self.log_rest is None else moved(self.log_rest«»)\n",
+     ", dtype"),
+    ("absent_ids_checked", "bad = beyond «& present»", ""),
+    ("absent_ids_twice", "_sorted(«torch.where(present, ids, own)»)", "ids"),
+    ("rest_uncounted", "total = «total.logaddexp(flat.log_rest.double())»", "total"),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "linear.py", "test_teacher.py", "logits",
+    ("capped_first", "logits.mul_(«self.logit_scale / self.softcap»)", "1 / self.softcap"),
+    ("cap_dropped", ".tanh_()«.mul_(self.softcap)»", ""),
+    ("autocast_reaches_in", "enabled=«False»", "True"),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "targets.py", "test_teacher_targets.py", "not memory",
+    ("rest_by_difference", "        torch.sub(rest, total, out=log_rest[part])\n",
+     "        log_rest[part] = torch.log1p(-logprobs[part].exp().sum(1))\n"),
+    ("rest_unsoftened", "rest = (base - top[:, 0])«.div_(temperature)».add_(log_sum)", ""),
+    ("others_unsoftened", "if «temperature != 1.0»:", "False"),
+    ("rest_of_none", "base = «torch.where(base == -torch.inf, 0.0, base)»", "base"),
+    ("one_draw_a_row", "torch.minimum(«draws[part]» * total, below)",
+     "draws[part][:, :1] + 0 * draws[part]"),
+    ("counts_as_one", "torch.ones_like(draws[part]))", "torch.ones_like(draws[part]) / n)"),
+    ("shifted_rows", "            start += part.shape[:-1].numel()\n", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "writer.py", "test_teacher_cache.py", "written or absent or lengths",
+    ("absent_ids_kept", "        ids[start:stop].masked_fill_(logprobs[start:stop]"
+     " == -torch.inf, 0)\n",
+     ""),
+    ("narrow_rows_stale", "        logprobs[start:stop, width:] = -torch.inf\n", ""),
+    ("shard_overfull", "if start and «start + tokens > self._capacity»:", "start > self._capacity"),
+    ("close_on_error", "if «kind is None»:", "True", "test_teacher_cache.py", "exception"),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "reader.py", "test_teacher_cache.py",
+    "damaged or own or shards or indices",
+    ("views_of_the_map", "piece[start:stop]«.clone()»", ""),
+    ("hash_unread", "if «self.hash != _format.cache_hash(self.facts, self._shards)»:", "False"),
+    ("size_unread", "if «size != shard[\"bytes\"]»:", "False"),
+    ("metadata_unread", "if «found.get(name) != value»:", "False"),
+    ("shapes_unread", "if «tensors != stored»:", "False"),
+    ("first_goes", "self._open.popitem(last=«False»)", "True"),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "batches.py", "test_teacher_cache.py", "collate or entries or batch",
+    ("labels_unshifted", "labels[row, : n - 1] = «tokens[1:]»", "tokens[:-1]"),
+    ("uncovered_rows_count", "    labels.masked_fill_((logprobs == -torch.inf)"
+     ".all(-1), ignore_index)\n",
+     ""),
+    ("padding_has_no_mass", "log_rest = torch.«zeros»(shape, dtype=first.log_rest.dtype)", "ones"),
+)  # fmt: skip
+_of(
+    "kdkernels/teacher", "importers.py", "test_teacher_importers.py", "vllm or trl",
+    ("unshifted", "rows = [_position(f\"{name}[{i}]\", entry)[:k] for i, entry in"
+     " enumerate(entries) if i]\n    width = k or max(map(len, rows), default=0)\n«»",
+     "    rows = [[], *rows[:-1]]\n"),
+    ("as_they_come", "return sorted(row, key=«lambda item: (-item[1], item[0])»)",
+     "lambda item: 0"),
+    ("padding_read", "    logprobs.masked_fill_(padding[..., None], -torch.inf)\n", ""),
+)  # fmt: skip

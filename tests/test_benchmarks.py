@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contenders, measure, report, run, targets
+from benchmarks import contenders, measure, report, run, targets, teacher_cache
 from benchmarks.eager import EAGER, eager
 from benchmarks.problem import Problem, Refused
 from benchmarks.results import compare, trim
@@ -374,3 +374,23 @@ def test_info_is_a_command() -> None:
     command = [sys.executable, "-m", "kdkernels.info"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("kdkernels ") and "reference" in shown.stdout
+
+
+@pytest.mark.parametrize("budget", [400, 300])
+def test_a_small_cache(
+    budget: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every step of the benchmark of teachers on disk, in this process."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    monkeypatch.setattr(teacher_cache, "alone", lambda function, *a: (function(*a), 0))
+    monkeypatch.setattr(teacher_cache, "BUDGET", budget)
+    sizes = ["--tokens", "8100", "--length", "500", "--vocab", "400", "--rows", "2"]
+    monkeypatch.setattr(sys, "argv", ["teacher_cache", *sizes, "--folder", str(tmp_path)])
+    assert teacher_cache.main() == (budget == 300)
+    printed = capsys.readouterr().out
+    assert "8000 tokens, K = 64:" in printed and "read shuffled" in printed
+    assert ("MISS: more than 300 bytes a token" in printed) == (budget == 300)
+    assert not list(tmp_path.iterdir()), "it cleans up"

@@ -42,8 +42,9 @@ def test_there_is_code() -> None:
 
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
-def test_code_runs(code: str) -> None:
+def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block does not define itself, a reader has: logits, labels, a loss of the task."""
+    monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(6, 10, generator=generator).requires_grad_()
     labels = torch.arange(6)
