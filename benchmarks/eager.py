@@ -122,6 +122,17 @@ def acceptance(
     return (weight * divergence + (1 - weight) * (1 - accepted)).mean()
 
 
+def sampled_kl(
+    student: Tensor, sampled_ids: Tensor, teacher_logprob: Tensor, estimator: str = "k2"
+) -> Tensor:
+    """As in verl: the whole log-softmax, of which one class a row is taken."""
+    classes = 1 if student.dim() == 4 else -1
+    log_q = F.log_softmax(student, dim=classes)
+    d = teacher_logprob - log_q.gather(classes, sampled_ids.unsqueeze(classes)).squeeze(classes)
+    estimates = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - 1 - d}
+    return estimates[estimator].mean()
+
+
 def tv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     classes = 1 if student.dim() == 4 else -1
     q = F.softmax(student / temperature, dim=classes)
@@ -216,6 +227,7 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "reverse_kl": reverse_kl, "jsd": jsd,
     "mixed_kl": mixed_kl, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl, "tv": tv,
     "alpha_beta": alpha_beta, "acceptance": acceptance,
+    "sampled_kl": sampled_kl,
     **embedding_eager.EAGER,
 }  # fmt: skip
 

@@ -49,9 +49,19 @@ def _classifier(spec: LossSpec, workload: Workload, generator: Generator) -> Inp
     return (student,), (teacher, centers, torch.randint(classes, (samples,), generator=generator))
 
 
+def _sampled(spec: LossSpec, workload: Workload, generator: Generator) -> Inputs:
+    """Logits; a sampled class of each row and the teacher's log-probability of it."""
+    shape = workload.shape
+    student, teacher = _pair(shape, generator)
+    ids = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    logprob = teacher.log_softmax(1).gather(1, ids.unsqueeze(1)).squeeze(1)
+    return (student,), (ids, logprob)
+
+
 _SPECIAL: dict[str, Callable[[LossSpec, Workload, Generator], Inputs]] = {
     "iekd": _factors,
     "local_classifier": _classifier,
+    "sampled_kl": _sampled,
 }
 
 

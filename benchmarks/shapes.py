@@ -80,8 +80,10 @@ _NAMED = {name for workload in WORKLOADS for name in workload.losses}
 
 def suits(workload: Workload, spec: LossSpec) -> bool:
     """Whether a loss is timed at a workload; each loss of the registry is at one at least."""
-    if spec.inputs is None or not workload.features:
-        return spec.inputs is None and not workload.features
+    of_logits = spec.family != "embedding"
+    if of_logits or not workload.features:
+        return of_logits and not workload.features
+    assert spec.inputs is not None
     if workload.losses or spec.name in _NAMED:
         return spec.name in workload.losses
     sample = spec.inputs(torch.Generator().manual_seed(0), torch.float32)

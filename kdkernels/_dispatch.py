@@ -122,7 +122,7 @@ def _why_not(spec: LossSpec, backend: str, device_type: str) -> tuple[str, ...]:
 def _native_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
     if native.extension(device_type) is None:
         return (native.reason(device_type),)
-    if not native.has_rule(device_type, spec.family, spec.rule):
+    if not native.has_rule(device_type, spec.rule_family, spec.rule):
         return (f"the installed extension was built without the rule {spec.rule}",)
     return ()
 
@@ -136,7 +136,7 @@ def _triton_reasons(spec: LossSpec, device_type: str) -> tuple[str, ...]:
         return (f"Triton runs on cuda and xpu tensors, these are on {device_type}",)
     from . import triton as kernels
 
-    if spec.rule not in kernels.rules(spec.family):
+    if spec.rule not in kernels.rules(spec.rule_family):
         return (f"there is no Triton rule {spec.rule}",)
     return ()
 

@@ -49,11 +49,17 @@ def run(
             hard: float = 0.0,
             parts: bool = False,
             constant: bool = False,
+            index: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]:
+            weight, ignored = None, _checks.NO_INDEX
+            if index is None:
+                index, weight, ignored = target, hard_token_weight, ignore_index
+            elif target is not None:  # the step's own class indices, not read where it ignores
+                index = torch.where(target.long() == ignore_index, ignored, index.long())
             return run(
-                of, backend, numbers, temperature, scale, hard, standardize, parts, ignore_index,
-                class_dim, student.detach() if constant else student, teacher, target,
-                None, hard_token_weight, row_temperature, 0,
+                of, backend, numbers, temperature, scale, hard, standardize, parts, ignored,
+                class_dim, student.detach() if constant else student, teacher, index,
+                None, weight, row_temperature, 0,
             )  # fmt: skip
 
         return _by_steps(

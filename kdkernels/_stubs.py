@@ -17,7 +17,7 @@ _HEAD = '''"""Written by ``python -m kdkernels._stubs``: what type checkers read
 
 from torch import Tensor
 
-from ._base import RowLoss, TokenLoss
+from ._base import RowLoss, SampledLoss, TokenLoss
 '''
 
 

@@ -25,8 +25,9 @@ class LossSpec:
     """All that the project knows about one loss.
 
     ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
-    (one value a row), ``correlation`` couples the rows, ``embedding`` takes features or embeddings
-    of a batch, and ``inputs`` makes small tensors for it, in the order of its arguments.
+    (one value a row), ``sampled`` those whose teacher is a sampled token a row, ``correlation``
+    couples the rows, ``embedding`` takes features or embeddings of a batch. ``inputs`` makes small
+    tensors for a loss that does not take a pair of logits, in the order of its arguments.
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
     ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
@@ -90,9 +91,14 @@ class LossSpec:
         return {name: (0.0, 1.0) for name, check in self.options.items() if check is unit}
 
     @property
+    def rule_family(self) -> str:
+        """The family of the kernels' rule: a sampled token's is a cross-entropy."""
+        return "divergence" if self.family == "sampled" else self.family
+
+    @property
     def by_row(self) -> bool:
         """Whether the loss is a sum over rows, so that ``reduction='none'`` exists."""
-        return self.family in ("divergence", "decoupled")
+        return self.family in ("divergence", "decoupled", "sampled")
 
 
 SPECS: dict[str, LossSpec] = {}

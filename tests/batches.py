@@ -18,7 +18,7 @@ from kdkernels.registry import SPECS, LossSpec
 
 EVERY = list(SPECS.values())
 EMBEDDING = [spec for spec in EVERY if spec.family == "embedding"]
-HELD = ("teacher", "centers", "target")
+HELD = ("teacher", "centers", "target", "sampled")
 """How the names of constant arguments begin."""
 
 
@@ -52,7 +52,7 @@ def calls(specs: Iterable[LossSpec] = EVERY, *, interpreted: bool = True) -> pyt
 def batch(spec: LossSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
     """The loss's tensors, in the order of its arguments."""
     if spec.inputs is not None:
-        return spec.inputs(torch.Generator().manual_seed(seed), dtype)
+        return spec.inputs(torch.Generator().manual_seed(seed), dtype)[: len(names(spec))]
     student, teacher, target = make("gaussian", 4, 5, dtype=dtype, seed=seed)
     return (student / 3, teacher / 3, *((target,) if spec.needs_target else ()))
 

@@ -518,9 +518,21 @@ def local_classifier(s: Tensor, t: Tensor, centers: Tensor, target: Tensor, *, t
     return rows.sum() / (1 if reduction == "sum" else max(len(s), 1))
 
 
+def sampled_kl(s: Tensor, ids: Tensor, logprob: Tensor, *, estimator: str, reduction: str,
+               loss_weight: Any, **_: Any) -> Tensor:  # fmt: skip
+    classes = 1 if s.dim() in (2, 4) else 2
+    own = s.log_softmax(classes).gather(classes, ids.long().unsqueeze(classes)).squeeze(classes)
+    d = logprob - own
+    rows = loss_weight * {"k1": -d, "k2": d * d / 2, "k3": torch.expm1(d) - d}[estimator]
+    if reduction == "none":
+        return rows
+    return rows.sum() / (1 if reduction == "sum" else max(rows.numel(), 1))
+
+
 BATCHES: dict[str, Callable[..., Tensor]] = {
     name: globals()[name]
     for name in (
-        "dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier"
+        "dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier",
+        "sampled_kl",
     )
 }  # fmt: skip

@@ -44,6 +44,7 @@ GOOD: dict[str, Sequence[Any]] = {
     "p": (2.0, 1.0, 3.0, 4.0, 1.5, 8.0),
     "similarity": ("l1", "cosine"),
     "kind": ("log", "hybrid"),
+    "estimator": ("k1", "k2", "k3"),
     "eta": (3.0, 1.0, 0.0, 0.5, 4),
     "standardize": (False, False, False, True),
     "ignore_index": (-100, 0, 1, 2, -1, 255, 10**6, 2**63 - 1, -(2**63)),
@@ -82,6 +83,7 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     "backend": ("cuda", "", ["native"], 0, False, b"native", {}, ("native",)),
     "similarity": ("L1", None, 1, ["l1"], ""),
     "kind": ("Log", None, 1, ["log"], ""),
+    "estimator": ("K2", None, 2, ["k2"], ""),
 }  # fmt: skip
 
 
@@ -214,6 +216,8 @@ class Draw:
         batch = self.pick((1, 2, 3, 4, 6, 9))
         width, other = self.pick((3, 4, 5, 8, 17)), self.pick((1, 2, 5, 16))
         height, breadth = self.pick((1, 2, 3, 5)), self.pick((1, 3, 4, 7))
+        if spec.family == "sampled":
+            return self.sampled()
         if spec.name == "iekd":
             shape = self.pick(((batch, width), (batch, width, height, breadth)))
             shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
@@ -257,6 +261,20 @@ class Draw:
             target = torch.randint(classes, (batch,), generator=self.generator)
             made["target"] = self.lay_out(target.to(self.pick(INTEGERS)), negate=False)
         return made
+
+    def sampled(self) -> dict[str, Tensor]:
+        rows, classes = self.sizes()
+        ids = torch.randint(classes, (rows,), generator=self.generator)
+        shape, kinds = self.shape_of_rows(rows), self.dtypes(2)
+        student = self.normal(rows, classes) * self.pick((0.1, 1.0, 3.0))
+        student = student.to(kinds[0]).reshape(*shape, classes)
+        kind = torch.int64 if classes > 127 else self.pick(INTEGERS)
+        logprob = -self.normal(rows).abs() * self.pick((0.1, 1.0, 5.0))
+        return {
+            "student_logits": self.lay_out(student.movedim(-1, 1) if len(shape) == 3 else student),
+            "sampled_ids": self.lay_out(ids.to(kind).reshape(shape), negate=False),
+            "teacher_logprob": self.lay_out(logprob.to(kinds[1]).reshape(shape)),
+        }
 
     def lay_out(self, x: Tensor, negate: bool = True) -> Tensor:
         """The same values elsewhere: permuted, padded, strided, shifted, negated, repeated."""

@@ -76,6 +76,10 @@ BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "gamma": NON_NEGATIVE,
     "eps": NON_NEGATIVE,
     "eta": NON_NEGATIVE,
+    "estimator": [
+        (value, ValueError, f"'k1', 'k2' or 'k3', got {value!r}")
+        for value in ("k4", None, 2, ["k2"])
+    ],
     "kind": [
         (value, ValueError, f"'log' or 'hybrid', got {value!r}")
         for value in ("Log", None, 1, ["log"])
@@ -258,7 +262,7 @@ def test_tensors_that_are_not_strided_say_what_to_do(spec: LossSpec, kind: str) 
     for name, value in inputs.items():
         if not value.is_floating_point() and kind not in ("sparse", "nested"):
             continue  # torch makes no such tensor of class indices
-        if value.dim() != 2 and kind == "csr":
+        if (value.dim() != 2 and kind == "csr") or (value.dim() < 2 and kind == "jagged"):
             continue
         changed = {**inputs, name: convert(value)}
         for form in (spec.function, spec.module()):

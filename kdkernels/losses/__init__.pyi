@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._base import RowLoss, TokenLoss
+from ._base import RowLoss, SampledLoss, TokenLoss
 from .attention import AttentionTransferLoss as AttentionTransferLoss
 from ._centers import ClassCenters as ClassCenters
 from .dist import DISTLoss as DISTLoss
@@ -28,6 +28,7 @@ from .mixed_kl import mixed_kl_loss as mixed_kl_loss
 from .pkd import pkd_loss as pkd_loss
 from .reverse_kl import reverse_kl_loss as reverse_kl_loss
 from .rkd import rkd_loss as rkd_loss
+from .sampled_kl import sampled_kl_loss as sampled_kl_loss
 from ._tuples import semihard_tuples as semihard_tuples
 from .skew_kl import skew_kl_loss as skew_kl_loss
 from .skew_reverse_kl import skew_reverse_kl_loss as skew_reverse_kl_loss
@@ -215,6 +216,26 @@ class ReverseKLLoss(TokenLoss):
     def __init__(
         self,
         temperature: float = ...,
+        *,
+        ignore_index: int | None = ...,
+        reduction: str = ...,
+        loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class SampledKLLoss(SampledLoss):
+    estimator: str
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
+    backend: str | None
+    def __init__(
+        self,
+        estimator: str = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,

@@ -114,7 +114,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "standardize": _checks.flag,
 }
 _TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
-    "num_items_in_batch"  # which every step has anew
+    "sampled_ids",
+    "teacher_logprob",
+    "num_items_in_batch",  # which every step has anew
 }
 
 
@@ -133,6 +135,30 @@ class TokenLoss(_FromFunction):
         return self._spec.function(
             student_logits,
             teacher_logits,
+            labels=labels,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self._held(),
+        )
+
+
+class SampledLoss(_FromFunction):
+    """A loss of sampled tokens: their ids and log-probabilities are the teacher."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        sampled_ids: Tensor,
+        teacher_logprob: Tensor,
+        labels: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._spec.function(
+            student_logits,
+            sampled_ids,
+            teacher_logprob,
             labels=labels,
             token_weight=token_weight,
             num_items_in_batch=num_items_in_batch,

@@ -19,7 +19,7 @@ from ._rows import logsumexp, masked_log_softmax, rescale
 def cross_entropy(student: Tensor, target: Tensor) -> Tensor:
     """(rows, classes) x (rows,) -> (rows,)."""
     index = target.unsqueeze(-1)
-    excluded = torch.zeros_like(student, dtype=torch.bool).scatter(-1, index, True)
+    excluded = torch.arange(student.shape[-1], device=student.device) == index
     # Its NaN and +inf make the row NaN.
     logit = student.gather(-1, index).squeeze(-1)
     logit = torch.where(logit == torch.inf, torch.nan, logit)
