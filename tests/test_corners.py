@@ -71,7 +71,8 @@ def test_the_reference_keeps_its_digits_over_many_classes(name: str) -> None:
         for dtype in (torch.float32, torch.float64)
     )
     error = (loss.double() / truth - 1) / torch.finfo(torch.float32).eps
-    assert error.square().mean().sqrt() <= 12
+    # 0.6 as it is, 1.3 with undivided probabilities, 7 with q beside p exp(-d).
+    assert error.square().mean().sqrt() <= 1
 
 
 @each_emulated([s for s in ROW_LOSSES if not s.needs_teacher_mass])
