@@ -202,6 +202,12 @@ def of_tokens(function: Callable[..., Rows]) -> Callable[..., Rows]:
     return loss
 
 
+def _collected(q: Array, size: Array) -> Array:
+    """Autograd of the reference gives the likeliest class minus the sum of the others' slopes."""
+    likeliest = q > 0.999 * q.max(-1, keepdims=True)  # rounded logits may tie
+    return np.where(likeliest, size.sum(-1, keepdims=True), size)
+
+
 def _projected(
     q: Array, by_log_q: Array, options: dict[str, Any], least: Array | None = None
 ) -> tuple[Array, Array]:
@@ -221,11 +227,10 @@ def _projected(
     size = q * (abs(x) + (q * abs(x)).sum(-1, keepdims=True) + 1)
     slope = np.where(np.isfinite(mean), q * (x - mean), np.nan)
     if not options["pivot"]:
-        likeliest = q > 0.999 * q.max(-1, keepdims=True)  # rounded logits may tie
         far = np.where(np.isfinite(by_log_q), abs(by_log_q), 0)
         total = (q * far).sum(-1, keepdims=True) * (1 + q.shape[-1] / 64)
         size = np.maximum(size, q * (far + total))
-        size = np.where(likeliest, size.sum(-1, keepdims=True), size)
+        size = _collected(q, size)
     # A probability below the floor is 0, or has few digits, in the arithmetic on trial; where it or
     # the mixture's (the least) is, 1 / m is held at that of a normal number. The quotient q / m
     # falls short by up to 2^24, of doubles 2^53, then, and its logarithm by 37: the class errs by
@@ -361,6 +366,7 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     value, slope = (np.where(lost, 0, x) for x in (value, slope))
     mean = np.where(np.isfinite(slope), slope, 0).sum(-1, keepdims=True)
     size = size + q * size.sum(-1, keepdims=True)
+    size = size if options["pivot"] else _collected(q, size)
     gradient = slope - q * mean
     return value.sum(-1), np.where(infinite[:, None], np.nan, gradient), size
 
