@@ -87,6 +87,8 @@ _of(
      "test_losses.py", "native and kd and close"),
     ("series_double", "sum = sum * d + R(«1.0 / 24.0»);", "1.0 / 25.0",
      "test_losses.py", "native and kd and close"),
+    ("certain_label_double", "else tail = «std::log1p(e)»;", "std::log(1.0 + e)",
+     "test_hard_weight.py", "native and certain_label"),
     ("infinite_target", "return «select(x == infinity, broadcast<F>("
      "std::numeric_limits<R>::quiet_NaN()), x)»;", "x",
      "test_contract.py", "native and infinite_target"),
