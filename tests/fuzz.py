@@ -238,7 +238,9 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     hard = formulas.WIDE(options.pop("hard_weight", 0.0))
     # Autograd of the plain formula takes no pivot; the kernels do.
     info = torch.finfo(torch.float64 if wide else torch.float32)
-    options = {**options, "pivot": case.backend != "reference", "tiny": info.tiny}
+    # An error of the formula's own, over this unit, is a size: ``close`` allows K eps / 2 of one.
+    unit = K * formulas.WIDE(info.eps) / 2
+    options = {**options, "unit": unit, "tiny": info.tiny, "pivot": case.backend != "reference"}
     flushed, least = (1e-307, 5e-324) if wide else (1e-37, 1.4e-45)
 
     def exact(move: Callable[[Any], Any], floor: float = flushed) -> tuple[Any, Any, Any]:
@@ -270,6 +272,9 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     value = np.where(either & ~np.isfinite(actual), kept, value)
     slope = np.where((either & ~np.isfinite(gradient).all(1))[:, None], kept_slope, slope)
     noise = np.stack([abs(v - value) for v, _, _ in moves]).max(0) + lost
+    # Powers of subnormal probabilities are normal numbers, four times too large at worst.
+    both = np.isfinite(kept) & np.isfinite(value)
+    noise = noise + np.where(both, 4 * abs(np.where(both, kept - value, 0)), 0) / K
     # Pairwise sums of n terms, those of the divergence and of the probabilities: half a rounding
     # each for every level. Equal distributions differ by the formula's own rounding, squared.
     size = np.where(np.isfinite(value), abs(value), 0)
@@ -292,6 +297,11 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         close(actual, np.array([total]), np.array([extra]), loss.dtype, "loss")
     # An infinite loss whose formula leaves the gradient open: any that is not finite.
     free = (np.isinf(value) | bool(hard))[:, None] & np.isnan(slope)
+    # Where the product of all factors of a row is no number, so may the gradient be, though the
+    # differences of probabilities behind them are small: the backward pass has the factors first.
+    over = weights * abs(factor) / share / min(options["temperature"], 1.0) > info.max
+    free = free | (over[:, None] & ~np.isfinite(gradient))
+    slope = np.where(free, np.nan, slope)
     gradient = np.where(free, np.nan, gradient)
     with np.errstate(all="ignore"):
         expected = slope * factor[:, None] / share
@@ -300,6 +310,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     working = formulas.WIDE(info.eps)
     size = np.where(np.isfinite(expected), abs(expected), 0).max(1, initial=0)[:, None]
     terms = np.where(np.isfinite(terms), terms, 0) * abs(factor[:, None]) / share
+    lost = lost / min(options["temperature"], 1.0)  # of the slopes by logits
     noise = noise + working * (size / K + terms / 2) + lost * abs(factor[:, None])
     if spec.steps is not None:  # up to three gradients, each of which is rounded, and their sum
         noise = noise + 1.5 * formulas.WIDE(torch.finfo(student.dtype).eps) * terms / K
@@ -411,6 +422,8 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
                     y = torch.where(y.isfinite() & step.isfinite(), y + step, y)
                 x = y.clone().requires_grad_(name in names)
             tensors[name] = x
+        if k is not None and spec.family == "correlation":
+            options["move"] = lambda x: rounded(x, torch.finfo(loss.dtype).eps, k)
         value = formula(*tensors.values(), **options)
         inputs = [tensors[n] for n in names]
         slopes = torch.autograd.grad(value, inputs, upstream.to(value.dtype), allow_unused=True)
@@ -460,12 +473,24 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         move = np.where(np.isfinite(move), move, 0)
         noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
         terms = scale * float(upstream.abs().amax()) if upstream.numel() else 0.0
-        noise += working * terms / max(len(truth), 1) / 4 / max(spread(x), 1e-30)
+        far = options["tau"] if spec.family == "correlation" else max(spread(x), 1e-30)
+        noise += working * terms / max(len(truth), 1) / 4 / far
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
 
+def rounded(x: Tensor, eps: float, seed: int) -> Tensor:
+    """Probabilities with a rounding error each, the same for equal ones.
+
+    Less their mean, which is rounded apart, they do not sum to 0 any more, so that correlations of
+    1 and -1 err too: by eps over the distance from the mean, which moved logits do not show.
+    """
+    bits = x.detach().view(torch.int64) * (2 * seed + 0x5851F42D4C957F2D)
+    bits = (bits ^ (bits >> 29)) * 0x14057B7EF767814F
+    return x * (1 + eps * ((bits >> 11).double() / 2**52))
+
+
 def spread(x: Tensor) -> float:
-    """How far a loss of features must move its input to change; logits move by one."""
+    """How far a loss of features must move its input to change; logits move by the temperature."""
     if x.numel() == 0:
         return 1.0
     return float(x.double().square().mean().sqrt().clamp(max=1.0))

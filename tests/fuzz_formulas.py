@@ -202,7 +202,15 @@ def of_tokens(function: Callable[..., Rows]) -> Callable[..., Rows]:
     return loss
 
 
-def _projected(q: Array, by_log_q: Array, options: dict[str, Any]) -> tuple[Array, Array]:
+def _collected(q: Array, size: Array) -> Array:
+    """Autograd of the reference gives the likeliest class minus the sum of the others' slopes."""
+    likeliest = q > 0.999 * q.max(-1, keepdims=True)  # rounded logits may tie
+    return np.where(likeliest, size.sum(-1, keepdims=True), size)
+
+
+def _projected(
+    q: Array, by_log_q: Array, options: dict[str, Any], least: Array | None = None
+) -> tuple[Array, Array]:
     """q (x - sum q x), and the size of its terms; NaN where a class makes it infinite.
 
     The terms are those from a pivot, unless the arithmetic on trial is autograd of the plain
@@ -219,13 +227,18 @@ def _projected(q: Array, by_log_q: Array, options: dict[str, Any]) -> tuple[Arra
     size = q * (abs(x) + (q * abs(x)).sum(-1, keepdims=True) + 1)
     slope = np.where(np.isfinite(mean), q * (x - mean), np.nan)
     if not options["pivot"]:
-        likeliest = q > 0.999 * q.max(-1, keepdims=True)  # rounded logits may tie
         far = np.where(np.isfinite(by_log_q), abs(by_log_q), 0)
         total = (q * far).sum(-1, keepdims=True) * (1 + q.shape[-1] / 64)
         size = np.maximum(size, q * (far + total))
-        size = np.where(likeliest, size.sum(-1, keepdims=True), size)
-    # A probability below the floor is 0 in the arithmetic on trial.
-    return slope, np.where(q < floor, abs(slope) * 1e18, size)
+        size = _collected(q, size)
+    # A probability below the floor is 0, or has few digits, in the arithmetic on trial; where it or
+    # the mixture's (the least) is, 1 / m is held at that of a normal number. The quotient q / m
+    # falls short by up to 2^24, of doubles 2^53, then, and its logarithm by 37: the class errs by
+    # itself and by that. Slopes of a ratio instead, which is bounded, err by less.
+    lost = (q if least is None else np.minimum(q, least)) < floor
+    error = q * (np.where(np.isfinite(by_log_q), abs(by_log_q), 0) + abs(x) + 37)
+    error = np.where(np.isfinite(mean), error + q * abs(mean), error)
+    return slope, np.where(lost, size + error / options["unit"], size)
 
 
 def _reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
@@ -245,7 +258,8 @@ def _jsd(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     log_m = np.logaddexp(np.log(beta) + log_p, np.log1p(-beta) + log_q)
     value = beta * kl(log_p, log_m, floor) + (1 - beta) * kl(log_q, log_m, floor)
     none = log_q == -np.inf
-    slope, size = _projected(q, np.where(none, 0, log_q - np.where(none, 0, log_m)), options)
+    by_log_q = np.where(none, 0, log_q - np.where(none, 0, log_m))
+    slope, size = _projected(q, by_log_q, options, np.exp(log_m))
     return value, (1 - beta) * slope, (1 - beta) * size
 
 
@@ -276,7 +290,7 @@ def _skew_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
         return 0 * p.sum(-1), 0 * p, 0 * p + 1e-300
     value, log_m = _skew(log_p, log_q, alpha, floor)
     ratio = np.where(log_m == -np.inf, 0, np.exp(log_p - np.where(log_m == -np.inf, 0, log_m)))
-    slope, size = _projected(q, 1 - ratio, options)
+    slope, size = _projected(q, 1 - ratio, options, np.exp(log_m))
     return value, (1 - alpha) * slope, (1 - alpha) * size
 
 
@@ -290,7 +304,8 @@ def _skew_reverse_kl(log_q: Array, log_p: Array, options: dict[str, Any]) -> Row
     value, log_m = _skew(log_q, log_p, alpha, floor)
     none = log_q == -np.inf
     log_ratio = np.where(none, 0, log_q - np.where(none, 0, log_m))
-    return value, *_projected(q, log_ratio + alpha * (1 - np.exp(log_ratio)), options)
+    by_log_q = log_ratio + alpha * (1 - np.exp(log_ratio))
+    return value, *_projected(q, by_log_q, options, np.exp(log_m))
 
 
 def _tv(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
@@ -327,10 +342,9 @@ def _acceptance(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
 def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     alpha, beta = WIDE(options["alpha"]), WIDE(options["beta"])
     total = alpha + beta
-    # A power of what counts as 0 is 0.
+    # A power of what counts as 0 is 0; options["floor"] says what does.
     least = np.log(options["floor"]) if options["pivot"] else -700 / total
     lost = np.maximum(log_p, log_q) < least
-    log_p, log_q = (np.where(lost, -np.inf, x) for x in (log_p, log_q))
     q = np.exp(log_q)
     neither = (log_p == -np.inf) & (log_q == -np.inf)
     gap = np.where(neither, 0, log_p - np.where(neither, 0, log_q))
@@ -361,11 +375,15 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
         by = np.where(of_student, own, -np.where(e_a == 0, 0, others * e_a))
         slope = slope + np.where(mine, top * by, 0)
     infinite = ~np.isfinite(slope).all(-1) | np.isinf(value).any(-1)
-    mean = np.where(np.isfinite(slope), slope, 0).sum(-1, keepdims=True)
     size = abs(np.where(np.isfinite(slope), slope, 0))
+    # The arithmetic on trial may keep such a probability, as a number of few digits: at worst of
+    # one, rounded up from half of it, whose power (at most the second) is four times too large
+    # then. All classes have a share of the error, by the mean.
+    size = np.where(lost, size * 4 / options["unit"], size)
+    value, slope = (np.where(lost, 0, x) for x in (value, slope))
+    mean = np.where(np.isfinite(slope), slope, 0).sum(-1, keepdims=True)
     size = size + q * size.sum(-1, keepdims=True)
-    lost = (q < options["floor"]) | (np.exp(log_p) < options["floor"])
-    size = np.where(lost, 1e18 * (size + options["floor"] ** 0.5), size)
+    size = size if options["pivot"] else _collected(q, size)
     gradient = slope - q * mean
     return value.sum(-1), np.where(infinite[:, None], np.nan, gradient), size
 
@@ -389,22 +407,32 @@ ROWS: dict[str, Callable[..., Rows]] = {
 
 
 def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, reduction: str,
-         loss_weight: Any, floor: float = 1e-28) -> Tensor:  # fmt: skip
+         loss_weight: Any, move: Any = None, floor: float = 1e-28) -> Tensor:  # fmt: skip
     if len(s) == 0:
         return s.sum()
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))
     total: Any = 0.0
     for dim, weight in ((1, beta), (0, gamma)):
-        a, b = (x - x.mean(dim, keepdim=True) for x in (q, p))
+        means = [x.mean(dim, keepdim=True) for x in (q, p)]
+        # The slopes sum to 0: through the mean nothing passes, but errors would be projected.
+        means = [m if move is None else m.detach() for m in means]
+        a, b = (x - m for x, m in zip((q, p), means, strict=True))
         for x, y in ((a, q), (b, p)):  # the rounding of a constant's mean is no signal
             noise = 4e-16 * y.detach().amax(dim, keepdim=True)
             x.data[(x.detach().abs() <= noise).all(dim, keepdim=True).expand(x.shape)] = 0
+        if move is not None:  # a constant stays one
+            a, b = (
+                x + torch.where((x == 0).all(dim, keepdim=True), 0.0, (move(y) - y).detach())
+                for x, y in ((a, q), (b, p))
+            )
         squares = (a * a).sum(dim), (b * b).sum(dim)
         norms = [torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt()) for x in squares]
         product = norms[0] * norms[1] + eps
-        if eps < 1e-12 and any(((x > 0) & (x < floor)).any() for x in squares):
+        if move is None and eps < 1e-12 and any(((x > 0) & (x < floor)).any() for x in squares):
             return s.sum() * torch.nan  # what float32 loses depends on the order of its operations
-        far = 1 - (a * b).sum(dim) / torch.where(product == 0, 1.0, product)
+        # A constant has the correlation 0 and no slope, whatever eps is.
+        rho = (a * b).sum(dim) / torch.where(product == 0, 1.0, product)
+        far = 1 - torch.where(product == 0, 0.0, rho)
         total = total + weight * (far.sum() if reduction == "sum" else far.mean())
     return loss_weight * tau * tau * total
 

@@ -87,6 +87,8 @@ _of(
      "test_losses.py", "native and kd and close"),
     ("series_double", "sum = sum * d + R(«1.0 / 24.0»);", "1.0 / 25.0",
      "test_losses.py", "native and kd and close"),
+    ("certain_label_double", "else tail = «std::log1p(e)»;", "std::log(1.0 + e)",
+     "test_hard_weight.py", "native and certain_label"),
     ("infinite_target", "return «select(x == infinity, broadcast<F>("
      "std::numeric_limits<R>::quiet_NaN()), x)»;", "x",
      "test_contract.py", "native and infinite_target"),
@@ -443,12 +445,15 @@ _of(
 _of(
     "kdkernels/losses", "_centers.py", "test_embedding_refilled.py", "centers",
     ("sums_in_float32", "dtype=«torch.float64», device=device", "torch.float32"),
+    ("batch_in_float32", "embeddings.shape[1], dtype=«torch.float64»)", "torch.float32"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "_rows.py", "test_standardize.py", "reference",
     ("base_lost", "logits = logits «- logits[..., :1].detach()»", ""),
     ("common_error", "return probs «/ torch.where(total == 0, 1.0, total)»", "",
      "test_corners.py", "many_classes"),
+    ("error_of_the_normalisers", "moderate = d.abs() < 0.25, «(d.abs() < 20) & (p != 0)»",
+     "d != d", "test_corners.py", "many_classes"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "refilled.py", "test_embedding_refilled.py", "margin",

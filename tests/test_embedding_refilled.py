@@ -170,8 +170,11 @@ def test_class_centers_keep_small_means() -> None:
     large, small = 1e4 * draw(20, 6), draw(20, 6, seed=1)
     x, y = torch.cat([large, small - large]).float(), torch.zeros(40).long()
     mean = x.double().mean(0)
-    centers = K.class_centers(x, y, 1)
-    assert torch.allclose(centers[0].double(), mean / mean.norm(), rtol=0, atol=1e-6)
+    some = ClassCenters(1, 6)
+    for embeddings, target in zip(x.split(10), y.split(10), strict=True):
+        some.update(embeddings, target)
+    for centers in (K.class_centers(x, y, 1), some.centers()):
+        assert torch.allclose(centers[0].double(), mean / mean.norm(), rtol=0, atol=1e-6)
 
 
 @kernels

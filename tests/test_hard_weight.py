@@ -6,6 +6,7 @@ What they must be is written here with ``torch.nn.functional`` and softmaxes of 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def _check(case: Case, student: Tensor, teacher: Tensor, close: float, **options
     ignored = options["target"] == -100
     rows = ours[1].movedim(2 if student.dim() == 3 else 1, -1)
     assert not rows[ignored].any()
+
+
+@each([SPECS["kd"], SPECS["dkd"], SPECS["jsd"]], gap=(9.0, 12.0, 13.0, 20.0))
+def test_a_certain_label_keeps_its_digits(case: Case, gap: float) -> None:
+    """log(1 + e) in float64, where neither e less half its square nor 1 + e is exact enough."""
+    student = torch.tensor([[gap, 0.0]], dtype=torch.float64, device=case.device)
+    target = torch.zeros(1, dtype=torch.int64, device=case.device)
+    loss = case(student, student, target, target=target, hard_weight=1.0)
+    torch.testing.assert_close(loss.item(), math.log1p(math.exp(-gap)), rtol=1e-14, atol=0.0)
 
 
 @each(

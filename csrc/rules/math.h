@@ -154,8 +154,11 @@ KDK_FN TwoPoint<R> two_point(R x) {
 #if defined(__CUDA_ARCH__)
   const R tail = std::log1p(e);
 #else
-  // log(1 + e) in double, which keeps what 1 + e loses in float.
-  const R tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
+  // Of a float in double, which keeps what 1 + e loses; e^3 / 3 is nothing beside e there.
+  R tail;
+  if constexpr (std::is_same_v<R, float>)
+    tail = e < R(1e-5) ? e - R(0.5) * e * e : R(std::log(1.0 + double(e)));
+  else tail = std::log1p(e);
 #endif
   const R likely = R(1) / sum, rare = e / sum;
   const R log_likely = -tail, log_rare = -(x < R(0) ? -x : x) - tail;

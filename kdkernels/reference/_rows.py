@@ -119,9 +119,12 @@ def probabilities(log_probs: Tensor) -> Tensor:
 def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """p phi(d) with d = log p - log q, by the series where d is small, else as q - p + p d.
 
+    Where exp(-d) is no extreme number it stands for q / p: an error of d that all classes share,
+    that of the normalisers, cancels in the sum over the classes then, as it does in the series.
+    Beside q it would be an absolute error, large against a small divergence of many classes.
     A class with p = 0 has q, whatever d is: over all classes q and p both sum to 1.
     """
-    near = d.abs() < 0.25
+    near, moderate = d.abs() < 0.25, (d.abs() < 20) & (p != 0)
     x = torch.where(near, d, 0.0)
     term = torch.full_like(x, 0.5)
     series = term
@@ -129,7 +132,9 @@ def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
         term = term * (-x / k)
         series = series + term
     none = p == 0
-    far = q - p + p * torch.where(near | none, 0.0, d)
+    x_far = torch.where(near | none, 0.0, d)
+    y = torch.where(moderate, x_far, 0.0)
+    far = torch.where(moderate, p * (torch.expm1(-y) + y), q - p + p * x_far)
     return torch.where(near, p * x * x * series, far)
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 def pearson(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     """Pearson correlation along ``dim``."""
+    # From the first one: the mean of a constant is that constant, the norm exactly 0.
+    a, b = (x - x.narrow(dim, 0, 1).detach() for x in (a, b))
     a = a - a.mean(dim, keepdim=True)
     b = b - b.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
