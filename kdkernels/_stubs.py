@@ -7,6 +7,7 @@ class; the stub has their constructors written out. A test keeps it true.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import losses
@@ -15,33 +16,64 @@ from .registry import SPECS
 STUB = Path(losses.__file__).with_suffix(".pyi")
 _HEAD = '''"""Written by ``python -m kdkernels._stubs``: what type checkers read."""
 
+from typing import Any, Literal, overload
+
 from torch import Tensor
 
+from .._rowwise import LossParts
 from ._base import RowLoss, SampledLoss, TokenLoss
 '''
+_RESULTS = {
+    "Literal[False] = ...": "Tensor",
+    "Literal[True]": "tuple[Tensor, LossParts]",
+    "bool": "Any",
+}
+"""What ``return_parts`` makes a function return; not known of a variable."""
+
+
+def _arguments(parameters: Iterable[inspect.Parameter], parts: str) -> list[str]:
+    lines, keyword = [], False
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not keyword:
+            keyword = True
+            lines.append("*,")
+        if p.name == "return_parts":
+            lines.append(f"return_parts: {parts},")
+        else:
+            lines.append(f"{p.name}: {p.annotation}{'' if p.default is p.empty else ' = ...'},")
+    return lines
+
+
+def _overloads(name: str, parameters: Iterable[inspect.Parameter]) -> list[str]:
+    lines = []
+    for parts, result in _RESULTS.items():
+        arguments = [f"    {line}" for line in _arguments(parameters, parts)]
+        lines += ["@overload", f"def {name}(", *arguments, f") -> {result}: ..."]
+    return lines
 
 
 def text() -> str:
-    """The stub: names as ``losses/__init__.py`` exports them, bound modules written out."""
+    """The stub: names as ``losses/__init__.py`` exports them, bound modules and functions that may
+    return parts written out."""
     bound = {s.module.__name__: s.module for s in SPECS.values() if hasattr(s.module, "bind")}
     lines = [_HEAD.rstrip()]
+    functions: list[str] = []
     for name, value in sorted(vars(losses).items()):
         if name.startswith("_") or inspect.ismodule(value) or name in bound:
             continue
+        parameters = {} if inspect.isclass(value) else inspect.signature(value).parameters
+        if "return_parts" in parameters:
+            functions += _overloads(name, parameters.values())
+            continue
         file = value.__module__.rpartition(".")[2]
         lines.append(f"from .{file} import {name} as {name}")
+    lines += ["", *functions]
     for name, module in sorted(bound.items()):
         parameters = inspect.signature(module).parameters
         lines += ["", f"class {name}({module.__bases__[0].__name__}):"]
         lines += [f"    {p.name}: {p.annotation}" for p in parameters.values()]
-        lines += ["    def __init__(", "        self,"]
-        keyword = False
-        for p in parameters.values():
-            if p.kind is p.KEYWORD_ONLY and not keyword:
-                keyword = True
-                lines.append("        *,")
-            lines.append(f"        {p.name}: {p.annotation} = ...,")
-        lines.append("    ) -> None: ...")
+        arguments = [f"        {line}" for line in _arguments(parameters.values(), "bool = ...")]
+        lines += ["    def __init__(", "        self,", *arguments, "    ) -> None: ..."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,10 @@
 """Written by ``python -m kdkernels._stubs``: what type checkers read."""
 
+from typing import Any, Literal, overload
+
 from torch import Tensor
 
+from .._rowwise import LossParts
 from ._base import RowLoss, SampledLoss, TokenLoss
 from .attention import AttentionTransferLoss as AttentionTransferLoss
 from ._centers import ClassCenters as ClassCenters
@@ -12,28 +15,656 @@ from .refilled import LocalClassifierLoss as LocalClassifierLoss
 from .pkd import PKDLoss as PKDLoss
 from .rkd import RKDLoss as RKDLoss
 from .refilled import TupleMatchingLoss as TupleMatchingLoss
-from .acceptance import acceptance_loss as acceptance_loss
-from .aekt import aekt_loss as aekt_loss
-from .alpha_beta import alpha_beta_loss as alpha_beta_loss
 from .attention import attention_transfer_loss as attention_transfer_loss
 from ._centers import class_centers as class_centers
 from .dist import dist_loss as dist_loss
-from .dkd import dkd_loss as dkd_loss
 from .hint import hint_loss as hint_loss
 from .iekd import iekd_loss as iekd_loss
-from .jsd import jsd_loss as jsd_loss
-from .kd import kd_loss as kd_loss
 from .refilled import local_classifier_loss as local_classifier_loss
-from .mixed_kl import mixed_kl_loss as mixed_kl_loss
 from .pkd import pkd_loss as pkd_loss
-from .reverse_kl import reverse_kl_loss as reverse_kl_loss
 from .rkd import rkd_loss as rkd_loss
-from .sampled_kl import sampled_kl_loss as sampled_kl_loss
 from ._tuples import semihard_tuples as semihard_tuples
-from .skew_kl import skew_kl_loss as skew_kl_loss
-from .skew_reverse_kl import skew_reverse_kl_loss as skew_reverse_kl_loss
 from .refilled import tuple_matching_loss as tuple_matching_loss
-from .tv import tv_loss as tv_loss
+
+@overload
+def acceptance_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    kind: str = ...,
+    eta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def acceptance_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    kind: str = ...,
+    eta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def acceptance_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    kind: str = ...,
+    eta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def aekt_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    kappa: float = ...,
+    ratio_max: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def aekt_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    kappa: float = ...,
+    ratio_max: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def aekt_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    kappa: float = ...,
+    ratio_max: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def alpha_beta_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def alpha_beta_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def alpha_beta_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = ...,
+    *,
+    target: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = ...,
+    *,
+    target: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = ...,
+    *,
+    target: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    standardize: bool = ...,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def mixed_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    forward_weight: float | Tensor = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def mixed_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    forward_weight: float | Tensor = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def mixed_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    forward_weight: float | Tensor = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def sampled_kl_loss(
+    student_logits: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprob: Tensor,
+    labels: Tensor | None = ...,
+    estimator: str = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def sampled_kl_loss(
+    student_logits: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprob: Tensor,
+    labels: Tensor | None = ...,
+    estimator: str = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def sampled_kl_loss(
+    student_logits: Tensor,
+    sampled_ids: Tensor,
+    teacher_logprob: Tensor,
+    labels: Tensor | None = ...,
+    estimator: str = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def skew_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def skew_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def skew_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def skew_reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def skew_reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def skew_reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    alpha: float = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
+def tv_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def tv_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def tv_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool,
+    backend: str | None = ...,
+) -> Any: ...
 
 class AEKTLoss(RowLoss):
     alpha: float
