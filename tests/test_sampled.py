@@ -125,6 +125,22 @@ def test_keywords_of_tokens(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_what_ignored_rows_hold_does_not_matter(estimator: str, backend: str) -> None:
+    """Caches pad log-probabilities with -inf, and logits may be anything there."""
+    student, ids, logprob, labels = _tokens()
+    results = []
+    for fill in (0.0, -torch.inf, torch.nan):
+        leaf = student.clone()
+        leaf[:, :2], logprob[:, :2] = fill, fill
+        leaf.requires_grad_()
+        loss = sampled_kl_loss(leaf, ids, logprob, labels, estimator, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@each_backend
 def test_an_id_that_is_the_ignored_index_counts(backend: str) -> None:
     """The index ignores labels, not sampled ids."""
     student, ids, logprob, labels = _tokens()
