@@ -153,11 +153,19 @@ def row_loss(
             raise _checks.fail("return_parts", "False where logits are DTensors", True)
         if learned:
             raise _checks.fail("temperature", "a constant where logits are DTensors", "another")
+        held = {n: x for n, x in zip(spec.options, options, strict=True) if isinstance(x, Tensor)}
+
+        def local(student: Tensor, teacher: Tensor, *rows: Any) -> Tensor:
+            own = dict(zip(held, rows[len(_OF_ROWS) : -1], strict=True))
+            given = tuple(own.get(n, x) for n, x in zip(spec.options, options, strict=True))
+            call: Any = (*checked[:2], given, *checked[3:])
+            return run(*call, student, teacher, *rows[: len(_OF_ROWS)], rows[-1])[0]
+
         loss = _dtensor.row_loss(
-            lambda *local: run(*checked, *local)[0],
+            local,
             student,
             teacher,
-            dict(zip(_OF_ROWS, of_rows, strict=True)),
+            {**dict(zip(_OF_ROWS, of_rows, strict=True)), **held},
             class_dim=class_dim,
             ignore_index=index,
             reduction=code,

@@ -145,6 +145,8 @@ _of(
     ("half", "F(-gap), gap) * R(«0.5»)", "1.0"),
     ("equal_not_seen", "const F equal = «q * (R(16) * std::numeric_limits<R>::epsilon())»;",
      "F{}"),
+    ("overlap_of_the_larger", "value = select(«p < q», p, q);", "q < p",
+     "test_language_models.py", "native and acceptance"),
 )  # fmt: skip
 _of(
     "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
@@ -364,6 +366,8 @@ _of(
 _of(
     "kdkernels/triton", "tv.py", "test_golden.py", "triton",
     ("sign", "tl.where(gap < -equal, «-0.5» * q, gap * 0.0)", "0.5"),
+    ("overlap_of_the_larger", "tl.«minimum»(p, q)", "maximum",
+     "test_language_models.py", "triton and acceptance"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "dist.py",
@@ -588,4 +592,40 @@ _of(
     ("as_they_come", "return sorted(row, key=«lambda item: (-item[1], item[0])»)",
      "lambda item: 0"),
     ("padding_read", "    logprobs.masked_fill_(padding[..., None], -torch.inf)\n", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "acceptance.py", "test_language_models.py", "acceptance",
+    ("distance_always", "near = distance < «0.5»", "1.5"),
+    ("gradient_sign", "«distance.detach() - distance»", "distance - distance.detach()"),
+    ("kl_alone", "mixture(rows(KD_OF_TOKENS), «distance», eta)", "0 * distance",
+     "test_language_models.py", "speculators"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "acceptance.py", "test_language_models.py test_gradcheck.py",
+    "acceptance or speculators",
+    ("weight_moves", "torch.exp(eta * («distance.detach()» - 1))", "distance"),
+    ("weights_swapped", "weighted(distance, «1 - weight»)", "weight"),
+    ("distance_always", "near = distance < «0.5»", "1.5"),
+    ("floor_lost", "tiny * LEAST", "tiny"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "sampled_kl.py", "test_sampled.py", "published or expect",
+    ("k3_of_the_other", "torch.expm1(d) - d", "torch.expm1(-d) + d"),
+    ("k1_sign", "return «-d»", "d"),
+    ("half", "return d * d «/ 2» if", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "sampled_kl.py", "test_sampled.py", "published or named",
+    ("sign", "hard=«-1.0»", "1.0"),
+    ("ids_unchecked", "«bad.any()»:\n        raise", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_rowrun.py", "test_sampled.py test_language_models.py test_hard_weight.py",
+    "sampled or ignored or keywords or acceptance",
+    ("id_is_ignored", "weight, ignored = None, «_checks.NO_INDEX»", "ignore_index"),
+    ("ignored_ids_read", "torch.where(«target.long() == ignore_index», ignored, index.long())",
+     "target.long() != target.long()"),
+    ("hard_unweighted", "index, weight, ignored = target, «hard_token_weight», ignore_index",
+     "None"),
+    ("entropy_lost", "            spread = separate[2].reshape(-1)\n", "            pass\n"),
 )  # fmt: skip

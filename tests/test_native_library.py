@@ -49,9 +49,11 @@ def test_rules_are_those_of_the_registry(library: str) -> None:
     """A rule that no loss uses, or a loss that lost its rule, is a mistake in a build list."""
     module = native.extension()
     assert module is not None
-    for family in {spec.family for spec in SPECS.values()}:
+    for family in {spec.rule_family for spec in SPECS.values()}:
         compiled = set(module.rules(family))
-        wanted = {s.rule for s in SPECS.values() if s.family == family and "native" in s.backends}
+        wanted = {
+            s.rule for s in SPECS.values() if s.rule_family == family and "native" in s.backends
+        }
         assert compiled == wanted
 
 

@@ -103,6 +103,8 @@ def numbers_of(rule: str) -> list[list[float]]:
     for spec in SPECS.values():
         if spec.rule == rule and spec.rule_numbers is not None and spec.domains:
             made += [[*spec.rule_numbers(x)] for x in (0.5, 0.1, 0.9, 1e-3, 0.999)]
+        if spec.rule == rule and not spec.options:
+            made.append([0.0] * len(toy.OPTIONS))
     return made or [toy.OPTIONS]
 
 
