@@ -158,8 +158,9 @@ def row_loss(
         def local(student: Tensor, teacher: Tensor, *rows: Any) -> Tensor:
             own = dict(zip(held, rows[len(_OF_ROWS) : -1], strict=True))
             given = tuple(own.get(n, x) for n, x in zip(spec.options, options, strict=True))
-            call: Any = (*checked[:2], given, *checked[3:])
-            return run(*call, student, teacher, *rows[: len(_OF_ROWS)], rows[-1])[0]
+            call: list[Any] = [*checked[:2], given, *checked[3:], student, teacher]
+            call += [*rows[: len(_OF_ROWS)], rows[-1]]
+            return run(*call)[0]
 
         loss = _dtensor.row_loss(
             local,
