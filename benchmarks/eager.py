@@ -30,12 +30,25 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     return F.kl_div(log_q, p, reduction="sum") / pixels * temperature * temperature
 
 
+def _classes(logits: Tensor) -> int:
+    """The dimension that holds the classes."""
+    return 1 if logits.dim() == 4 else -1
+
+
 def _mean_over_rows(terms: Tensor) -> Tensor:
-    return terms.sum() / (terms.numel() // terms.shape[1 if terms.dim() == 4 else -1])
+    return terms.sum() / (terms.numel() // terms.shape[_classes(terms)])
+
+
+def _softmaxes(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    classes = _classes(student)
+    return (
+        F.softmax(student / temperature, dim=classes),
+        F.softmax(teacher / temperature, dim=classes),
+    )
 
 
 def _log_softmaxes(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    classes = 1 if student.dim() == 4 else -1
+    classes = _classes(student)
     return (
         F.log_softmax(student / temperature, dim=classes),
         F.log_softmax(teacher / temperature, dim=classes),
@@ -70,7 +83,7 @@ def skew_kl(
     student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """As in DistiLLM: the mixture of the probabilities."""
-    classes = 1 if student.dim() == 4 else -1
+    classes = _classes(student)
     q = F.softmax(student / temperature, dim=classes)
     log_p = F.log_softmax(teacher / temperature, dim=classes)
     mixture = alpha * log_p.exp() + (1 - alpha) * q
@@ -80,7 +93,7 @@ def skew_kl(
 def skew_reverse_kl(
     student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    classes = 1 if student.dim() == 4 else -1
+    classes = _classes(student)
     log_q = F.log_softmax(student / temperature, dim=classes)
     p = F.softmax(teacher / temperature, dim=classes)
     mixture = (1 - alpha) * p + alpha * log_q.exp()
@@ -95,9 +108,7 @@ def alpha_beta(
     temperature: float = 1.0,
 ) -> Tensor:
     """As in ABKD: powers of the probabilities."""
-    classes = 1 if student.dim() == 4 else -1
-    q = F.softmax(student / temperature, dim=classes)
-    p = F.softmax(teacher / temperature, dim=classes)
+    q, p = _softmaxes(student, teacher, temperature)
     total = alpha + beta
     terms = alpha / total * p**total + beta / total * q**total - p**alpha * q**beta
     return _mean_over_rows(terms / (alpha * beta))
@@ -111,9 +122,8 @@ def acceptance(
     temperature: float = 1.0,
 ) -> Tensor:
     """As in speculators: one mean over the vocabulary's smaller probabilities, bounded at 1e-5."""
-    classes = 1 if student.dim() == 4 else -1
-    q = F.softmax(student / temperature, dim=classes)
-    p = F.softmax(teacher / temperature, dim=classes)
+    q, p = _softmaxes(student, teacher, temperature)
+    classes = _classes(student)
     accepted = torch.minimum(p, q).sum(classes)
     if kind == "log":
         return -accepted.clamp_min(1e-5).log().mean()
@@ -126,7 +136,7 @@ def sampled_kl(
     student: Tensor, sampled_ids: Tensor, teacher_logprob: Tensor, estimator: str = "k2"
 ) -> Tensor:
     """As in verl: the whole log-softmax, of which one class a row is taken."""
-    classes = 1 if student.dim() == 4 else -1
+    classes = _classes(student)
     log_q = F.log_softmax(student, dim=classes)
     d = teacher_logprob - log_q.gather(classes, sampled_ids.unsqueeze(classes)).squeeze(classes)
     estimates = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - 1 - d}
@@ -134,9 +144,7 @@ def sampled_kl(
 
 
 def tv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    classes = 1 if student.dim() == 4 else -1
-    q = F.softmax(student / temperature, dim=classes)
-    p = F.softmax(teacher / temperature, dim=classes)
+    q, p = _softmaxes(student, teacher, temperature)
     return _mean_over_rows((q - p).abs() / 2)
 
 

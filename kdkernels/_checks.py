@@ -220,6 +220,14 @@ def reduction(value: Any) -> int:
     return code
 
 
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of some words."""
+    if value not in choices:
+        *most, last = map(repr, choices)
+        raise fail(name, f"{', '.join(most)} or {last}", repr(value))
+    return str(value)
+
+
 def number(name: str, value: Any) -> float:
     """A finite number: Python's, NumPy's, or a 0-d tensor that the host can read."""
     if not isinstance(value, (float, int)) or isinstance(value, bool):

@@ -81,9 +81,7 @@ class AcceptanceLoss(TokenLoss):
 
 
 def _kind(name: str, value: Any) -> Any:
-    if value not in KINDS:
-        raise _checks.fail(name, "'log' or 'hybrid'", repr(value))
-    return value
+    return _checks.choice(name, value, KINDS)
 
 
 ACCEPTANCE = register(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,10 +16,7 @@ from ._base import LossModule, weighed
 _RANKS = {2: "(B, D)", 3: "(B, N, D)", 4: "(B, C, H, W)"}
 
 
-def _similarity(value: Any) -> str:
-    if value not in ("l1", "cosine"):
-        raise _checks.fail("similarity", "'l1' or 'cosine'", repr(value))
-    return str(value)
+SIMILARITIES = ("l1", "cosine")
 
 
 @gathered
@@ -81,7 +76,7 @@ def iekd_loss(
     """
     inheritance_weight = _checks.non_negative("inheritance_weight", inheritance_weight)
     exploration_weight = _checks.non_negative("exploration_weight", exploration_weight)
-    similarity = _similarity(similarity)
+    similarity = _checks.choice("similarity", similarity, SIMILARITIES)
     code = _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
     _embedding.tensor("inheritance_factor", inheritance_factor, _RANKS)
@@ -135,7 +130,7 @@ class IEKDLoss(LossModule):
         )
         self.inheritance_weight = _checks.non_negative("inheritance_weight", inheritance_weight)
         self.exploration_weight = _checks.non_negative("exploration_weight", exploration_weight)
-        self.similarity = _similarity(similarity)
+        self.similarity = _checks.choice("similarity", similarity, SIMILARITIES)
 
     def forward(
         self, inheritance_factor: Tensor, exploration_factor: Tensor, teacher_factor: Tensor

@@ -54,7 +54,8 @@ def sampled_kl_loss(
         estimator: ``'k1'``, ``'k2'`` or ``'k3'``.
     """
     _checks.tensor("student_logits", student_logits)
-    class_dim = _checks.logits(student_logits, student_logits.detach())
+    teacher = student_logits.detach()  # of which nothing is used but the dtype
+    class_dim = _checks.logits(student_logits, teacher)
     _checks.target(sampled_ids, student_logits, class_dim, "sampled_ids")
     _checks.token_weight(teacher_logprob, student_logits, class_dim, "teacher_logprob")
     _checks.allocated("sampled_ids", sampled_ids)
@@ -62,7 +63,6 @@ def sampled_kl_loss(
     if looked_at and not traced(sampled_ids) and not transformed():
         _check_range(sampled_ids, student_logits.shape[class_dim], labels, common)
     options = (estimator, sampled_ids, teacher_logprob)
-    teacher = student_logits.detach()  # of which nothing is used but the dtype
     if teacher_logprob.dtype == torch.float64:
         teacher = teacher.double()
     return row_loss(SAMPLED_KL, student_logits, teacher, labels, options, 1.0, **common)
@@ -96,9 +96,7 @@ class SampledKLLoss(SampledLoss):
 
 
 def _estimator(name: str, value: Any) -> Any:
-    if value not in ESTIMATORS:
-        raise _checks.fail(name, "'k1', 'k2' or 'k3'", repr(value))
-    return value
+    return _checks.choice(name, value, ESTIMATORS)
 
 
 def _tensor(name: str, value: Any) -> Any:

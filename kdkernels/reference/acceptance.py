@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._rows import rescale, weighted
 from ._tokens import kl_terms, log_softmax
-from .tv import tv
+from .tv import distance as total_variation
 
 LEAST = 2.0**36
 """The least overlap that counts, in units of the least normal number."""
@@ -32,9 +32,9 @@ def acceptance(
     standardize: bool = False,
 ) -> Tensor:
     """Loss of each row: (rows, classes) x (rows, classes) -> (rows,)."""
-    distance = tv(student, teacher, temperature=temperature, standardize=standardize)
     student, teacher = rescale(student, teacher, temperature, standardize)
     log_p, log_q = log_softmax(teacher), log_softmax(student)
+    distance = total_variation(log_p, log_q)
     if kind == "hybrid":
         return mixture(kl_terms(log_p, log_q).sum(-1), distance, eta)
     # From whichever of a and total variation is smaller, and so exact. The softmaxes' small

@@ -23,7 +23,11 @@ def tv(
 ) -> Tensor:
     """Distance of each row: (rows, classes) x (rows, classes) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
-    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    return distance(log_softmax(teacher), log_softmax(student))
+
+
+def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Likewise, of log-probabilities."""
     p, q = log_p.exp(), log_q.exp()
     d = torch.where(q == 0, 0.0, log_p - log_q)
     near = (d.abs() < 1) & (q != 0)
