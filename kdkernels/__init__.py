@@ -27,12 +27,14 @@ from . import functional as functional
 from ._dispatch import available as available, use_backend as use_backend
 from ._rowwise import LossParts as LossParts
 from ._version import __version__ as __version__
+from .linear import FusedLinearKDLoss as FusedLinearKDLoss, linear_kd_loss as linear_kd_loss
 from .losses import *  # noqa: F403
 from .registry import SPECS
 
 __all__ = [
     *sorted(spec.module.__name__ for spec in SPECS.values()),
     *functional.__all__,
+    "FusedLinearKDLoss",
     "LossParts",
     "__version__",
     "available",

@@ -34,7 +34,7 @@ def stores_gradient(student: Tensor, reduction: int) -> bool:
     return reduction != 0 and student.dtype != torch.float16
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+def save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     """``save_for_backward``, which sees in-place changes, for all tensors but those of inference
     mode (a cached teacher), which it refuses and which have no version to look at."""
     for tensor in tensors:
@@ -49,14 +49,14 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     ctx.save_for_backward(*kept)
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def saved(ctx: Any) -> tuple[Any, ...]:
     if ctx.outside is None:
         return ctx.saved_tensors
     pairs = zip(ctx.saved_tensors, ctx.outside, strict=True)
     return tuple(x if out is None else out for x, out in pairs)
 
 
-def _batched(upstream: Tensor) -> bool:
+def under_vmap(upstream: Tensor) -> bool:
     """Whether this is a vmap over a backward pass (``is_grads_batched``)."""
     return (
         torch._C._functorch.is_legacy_batchedtensor(upstream)
@@ -73,7 +73,7 @@ def _forward(
     ctx.gradient = given[1] if stored else None
     ctx.kernels = kernels
     ctx.call = call
-    _save(ctx, (student, *constants))
+    save(ctx, (student, *constants))
     return given
 
 
@@ -87,19 +87,19 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         kernels, call = ctx.kernels, ctx.call
-        batched = _batched(upstream)
+        batched = under_vmap(upstream)
         if ctx.stored:
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
-                gradient = kernels.forward(*_saved(ctx), call, True)[1]
+                gradient = kernels.forward(*saved(ctx), call, True)[1]
             if batched:
                 gradient = (gradient * upstream).to(gradient.dtype)
             else:
                 gradient = kernels.scale_(gradient, upstream)
         elif batched:
-            gradient = _batched_backward(upstream, kernels, call, _saved(ctx))
+            gradient = _batched_backward(upstream, kernels, call, saved(ctx))
         else:
-            gradient = kernels.backward(upstream, *_saved(ctx), call)
+            gradient = kernels.backward(upstream, *saved(ctx), call)
         if torch.is_grad_enabled():  # create_graph=True: to differentiate again must not be silent
             gradient = once(gradient, upstream, ctx.saved_tensors[0])
         return (gradient, None, None, *(None,) * (len(ctx.needs_input_grad) - 3))
@@ -155,26 +155,26 @@ class _FusedSeveral(torch.autograd.Function):
         ctx.needs = needs
         ctx.kernels = kernels
         ctx.call = call
-        _save(ctx, tensors)
+        save(ctx, tensors)
         return loss  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         kernels, call, needs = ctx.kernels, ctx.call, ctx.needs
-        batched = _batched(upstream)
+        batched = under_vmap(upstream)
         if ctx.stored or batched:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                gradients = kernels.forward(*_saved(ctx), call, *needs)[1:]
+                gradients = kernels.forward(*saved(ctx), call, *needs)[1:]
             if batched:
                 gradients = [(g * upstream).to(g.dtype) for g in gradients]
             else:
                 scaled = (kernels.scale_(g, upstream) if g.numel() else g for g in gradients)
                 gradients = list(scaled)
         else:
-            gradients = kernels.backward(upstream, *_saved(ctx), call, *needs)
+            gradients = kernels.backward(upstream, *saved(ctx), call, *needs)
         if torch.is_grad_enabled():
-            pairs = zip(gradients, _saved(ctx), strict=False)
+            pairs = zip(gradients, saved(ctx), strict=False)
             gradients = [once(g, upstream, x) for g, x in pairs]
         others = len(ctx.needs_input_grad) - 3 - len(needs)
         wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))

@@ -131,10 +131,8 @@ def row_loss(
     elif spec.t_squared:  # here, for every loss
         scale = scale * temperature * temperature
     asked = spec
-    for value, end in spec.ends:
-        if options[0] == value:
-            spec, options, scale = end.spec, end.options, scale * end.factor
-            break
+    spec, options, factor_there = spec.at(options)
+    scale *= factor_there
     if num_items_in_batch is not None:
         items = _checks.items(num_items_in_batch, reduction)
         code = _checks.REDUCTIONS["sum"]

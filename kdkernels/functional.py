@@ -1,6 +1,8 @@
-"""The losses as functions, ``kdkernels.functional.kd_loss`` and so on: one a registry row."""
+"""The losses as functions, ``kdkernels.functional.kd_loss`` and so on: one a registry row, and
+those of an output layer."""
 
+from .linear import linear_kd_loss as linear_kd_loss
 from .losses import *  # noqa: F403
 from .registry import SPECS
 
-__all__ = sorted(spec.function.__name__ for spec in SPECS.values())
+__all__ = sorted([*(spec.function.__name__ for spec in SPECS.values()), "linear_kd_loss"])

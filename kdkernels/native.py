@@ -210,18 +210,26 @@ def row(
     row_temperature: Tensor | None,
     call: RowCall,
     need_gradient: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``kdkernels::row``, past the operator machinery where the tensors are plain."""
+    """``kdkernels::row``, past the operator machinery where the tensors are plain.
+
+    A gradient is written ``into`` a tensor if one is given, which may be the student itself: of a
+    row each class is read before it is written. Such tensors are plain and contiguous.
+    """
     if not _addressable(student, teacher, call.class_dim):
         operator = torch.ops.kdkernels.row.default
         numbers = (target, token_weight, hard_token_weight, row_temperature)
+        assert into is None, "a tensor whose address may not be handed over"
         return operator(student, teacher, *numbers, *call, need_gradient)
     shape = student.shape
     classes = shape[-1]
     dtype = working_dtype(student, teacher)
     one = call.reduction != 0
     loss = _empty_loss(student, dtype) if one else student.new_empty(shape[:-1], dtype=dtype)
-    gradient = torch.empty_like(student) if need_gradient else None
+    gradient = into
+    if need_gradient and into is None:
+        gradient = torch.empty_like(student)
     parts = student.new_empty((3, *shape[:-1]), dtype=dtype) if call.parts else None
     module, where = _where(student)
     module.row(

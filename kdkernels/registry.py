@@ -90,6 +90,13 @@ class LossSpec:
         unit = _checks.fraction
         return {name: (0.0, 1.0) for name, check in self.options.items() if check is unit}
 
+    def at(self, options: tuple[Any, ...]) -> tuple[LossSpec, tuple[Any, ...], float]:
+        """The loss that this is with some options, its options, and what multiplies it."""
+        for value, end in self.ends:
+            if options[0] == value:
+                return end.spec, end.options, end.factor
+        return self, options, 1.0
+
     @property
     def rule_family(self) -> str:
         """The family of the kernels' rule: a sampled token's is a cross-entropy."""

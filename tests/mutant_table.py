@@ -479,7 +479,7 @@ _of(
 
 _of(
     "kdkernels", "_autograd.py", "test_saved_tensors.py", "kd",
-    ("target_unsaved", "_save(ctx, «(student, *constants)»)",
+    ("target_unsaved", "save(ctx, «(student, *constants)»)",
      "(student, *(x.data if x is not None else x for x in constants))"),
     ("inference_saved", "if tensor is not None and «tensor.is_inference()»:", "False"),
 )  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _head
+from .._head import Head
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,37 +42,14 @@ class LinearTeacher:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _checks.tensor("hidden", self.hidden)
-        _checks.dtype("hidden", self.hidden)
-        if self.hidden.dim() < 1 or self.hidden.shape[-1] < 1:
-            got = f"shape {tuple(self.hidden.shape)}"
-            raise _checks.fail("hidden", "(..., H) with H >= 1", got)
-        _checks.constant("hidden", self.hidden)
-        width = self.hidden.shape[-1]
-        _checks.tensor("weight", self.weight)
-        shape = self.weight.shape
-        if len(shape) != 2 or shape[0] < 2 or shape[1] != width:
-            expected = f"(V, {width}) with V >= 2, the width of hidden"
-            raise _checks.fail("weight", expected, f"shape {tuple(shape)}")
-        self._beside("weight", self.weight)
-        if self.bias is not None:
-            _checks.tensor("bias", self.bias, "a Tensor or None")
-            if self.bias.shape != shape[:1]:
-                raise _checks.fail("bias", f"of shape {tuple(shape[:1])}", tuple(self.bias.shape))
-            self._beside("bias", self.bias)
+        head = (self.hidden, self.weight, self.bias, self.softcap, self.logit_scale)
+        softcap, logit_scale = _head.check(*head)
+        for name in ("hidden", "weight", "bias"):
+            if getattr(self, name) is not None:
+                _checks.constant(name, getattr(self, name))
         # The numbers are kept as Python's, whatever they came as.
-        object.__setattr__(self, "logit_scale", _checks.number("logit_scale", self.logit_scale))
-        if self.softcap is not None:
-            object.__setattr__(self, "softcap", _checks.positive("softcap", self.softcap))
-
-    def _beside(self, name: str, value: Tensor) -> None:
-        if value.dtype != self.hidden.dtype:
-            expected = f"of the dtype of hidden, {self.hidden.dtype} (call .to() on it)"
-            raise _checks.fail_type(name, expected, value.dtype)
-        if value.device != self.hidden.device:
-            expected = f"on the device of hidden, {self.hidden.device}"
-            raise _checks.fail(name, expected, value.device)
-        _checks.constant(name, value)
+        object.__setattr__(self, "softcap", softcap)
+        object.__setattr__(self, "logit_scale", logit_scale)
 
     @property
     def shape(self) -> torch.Size:
@@ -149,15 +127,6 @@ class LinearTeacher:
                 expected = f"of shape {shape}, {self.dtype}, on {self.device}"
                 got = f"{tuple(out.shape)}, {out.dtype}, on {out.device}"
                 raise _checks.fail("out", expected, got)
-        # Products of mixed dtypes are the caller's to choose: autocast does not reach in.
-        with torch.autocast(self.device.type, enabled=False):
-            if self.bias is None:
-                logits = torch.mm(hidden, self.weight.T, out=out)
-            else:
-                logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
-        if self.softcap is None:
-            if self.logit_scale != 1.0:
-                logits.mul_(self.logit_scale)
-        else:
-            logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+        head = Head(self.weight, self.bias, self.softcap, self.logit_scale)
+        logits = head.logits(hidden, out)
         return logits if rows is not None or out is not None else logits.view(*self.shape, -1)

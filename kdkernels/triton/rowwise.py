@@ -22,11 +22,18 @@ def forward(
     row_temperature: Tensor | None,  # (rows...)
     call: RowCall,
     need_gradient: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss, 0-d or (rows...), gradient, like student or None, and parts, (3, rows...) or None."""
+    """Loss, 0-d or (rows...), gradient, like student or None, and parts, (3, rows...) or None.
+
+    A gradient is written ``into`` a tensor if one is given, which may be the student itself: the
+    last sweep alone writes, each block after it has read it.
+    """
     shape = student.shape[: call.class_dim] + student.shape[call.class_dim + 1 :]
     losses = student.new_empty(shape, dtype=working_dtype(student, teacher))
-    gradient = torch.empty_like(student) if need_gradient else None
+    gradient = into
+    if need_gradient and into is None:
+        gradient = torch.empty_like(student)
     parts = losses.new_empty((3, *shape)) if call.parts else None
     numbers = (target, token_weight, hard_token_weight, row_temperature)
     _run(student, teacher, *numbers, call, None, losses, gradient, parts)

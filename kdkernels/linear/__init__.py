@@ -1,0 +1,7 @@
+"""Losses that take hidden states and an output layer: the logits of all tokens never exist."""
+
+from .kd import (
+    DIVERGENCES as DIVERGENCES,
+    FusedLinearKDLoss as FusedLinearKDLoss,
+    linear_kd_loss as linear_kd_loss,
+)

@@ -1,0 +1,88 @@
+"""What the functions of an output layer check alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._dtensor import any_sharded
+from .._tracing import traced
+
+
+def as_linear_casts(*tensors: Any) -> tuple[Any, ...]:
+    """Hidden states, weight and bias as ``torch.nn.functional.linear`` sees them: autocast."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    )
+
+
+def plain_rows(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    """Check that all are plain tensors with memory, the first of two dimensions at least."""
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            continue
+        if any_sharded(x):
+            raise _checks.fail_type(name, "a plain Tensor (call .full_tensor() on it)", "a DTensor")
+        _checks.allocated(name, x)
+    if tensors[0].dim() < 2:
+        got = f"shape {tuple(tensors[0].shape)}"
+        raise _checks.fail(names[0], "(..., H) of at least two dimensions", got)
+
+
+def chunk(tokens: Any) -> int:
+    """``chunk_tokens``: a number of tokens, 0 where none is given."""
+    if tokens is None:
+        return 0
+    tokens = _checks.integer("chunk_tokens", tokens)
+    if tokens < 1:
+        raise _checks.fail("chunk_tokens", ">= 1", tokens)
+    return tokens
+
+
+def label_indices(
+    labels: Any, hidden: Tensor, classes: int, ignore_index: int | None, indices: bool
+) -> tuple[Tensor | None, int]:
+    """The labels as int64, and which are ignored; None where none is and nothing reads them."""
+    index = _checks.NO_INDEX if ignore_index is None else ignore_index
+    if labels is None:
+        if indices:
+            raise _checks.fail_type("labels", "a Tensor of class indices", "None")
+        return None, index
+    _checks.target(labels, hidden, hidden.dim() - 1, "labels", mask=not indices)
+    _checks.allocated("labels", labels)
+    if labels.dtype == torch.bool:
+        return labels.long() - 1, -1
+    if not indices:
+        return (None if ignore_index is None else labels.long()), index
+    if labels.is_cpu and not traced(labels):
+        _checks.target_range(labels, classes, index)
+    return labels.long(), index
+
+
+def row_weights(
+    loss_weight: Any, token_weight: Tensor | None, hidden: Tensor, work: torch.dtype, hard: float
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """The number that multiplies the divergence, and the weights of its rows and of the
+    cross-entropy's; a weight that is a tensor joins the former."""
+    if token_weight is not None:
+        _checks.token_weight(token_weight, hidden, hidden.dim() - 1)
+        token_weight = token_weight.to(work)
+    hard_token_weight = token_weight if hard != 0.0 else None
+    if not isinstance(loss_weight, Tensor):
+        return _checks.number("loss_weight", loss_weight), token_weight, hard_token_weight
+    _checks.weight(loss_weight)
+    _checks.constant("loss_weight", loss_weight)
+    factor = _checks.on_device("loss_weight", loss_weight, hidden.device).to(hidden.device, work)
+    if token_weight is None:
+        return 1.0, factor.expand(hidden.shape[:-1]), hard_token_weight
+    return 1.0, token_weight * factor, hard_token_weight

@@ -1,0 +1,123 @@
+"""The operator of the fused heads, and autograd around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import save, saved, under_vmap
+from .._dtypes import working_dtype
+from .._ops import library, no_double_backward, once
+from .._tracing import symbolic_numbers
+from ._rows import SCHEMA, LinearCall, linear_rows
+
+_FIELDS = len(LinearCall._fields)
+_TEACHER = 6
+"""Where the list of the teacher's tensors stands among the operator's arguments."""
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Any, labels: Any, token_weight: Any, hard: Any,
+    teacher: list[Tensor], *call_and_needs: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    call = LinearCall(*call_and_needs[:_FIELDS])
+    of_hidden, of_weight, of_bias = call_and_needs[_FIELDS:]
+    work, own = working_dtype(hidden, teacher[0]), working_dtype(hidden)
+    count = hidden.shape[0]
+    return (
+        hidden.new_empty(count, dtype=work),
+        hidden.new_empty((3, count) if call.parts else 0, dtype=work),
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        hidden.new_empty(weight.shape if of_weight else 0, dtype=own),
+        hidden.new_empty(weight.shape[0] if of_bias else 0, dtype=own),
+    )
+
+
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+for _key in ("CPU", "CUDA", "XPU"):
+    library.impl("linear_rows", linear_rows, _key)
+torch.library.register_fake("kdkernels::linear_rows", _fake, lib=library)
+torch.library.register_autograd("kdkernels::linear_rows", no_double_backward, lib=library)
+
+
+class _Linear(torch.autograd.Function):
+    """The rows' values, or their sum with gradients that are stored.
+
+    ``by_row`` recomputes the logits in the backward pass, where the upstream gradients are known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        token_weight: Tensor | None,
+        hard_token_weight: Tensor | None,
+        by_row: bool,
+        call: LinearCall,
+        *teacher: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.needs = tuple(ctx.needs_input_grad[:3])
+        ctx.by_row, ctx.call = by_row, call
+        tensors = (hidden, weight, bias, labels, token_weight, hard_token_weight)
+        needs = (False,) * 3 if by_row else ctx.needs
+        operator = torch.ops.kdkernels.linear_rows.default
+        values, parts, *gradients = operator(*tensors, list(teacher), *call, *needs)
+        ctx.gradients = None if by_row else gradients
+        save(ctx, (*tensors, *teacher))
+        ctx.mark_non_differentiable(parts)
+        return (values if by_row else values.sum()), parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
+        tensors, teacher = saved(ctx)[:_TEACHER], saved(ctx)[_TEACHER:]
+        hidden, weight, bias, labels, token_weight, hard_token_weight = tensors
+        if under_vmap(upstream):
+            raise NotImplementedError(
+                "is_grads_batched must be False for a fused head, got True: use backend='reference'"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            weights: list[Any] = [token_weight, hard_token_weight]
+            if ctx.by_row:
+                weights = [upstream if x is None else x * upstream for x in weights]
+            operator = torch.ops.kdkernels.linear_rows.default
+            given = (hidden, weight, bias, labels, *weights, list(teacher))
+            gradients = operator(*given, *ctx.call._replace(parts=False), *ctx.needs)[2:]
+        made: list[Any] = [None] * 3
+        for i, (x, g) in enumerate(zip((hidden, weight, bias), gradients, strict=True)):
+            if not ctx.needs[i]:
+                continue
+            if not ctx.by_row:
+                g = _scaled(g, upstream)
+            g = g.to(x.dtype)
+            if torch.is_grad_enabled():  # to differentiate again must not be silent
+                g = once(g, upstream, x)
+            made[i] = g
+        return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """A private gradient times a number; the host reads it on the CPU only."""
+    if torch.compiler.is_compiling():
+        return gradient * upstream.to(gradient.dtype)
+    if upstream.is_cpu and upstream.item() == 1.0:
+        return gradient
+    return gradient.mul_(upstream)
+
+
+def apply(call: LinearCall, by_row: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
+    """The rows' losses or their sum, and the parts of the rows."""
+    symbolic = symbolic_numbers(call.numbers)
+    if symbolic is not None:
+        call = call._replace(numbers=[], symbolic=symbolic)
+    *of_student, teacher = tensors
+    return _apply(*of_student, by_row, call, *teacher)
+
+
+_apply: Callable[..., tuple[Tensor, Tensor]] = _Linear.apply

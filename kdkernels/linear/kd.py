@@ -1,0 +1,266 @@
+"""Distillation through the output layer: the logits of all tokens never exist together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from .. import _checks, _dispatch, _head
+from .._dtypes import working_dtype
+from .._head import Head
+from .._rowwise import LossParts, row_loss
+from ..losses.kd import KD_OF_TOKENS
+from ..registry import SPECS, LossSpec
+from ..teacher import LinearTeacher
+from ._inputs import as_linear_casts, chunk, label_indices, plain_rows, row_weights
+from ._op import apply
+from ._rows import LinearCall
+from ._teachers import check_teacher, one_vocabulary, tensors_of
+
+DIVERGENCES = {
+    "kl": KD_OF_TOKENS,
+    **{
+        name: spec
+        for name, spec in SPECS.items()
+        if spec.family == "divergence" and spec.target_name == "labels" and spec.steps is None
+    },
+}
+"""The losses of tokens that have a rule, by the names of the registry."""
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | LinearTeacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    divergence: str = "kl",
+    temperature: float = 1.0,
+    beta: float | None = None,
+    alpha: float | None = None,
+    forward_weight: float | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab: str | None = None,
+    chunk_tokens: int | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    loss_weight: float | Tensor = 1.0,
+    hard_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    return_parts: bool = False,
+    backend: str | None = None,
+) -> Any:
+    r"""A loss of tokens on ``hidden @ weight.T`` that never holds the logits of all tokens.
+
+    .. math:: z = c \tanh\bigl(\tfrac{s}{c} (h W^\top + b)\bigr),\qquad
+              L = \frac1N \sum_n D\bigl(\mathrm{softmax}(t_n / T), \mathrm{softmax}(z_n / T)\bigr)
+
+    with D the loss that ``divergence`` names, s the ``logit_scale`` and c the ``softcap`` (none:
+    z = s (h W^T + b)). **There is no T^2.** Tokens go through in chunks with the whole vocabulary:
+    two buffers of ``chunk_tokens`` x V logits are reused, a chunk's gradient is written over the
+    student's logits (with a softcap beside them), and its products with W and h are added up, that
+    of the weight in float32. So the forward pass computes all gradients, and the backward pass
+    multiplies them by a number. Memory: the weight's gradient and two chunks. Matrix products: that
+    of the logits, one for each gradient that is wanted, and the teacher's; a frozen weight costs
+    none. Ignored tokens cost no product.
+
+    ``reduction='none'`` recomputes the logits in the backward pass, which costs one product more.
+    A row's value does not depend on its chunk but for the rounding of the matrix product, whose
+    library may sum in another order for another number of rows; the sum over tokens in the weight's
+    gradient is split at the chunks.
+
+    A head under LoRA: pass ``weight + scaling * B @ A``, which autograd takes apart again. Tied
+    weights: pass the embedding's. A weight that FSDP has sharded is no plain tensor: call this
+    inside the module whose ``forward`` gathers it. Under autocast hidden states, weight and bias
+    are cast as ``torch.nn.functional.linear`` casts them.
+
+    Args:
+        student_hidden: (..., H) hidden states after the final norm, at least two dimensions;
+            float64, float32, float16 or bfloat16.
+        student_weight: (V, H) weight of the output layer, of the same dtype and device; V >= 2.
+        teacher: logits (..., V), any dtype and strides; or a
+            :class:`kdkernels.teacher.LinearTeacher`, whose logits are made chunk by chunk. A
+            constant.
+        labels: class indices of the shape of the rows, of which ``ignore_index`` is ignored; or
+            bools, of which True counts, where ``hard_weight`` is 0.
+        student_bias: (V,), or None.
+        divergence: ``'kl'`` (p against q), ``'reverse_kl'``, ``'jsd'``, ``'mixed_kl'``,
+            ``'skew_kl'``, ``'skew_reverse_kl'``, ``'tv'`` or ``'alpha_beta'``.
+        temperature: T > 0.
+        beta: of ``'jsd'`` and ``'alpha_beta'``; None: the default of the loss of that name.
+        alpha: of the skew divergences and ``'alpha_beta'``, likewise.
+        forward_weight: of ``'mixed_kl'``, likewise.
+        softcap: bound of the student's logits, > 0, or None (Gemma 2's
+            ``final_logit_softcapping``).
+        logit_scale: multiplies the student's logits before the softcap.
+        vocab: None: a teacher of another vocabulary size is an error. ``'truncate'``: both sides
+            are compared on the common prefix of their vocabularies and normalised there. That is
+            right where one is the other padded (Qwen's 151936 and 152064 rows), and nowhere else.
+        chunk_tokens: tokens of a chunk; None: from 64 MiB of logits on a CPU, 1 GiB on a GPU.
+        ignore_index, reduction, loss_weight, hard_weight, token_weight, num_items_in_batch,
+            return_parts: as in :func:`kdkernels.functional.jsd_loss`; a tensor as ``loss_weight``
+            is a constant.
+        backend: of the rows' kernel. ``'reference'`` materialises the logits, and can be
+            differentiated twice.
+
+    Returns:
+        float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``; with
+        ``return_parts`` also :class:`kdkernels.LossParts`.
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    names = ("student_hidden", "student_weight", "student_bias")
+    hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
+    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names)
+    plain_rows(names, (hidden, weight, bias))
+    spec, options = _divergence(divergence, beta=beta, alpha=alpha, forward_weight=forward_weight)
+    tokens = chunk(chunk_tokens)
+    code = _checks.reduction(reduction)
+    temperature = _checks.temperature(temperature)
+    hard = _checks.number("hard_weight", hard_weight)
+    return_parts = _checks.flag("return_parts", return_parts)
+    if ignore_index is not None:
+        ignore_index = _checks.integer("ignore_index", ignore_index)
+    check_teacher(teacher, hidden)
+    teacher, weight, bias = one_vocabulary(teacher, weight, bias, vocab)
+    chosen = _dispatch.choose(spec, hidden, backend)
+    if chosen == "native" and not hidden.is_cpu:
+        chosen = _dispatch.beside_cuda(spec, hidden, backend)
+    rows = hidden.shape[:-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if chosen == "reference":
+        return row_loss(
+            spec,
+            Head(weight, bias, softcap, logit_scale).logits(flat).unflatten(0, rows),
+            teacher.logits() if isinstance(teacher, LinearTeacher) else teacher,
+            labels,
+            options,
+            temperature,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            loss_weight=loss_weight,
+            hard_weight=hard,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            return_parts=return_parts,
+            backend="reference",
+        )
+    labels, index = label_indices(labels, hidden, weight.shape[0], ignore_index, hard != 0.0)
+    kind, of_teacher, caps = tensors_of(teacher)
+    work = working_dtype(hidden, of_teacher[0])
+    scale, *weights = row_weights(loss_weight, token_weight, hidden, work, hard)
+    divisor = _divisor(num_items_in_batch, reduction, labels, index, hidden)
+    spec, options, factor = spec.at(options)
+    if spec.rule_numbers is not None:
+        options = spec.rule_numbers(*options)
+    call = LinearCall(
+        chosen, kind, spec.rule, [temperature, scale * factor, hard, *options], None,
+        [softcap or 0.0, logit_scale, *caps], index, tokens, return_parts,
+    )  # fmt: skip
+    of_rows = [None if x is None else x.reshape(-1) for x in (labels, *weights)]
+    loss, parts = apply(call, code == 0, flat, weight, bias, *of_rows, of_teacher)
+    loss = loss.reshape(rows) if code == 0 else loss / divisor
+    if not return_parts:
+        return loss
+    sums = parts[:2].unflatten(1, rows) if code == 0 else parts[:2].sum(1) / divisor
+    return loss, LossParts(sums[0], sums[1], parts[2].unflatten(0, rows))
+
+
+def _divisor(
+    items: Any, reduction: str, labels: Tensor | None, ignore_index: int, hidden: Tensor
+) -> float | Tensor:
+    """What the rows' sum is divided by."""
+    if items is not None:
+        items = _checks.items(items, reduction)
+        if isinstance(items, Tensor):
+            return _checks.on_device("num_items_in_batch", items, hidden.device)
+        return float(items)
+    if _checks.REDUCTIONS[reduction] != 1:
+        return 1.0
+    if labels is None:
+        return max(hidden.shape[:-1].numel(), 1)
+    return (labels != ignore_index).sum().clamp(min=1)
+
+
+def _divergence(name: str, **numbers: float | None) -> tuple[LossSpec, tuple[Any, ...]]:
+    """The loss of a name and its own numbers: those given, else its defaults."""
+    spec = DIVERGENCES[_checks.choice("divergence", name, tuple(DIVERGENCES))]
+    defaults = inspect.signature(spec.function).parameters
+    for option, value in numbers.items():
+        if value is not None and option not in spec.options:
+            raise _checks.fail_type(option, f"None where divergence is {name!r}", value)
+    given = {option: numbers.get(option) for option in spec.options}
+    chosen = {k: defaults[k].default if v is None else v for k, v in given.items()}
+    return spec, tuple([spec.options[k](k, value) for k, value in chosen.items()])
+
+
+class FusedLinearKDLoss(_Loss):
+    """Module form of :func:`kdkernels.linear_kd_loss`; see there.
+
+    ``FusedLinearKDLoss("jsd", beta=0.1)(student_hidden, lm_head.weight, teacher, labels)``. It
+    holds numbers and no weight.
+    """
+
+    def __init__(
+        self,
+        divergence: str = "kl",
+        temperature: float = 1.0,
+        *,
+        beta: float | None = None,
+        alpha: float | None = None,
+        forward_weight: float | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        vocab: str | None = None,
+        chunk_tokens: int | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        loss_weight: float | Tensor = 1.0,
+        hard_weight: float = 0.0,
+        return_parts: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        held = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _checks.reduction(reduction)
+        super().__init__(reduction=reduction)
+        numbers = {name: held[name] for name in ("beta", "alpha", "forward_weight")}
+        _divergence(divergence, **numbers)
+        held["temperature"] = _checks.temperature(temperature)
+        held["loss_weight"] = _checks.weight(loss_weight)
+        held["hard_weight"] = _checks.number("hard_weight", hard_weight)
+        chunk(chunk_tokens)
+        if backend is not None:
+            _dispatch.known(backend)
+        self._held = held
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Tensor | LinearTeacher,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Any:
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher,
+            labels,
+            student_bias=student_bias,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self._held,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self._held.items())
