@@ -37,7 +37,7 @@ def stores_gradient(student: Tensor, reduction: int) -> bool:
 def save(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     """``save_for_backward``, which sees in-place changes, for all tensors but those of inference
     mode (a cached teacher), which it refuses and which have no version to look at."""
-    for tensor in tensors:
+    for tensor in () if torch.compiler.is_compiling() else tensors:  # a compiler cannot ask
         if tensor is not None and tensor.is_inference():
             break
     else:

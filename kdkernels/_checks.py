@@ -224,7 +224,8 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of some words."""
     if value not in choices:
         *most, last = map(repr, choices)
-        raise fail(name, f"{', '.join(most)} or {last}", repr(value))
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise fail(name, expected, repr(value))
     return str(value)
 
 

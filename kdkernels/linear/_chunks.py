@@ -73,12 +73,10 @@ class Gradients:
         self._head = head
         self._work = working_dtype(hidden)
         self._first = True
-        nothing = hidden.new_empty(0)
-        self.hidden = torch.zeros_like(hidden) if needs[0] else nothing
-        of_weight, self._of_bias = needs[1:]
-        self.weight = nothing.to(self._work)
-        if of_weight:
-            self.weight = hidden.new_empty(head.weight.shape, dtype=self._work)
+        of_hidden, of_weight, self._of_bias = needs
+        self.hidden = torch.zeros_like(hidden) if of_hidden else hidden.new_empty(0)
+        shape = head.weight.shape if of_weight else (0,)
+        self.weight = hidden.new_empty(shape, dtype=self._work)
         self.bias = hidden.new_zeros(head.weight.shape[0] * self._of_bias, dtype=self._work)
         self._wide: Tensor | None = None
 

@@ -29,8 +29,9 @@ def as_linear_casts(*tensors: Any) -> tuple[Any, ...]:
 def plain_rows(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     """Check that all are plain tensors with memory, the first of two dimensions at least."""
     for name, x in zip(names, tensors, strict=True):
-        if x is None:
+        if x is None and name != names[0]:
             continue
+        _checks.tensor(name, x)
         if any_sharded(x):
             raise _checks.fail_type(name, "a plain Tensor (call .full_tensor() on it)", "a DTensor")
         _checks.allocated(name, x)

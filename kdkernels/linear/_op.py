@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
         tensors, teacher = saved(ctx)[:_TEACHER], saved(ctx)[_TEACHER:]
         hidden, weight, bias, labels, token_weight, hard_token_weight = tensors
-        if under_vmap(upstream):
+        if not torch.compiler.is_compiling() and under_vmap(upstream):
             raise NotImplementedError(
                 "is_grads_batched must be False for a fused head, got True: use backend='reference'"
             )

@@ -118,8 +118,8 @@ def linear_kd_loss(
     """
     names = ("student_hidden", "student_weight", "student_bias")
     hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
-    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names)
     plain_rows(names, (hidden, weight, bias))
+    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names)
     spec, options = _divergence(divergence, beta=beta, alpha=alpha, forward_weight=forward_weight)
     tokens = chunk(chunk_tokens)
     code = _checks.reduction(reduction)
