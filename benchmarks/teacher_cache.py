@@ -9,14 +9,11 @@ Beside it stands the plain form of the same bytes: files written from one buffer
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 
 from kdkernels.teacher import CacheWriter, TopKTeacher, collate, open_cache, top_k
 
+from .alone import alone, mark
 from .machine import busy
 
 BUDGET = 400
@@ -118,38 +116,6 @@ def cool(folder: Path) -> None:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-_before = 0
-
-
-def mark() -> None:
-    """What the process holds before the step that is measured."""
-    global _before
-    _before = _peak()
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _child(pipe: Any, function: Callable[..., float], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    seconds = function(*arguments)
-    pipe.send((seconds, _peak() - _before))
-
-
-def alone(function: Callable[..., float], *arguments: Any) -> tuple[float, int]:
-    """Seconds and the increase of the peak, in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_child, args=(there, function, arguments))
-    process.start()
-    there.close()
-    result: tuple[float, int] = here.recv()
-    process.join()
-    return result
 
 
 def time_top_k(rows: int, vocab: int, k: int) -> tuple[float, float]:
