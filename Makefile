@@ -55,7 +55,7 @@ mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes;
 	$(PY) tests/mutants.py --jobs $(JOBS) $(MUTANTS_ARGS)
 
 peers: $(VENV)-peers/.installed  ## run README's "Coming from ..." against the toolkits it names
-	$(VENV)-peers/bin/python -m pytest -rfEs tests/test_peers.py $(PYTEST_ARGS)
+	$(VENV)-peers/bin/python -m pytest -rfEs tests/test_peers.py tests/test_hf_trainer.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed  ## measure the losses against eager and torch.compile; benchmarks/results
 	$(PY) -m benchmarks.run $(BENCH_ARGS)
