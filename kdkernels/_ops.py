@@ -24,7 +24,7 @@ from ._calls import FAMILIES, Family
 from ._dtypes import working_dtype
 
 library = torch.library.Library("kdkernels", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+TAGS = (torch.Tag.pt2_compliant_tag,)
 _SECOND = "kdkernels losses cannot be differentiated twice, but by backend='reference'"
 
 
@@ -178,7 +178,7 @@ def _define(backend: str, family: Family) -> None:
             made = [once(g, upstream, x) for g, x in zip(made, students, strict=True)]
         return (*(g if need else None for g, need in zip(made, needs, strict=True)), *nothing)
 
-    library.define(name + family.forward_schema(), tags=_TAGS)
+    library.define(name + family.forward_schema(), tags=TAGS)
     torch.library.register_fake(f"kdkernels::{name}", fake_forward, lib=library)
     torch.library.register_autograd(
         f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=library
@@ -186,7 +186,7 @@ def _define(backend: str, family: Family) -> None:
     _guard(name, names)
     if not family.recomputes:
         return
-    library.define(f"{name}_backward{family.backward_schema()}", tags=_TAGS)
+    library.define(f"{name}_backward{family.backward_schema()}", tags=TAGS)
     torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=library)
     torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=library)
     _guard(f"{name}_backward", ["upstream", *names])

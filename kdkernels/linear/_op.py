@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._autograd import save, saved, under_vmap
 from .._dtypes import working_dtype
-from .._ops import library, no_double_backward, once
+from .._ops import TAGS, library, no_double_backward, once
 from .._tracing import symbolic_numbers
 from ._rows import SCHEMA, LinearCall, linear_rows
 
@@ -36,7 +36,7 @@ def _fake(
     )
 
 
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+library.define(SCHEMA, tags=TAGS)
 for _key in ("CPU", "CUDA", "XPU"):
     library.impl("linear_rows", linear_rows, _key)
 torch.library.register_fake("kdkernels::linear_rows", _fake, lib=library)
