@@ -23,8 +23,8 @@ from . import _backends, _checks
 from ._calls import FAMILIES, Family
 from ._dtypes import working_dtype
 
-_library = torch.library.Library("kdkernels", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+library = torch.library.Library("kdkernels", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
 _SECOND = "kdkernels losses cannot be differentiated twice, but by backend='reference'"
 
 
@@ -69,7 +69,7 @@ _NOT_STRIDED = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "Mkl
                 "NestedTensorCPU", "NestedTensorCUDA")  # fmt: skip
 
 
-def _guard(name: str, names: Sequence[str]) -> None:
+def guard(name: str, names: Sequence[str]) -> None:
     """Refuse dual tensors and tensors without strides in direct calls of an operator.
 
     The losses check their tensors and send dual ones to the reference. An operator that has no
@@ -90,9 +90,9 @@ def _guard(name: str, names: Sequence[str]) -> None:
                 _checks.tensor(name, x)
         raise AssertionError("a tensor without strides")
 
-    _library.impl(name, without_tangents, "ADInplaceOrView", with_keyset=True)
+    library.impl(name, without_tangents, "ADInplaceOrView", with_keyset=True)
     for key in _NOT_STRIDED:
-        _library.impl(name, strided, key)
+        library.impl(name, strided, key)
 
 
 def _fake_loss(family: Family, args: tuple[Any, ...]) -> Tensor:
@@ -178,18 +178,18 @@ def _define(backend: str, family: Family) -> None:
             made = [once(g, upstream, x) for g, x in zip(made, students, strict=True)]
         return (*(g if need else None for g, need in zip(made, needs, strict=True)), *nothing)
 
-    _library.define(name + family.forward_schema(), tags=_TAGS)
-    torch.library.register_fake(f"kdkernels::{name}", fake_forward, lib=_library)
+    library.define(name + family.forward_schema(), tags=TAGS)
+    torch.library.register_fake(f"kdkernels::{name}", fake_forward, lib=library)
     torch.library.register_autograd(
-        f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=_library
+        f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=library
     )
-    _guard(name, names)
+    guard(name, names)
     if not family.recomputes:
         return
-    _library.define(f"{name}_backward{family.backward_schema()}", tags=_TAGS)
-    torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=_library)
-    torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=_library)
-    _guard(f"{name}_backward", ["upstream", *names])
+    library.define(f"{name}_backward{family.backward_schema()}", tags=TAGS)
+    torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=library)
+    torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=library)
+    guard(f"{name}_backward", ["upstream", *names])
 
 
 def _implement_triton(family: Family) -> None:
@@ -217,9 +217,9 @@ def _implement_triton(family: Family) -> None:
 
     name = operator_name("triton", family.name)
     for key in ("CPU", "CUDA", "XPU"):
-        _library.impl(name, forward, key)
+        library.impl(name, forward, key)
         if family.recomputes:
-            _library.impl(f"{name}_backward", backward, key)
+            library.impl(f"{name}_backward", backward, key)
 
 
 for _family in FAMILIES.values():
