@@ -78,4 +78,19 @@ struct TupleCall {
   }
 };
 
+struct TopKCall {
+  Numbers numbers;  // temperature
+  bool wide, rest, hard, entropy;
+  int64_t ignore_index;
+
+  void fill(TopKProblem& problem) const {
+    expect_numbers(numbers, 1, 1);
+    problem.temperature = numbers[0];
+    problem.rest = rest;
+    problem.hard = hard;
+    problem.entropy = entropy;
+    problem.ignore_index = ignore_index;
+  }
+};
+
 }  // namespace kdkernels

@@ -98,4 +98,26 @@ struct TupleProblem {
   double margin, temperature;
 };
 
+// Rows of logits against K ids each: what a divergence needs of a row whose teacher is sparse.
+struct TopKProblem {
+  Rows student, gradient;       // gradient.data is null in the forward pass; it may be the student's
+  const int64_t* ids;           // (rows, k); kAbsent where there is none
+  const int64_t* target;        // class of each row, or null
+  const void* row_temperature;  // as of RowProblem
+  void* small;                  // (rows, k + 1) in the working type, which the backward pass reads
+  void* numbers;                // (kTopKNumbers, rows) likewise
+  const void* small_upstream;   // gradients by `small`
+  const void* hard_upstream;    // by the cross-entropies, or null
+  int64_t* bad;                 // one more than the first row with ids that cannot be; 0 if there is none
+  int64_t rows, classes, k;
+  int64_t ignore_index;
+  double temperature;
+  bool rest, hard, entropy;  // which of a row's numbers are wanted
+};
+
+constexpr int64_t kAbsent = INT64_MIN;
+// The origin, which was subtracted from the row's logits; the logsumexp of all classes but the target at
+// temperature 1; the target's cross-entropy; the entropy of the softened distribution.
+enum TopKNumber { kOrigin, kOthers, kHard, kEntropy, kTopKNumbers };
+
 }  // namespace kdkernels

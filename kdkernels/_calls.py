@@ -60,6 +60,22 @@ class TupleCall(NamedTuple):
     reduction: int
 
 
+class TopKCall(NamedTuple):
+    """What a divergence needs of rows of logits against K ids each (``reference/_topk.py``)."""
+
+    numbers: Sequence[float]
+    """temperature."""
+    symbolic: Tensor | None
+    wide: bool
+    """Whether to compute in float64, were the logits narrower."""
+    rest: bool
+    """Which numbers of a row are wanted: the logsumexp of the classes that are no ids, the
+    cross-entropy of the target, the entropy of the softened distribution."""
+    hard: bool
+    entropy: bool
+    ignore_index: int
+
+
 class ComposedCall(NamedTuple):
     """A loss of torch operations with a written gradient; it has no operator."""
 
@@ -141,6 +157,10 @@ ROW = Family(
 CORRELATION = Family("correlation", ("student",), ("teacher",), CorrelationCall)
 FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCall)
 TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)
+TOPK = Family("topk", ("student",), ("ids", "target?", "row_temperature?"), TopKCall)
+"""It has operators of its own (``_ops_topk``): what it gives are two tensors with gradients."""
+NO_ID = -(2**63)
+"""The id of an absent entry."""
 FAMILIES = {family.name: family for family in (ROW, CORRELATION, FACTORS, TUPLES)}
 
 

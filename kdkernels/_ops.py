@@ -69,7 +69,7 @@ _NOT_STRIDED = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "Mkl
                 "NestedTensorCPU", "NestedTensorCUDA")  # fmt: skip
 
 
-def _guard(name: str, names: Sequence[str]) -> None:
+def guard(name: str, names: Sequence[str]) -> None:
     """Refuse dual tensors and tensors without strides in direct calls of an operator.
 
     The losses check their tensors and send dual ones to the reference. An operator that has no
@@ -183,13 +183,13 @@ def _define(backend: str, family: Family) -> None:
     torch.library.register_autograd(
         f"kdkernels::{name}", differentiate, setup_context=setup_context, lib=library
     )
-    _guard(name, names)
+    guard(name, names)
     if not family.recomputes:
         return
     library.define(f"{name}_backward{family.backward_schema()}", tags=TAGS)
     torch.library.register_fake(f"kdkernels::{name}_backward", fake_backward, lib=library)
     torch.library.register_autograd(f"kdkernels::{name}_backward", no_double_backward, lib=library)
-    _guard(f"{name}_backward", ["upstream", *names])
+    guard(f"{name}_backward", ["upstream", *names])
 
 
 def _implement_triton(family: Family) -> None:

@@ -70,6 +70,7 @@ const char* name(Family family) {
     case Family::correlation: return "correlation";
     case Family::factor:
     case Family::tuple: return "embedding";
+    case Family::sparse: return "sparse";
   }
   return "";
 }

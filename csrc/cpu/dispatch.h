@@ -16,7 +16,8 @@ const std::string& capability();
 // The kernels of a rule for the instruction set in use; throws if there is no such rule.
 const Kernels& kernels(const std::string& rule);
 
-// The names of the rules of a family: "divergence", "decoupled", "correlation" or "embedding".
+// The names of the rules of a family: "divergence", "decoupled", "correlation", "embedding"
+// or "sparse".
 std::vector<std::string> rules(const std::string& family);
 
 }  // namespace kdkernels::cpu

@@ -1,7 +1,9 @@
 #include "evaluate.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "scratch.h"
 
@@ -30,7 +32,8 @@ double total(const void* values, int64_t count, bool wide) {
               : total(static_cast<const float*>(values), count);
 }
 
-[[noreturn]] void fail(const RowProblem& problem, int64_t target) {
+template <class Problem>
+[[noreturn]] void fail(const Problem& problem, int64_t target) {
   throw std::invalid_argument("target must be in [0, " + std::to_string(problem.classes) +
                               ") or ignore_index=" + std::to_string(problem.ignore_index) +
                               ", got " + std::to_string(target));
@@ -49,6 +52,19 @@ void expect_writes(const Rows& gradient, int64_t bytes) {
   (void)gradient;
   (void)bytes;
 #endif
+}
+
+[[noreturn]] void fail_ids(const TopKProblem& problem) {
+  const int64_t* const begin = problem.ids + (problem.bad[0] - 1) * problem.k;
+  std::vector<int64_t> ids(begin, begin + problem.k);
+  std::sort(ids.begin(), ids.end());
+  for (const int64_t id : ids)
+    if (id != kAbsent && (id < 0 || id >= problem.classes))
+      throw std::invalid_argument("teacher_ids must be in [0, " + std::to_string(problem.classes) +
+                                  "), got " + std::to_string(id));
+  const auto first = std::upper_bound(ids.begin(), ids.end(), kAbsent);
+  throw std::invalid_argument("teacher_ids must be different within a row, got " +
+                              std::to_string(*std::adjacent_find(first, ids.end())) + " twice");
 }
 
 template <class Problem>
@@ -109,6 +125,24 @@ double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64
   problem.loss = values.data;
   kernel(problem, parallel_for);
   return total(values.data, problem.rows + problem.classes, wide);
+}
+
+void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor parallel_for) {
+  const auto kernel = wide ? kernels.topk_f64 : kernels.topk_f32;
+  if (!kernel) throw std::invalid_argument("rule must be of sparse teachers, got another family");
+  if (problem.hard && !problem.target && problem.rows)
+    throw std::invalid_argument("target must be a Tensor of class indices, got None");
+  for (int64_t row = 0; problem.hard && row < problem.rows; ++row) {
+    const int64_t target = problem.target[row];
+    if (target != problem.ignore_index && (target < 0 || target >= problem.classes))
+      fail(problem, target);
+  }
+  if (problem.rows == 0) return;
+  if (problem.gradient.data != problem.student.data) expect_writes(problem);
+  int64_t bad = 0;
+  problem.bad = &bad;
+  kernel(problem, parallel_for);
+  if (bad) fail_ids(problem);
 }
 
 }  // namespace kdkernels::cpu

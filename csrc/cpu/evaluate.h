@@ -20,4 +20,8 @@ double run(RowProblem& problem, const Kernels& kernels, bool wide, int64_t reduc
 double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64_t reduction,
            ParallelFor parallel_for);
 
+// Runs the forward pass, or the backward pass where there is a gradient. Throws std::invalid_argument
+// where a target that is read or a present id is out of range, and where a row has an id twice.
+void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor parallel_for);
+
 }  // namespace kdkernels::cpu

@@ -20,6 +20,8 @@ struct Kernels {
   void (*factors_f64)(const FactorProblem&, ParallelFor);
   void (*tuples_f32)(const TupleProblem&, ParallelFor);
   void (*tuples_f64)(const TupleProblem&, ParallelFor);
+  void (*topk_f32)(const TopKProblem&, ParallelFor);
+  void (*topk_f64)(const TopKProblem&, ParallelFor);
 };
 
 }  // namespace kdkernels::cpu

@@ -12,6 +12,7 @@
 #include "embedding_factor.h"
 #include "embedding_tuple.h"
 #include "row_loss.h"
+#include "topk.h"
 
 namespace kdkernels::cpu {
 
@@ -29,6 +30,9 @@ constexpr Kernels kernels() {
   } else if constexpr (Rule::family == Family::tuple) {
     table.tuples_f32 = isa::run_tuples<Rule, float>;
     table.tuples_f64 = isa::run_tuples<Rule, double>;
+  } else if constexpr (Rule::family == Family::sparse) {
+    table.topk_f32 = isa::run_topk<float>;
+    table.topk_f64 = isa::run_topk<double>;
   } else {
     table.row_f32 = isa::run_rows<Rule, float>;
     table.row_f64 = isa::run_rows<Rule, double>;

@@ -33,6 +33,7 @@ TRAVERSALS = {
     "correlation": ("correlation",),
     "factor": ("factor",),
     "tuple": ("tuple",),
+    "topk": ("sparse",),
 }
 """A unit's name begins with one of these words; it is compiled for each rule of these families."""
 

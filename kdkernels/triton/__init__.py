@@ -67,6 +67,7 @@ for _family, _module in (
     ("correlation", "crosswise"),
     ("iekd", "embedding_factors"),
     ("tuple_matching", "embedding_tuples"),
+    ("topk", "topk"),
 ):
     _backends.register(
         "triton",

@@ -1,0 +1,138 @@
+"""Rows of logits against K ids each, on the backend of one's choice (``reference/_topk.py``).
+
+``differentiable`` is for autograd. ``rows_of`` and ``gradient_of`` are its two halves, for those
+who call them from a backward pass of their own; the gradient may be written over the logits.
+
+The logits are (rows, V) and contiguous. The ids are int64 and contiguous, ``NO_ID`` marks an absent
+entry. The compiled kernels raise for an id that is out of range or twice in a row; Triton's give a
+row of NaN, because the host would have to wait.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._autograd import keepable
+from ._calls import NO_ID, TOPK, TopKCall
+from ._ops import operator
+from ._ops_topk import HARD, dtype_of
+from ._tracing import symbolic_numbers
+from .reference import _topk as reference
+
+
+def absent_marked(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """The ids as the kernels take them; an entry of log-probability -inf is absent."""
+    return torch.where(logprobs == -torch.inf, NO_ID, ids.long()).contiguous()
+
+
+def check_ids(ids: Tensor, counts: Tensor | None, classes: int) -> None:
+    """Check the ids of a CPU tensor (reads the data); ``counts`` are the rows that count."""
+    present = ids != NO_ID
+    if counts is not None:
+        present = present & counts.unsqueeze(-1)
+    bad = ((ids < 0) | (ids >= classes)) & present
+    if bad.any():
+        raise _checks.fail("teacher_ids", f"in [0, {classes})", int(ids[bad][0]))
+    ordered = torch.where(present, ids, -1).sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        got = f"{int(ordered[:, 1:][twice][0])} twice"
+        raise _checks.fail("teacher_ids", "different within a row", got)
+
+
+def differentiable(
+    backend: str,
+    student: Tensor,
+    ids: Tensor,
+    target: Tensor | None,
+    row_temperature: Tensor | None,
+    call: TopKCall,
+) -> tuple[Tensor, Tensor]:
+    """The small logits (rows, K + 1) and the numbers (4, rows) with autograd."""
+    if backend == "reference":
+        return _reference(student, ids, target, row_temperature, call)
+    symbolic = symbolic_numbers(call.numbers)
+    if symbolic is not None:
+        call = call._replace(numbers=[], symbolic=symbolic)
+    if student.requires_grad and torch.is_grad_enabled() and target is not None:
+        target = keepable(target)
+    return operator(backend, TOPK.name)(student, ids, target, row_temperature, *call)
+
+
+def rows_of(
+    backend: str,
+    student: Tensor,
+    ids: Tensor,
+    target: Tensor | None,
+    row_temperature: Tensor | None,
+    call: TopKCall,
+) -> tuple[Tensor, Tensor]:
+    """Likewise without autograd: what ``gradient_of`` needs of the forward pass."""
+    with torch.no_grad():
+        return differentiable(backend, student, ids, target, row_temperature, call)
+
+
+def gradient_of(
+    backend: str,
+    student: Tensor,
+    ids: Tensor,
+    target: Tensor | None,
+    row_temperature: Tensor | None,
+    small: Tensor,
+    of_rows: Tensor,
+    small_upstream: Tensor,
+    hard_upstream: Tensor | None,
+    call: TopKCall,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The gradient by the logits, in the student's dtype.
+
+    ``small`` and ``of_rows`` are what ``rows_of`` gave, the upstream gradients those by ``small``
+    and by the cross-entropies ``of_rows[HARD]``. ``into`` is where the gradient is written; it may
+    be the logits themselves.
+    """
+    gradient = torch.empty_like(student) if into is None else into
+    if backend == "reference":
+        leaf = student.detach().requires_grad_()
+        with torch.enable_grad():
+            again, numbers = _reference(leaf, ids, target, row_temperature, call)
+        made, upstream = [again], [small_upstream]
+        if hard_upstream is not None and call.hard:
+            made.append(numbers[HARD])
+            upstream.append(hard_upstream)
+        return gradient.copy_(torch.autograd.grad(made, leaf, upstream)[0])
+    with torch.no_grad():
+        operator(backend, TOPK.name, "_gradient_into")(
+            gradient, small, of_rows, small_upstream, hard_upstream, student, ids, target,
+            row_temperature, *call,
+        )  # fmt: skip
+    return gradient
+
+
+def _reference(
+    student: Tensor,
+    ids: Tensor,
+    target: Tensor | None,
+    row_temperature: Tensor | None,
+    call: TopKCall,
+) -> tuple[Tensor, Tensor]:
+    """The specification, with the mask; rows that are ignored are not looked at."""
+    student = student.to(dtype_of(student, call))
+    present = ids != NO_ID
+    heat = call.numbers[0] if row_temperature is None else row_temperature.unsqueeze(-1)
+    valid = None
+    if target is not None:
+        valid = target.long() != call.ignore_index
+        target = torch.where(valid, target.long(), 0)
+        student = torch.where(valid.unsqueeze(-1), student, 0.0)
+        present = present & valid.unsqueeze(-1)
+        if isinstance(heat, Tensor):
+            heat = torch.where(valid.unsqueeze(-1), heat, 1.0)
+    wanted = {"rest": call.rest, "hard": call.hard, "spread": call.entropy}
+    small, numbers = reference.rows(student, present, ids, target, heat, **wanted)
+    if valid is not None:
+        small = torch.where(valid.unsqueeze(-1), small, 0.0)
+        numbers = torch.where(valid, numbers, 0.0)
+    return small, numbers
