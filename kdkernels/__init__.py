@@ -27,7 +27,12 @@ from . import functional as functional
 from ._dispatch import available as available, use_backend as use_backend
 from ._rowwise import LossParts as LossParts
 from ._version import __version__ as __version__
-from .linear import FusedLinearKDLoss as FusedLinearKDLoss, linear_kd_loss as linear_kd_loss
+from .linear import (
+    FusedLinearKDLoss as FusedLinearKDLoss,
+    LinearLogprob as LinearLogprob,
+    linear_kd_loss as linear_kd_loss,
+    linear_logprob as linear_logprob,
+)
 from .losses import *  # noqa: F403
 from .registry import SPECS
 
@@ -35,6 +40,7 @@ __all__ = [
     *sorted(spec.module.__name__ for spec in SPECS.values()),
     *functional.__all__,
     "FusedLinearKDLoss",
+    "LinearLogprob",
     "LossParts",
     "__version__",
     "available",

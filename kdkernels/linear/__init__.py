@@ -5,3 +5,4 @@ from .kd import (
     FusedLinearKDLoss as FusedLinearKDLoss,
     linear_kd_loss as linear_kd_loss,
 )
+from .logprob import LinearLogprob as LinearLogprob, linear_logprob as linear_logprob

@@ -1,0 +1,122 @@
+"""Log-probabilities of given tokens through the output layer, for objectives on sampled tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _dispatch, _head
+from .._dtypes import INTEGERS
+from .._head import Head
+from .._tracing import symbolic_numbers, traced
+from ..losses.kd import KD_OF_TOKENS
+from ._inputs import as_linear_casts, chunk, plain_rows
+from ._logprob import LogprobCall
+
+
+class LinearLogprob(NamedTuple):
+    """What :func:`linear_logprob` gives of each row."""
+
+    logprob: Tensor
+    """log q of the ids, of their shape; differentiable."""
+    lse: Tensor
+    """log-sum-exp of the softened logits; a constant."""
+    entropy: Tensor
+    """Entropy of q in nats; a constant."""
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> LinearLogprob:
+    r"""Log-probabilities of tokens under ``softmax(hidden @ weight.T / T)``, without the logits.
+
+    .. math:: \log q_n(y) = \frac{z_{ny}}{T} - \log\sum_c e^{z_{nc} / T},\qquad
+              z = c \tanh\bigl(\tfrac{s}{c} (h W^\top + b)\bigr)
+
+    for rewards, policy gradients and KL estimates of sampled tokens
+    (``sampled_kl_loss`` takes logits; ``0.5 * (logprob - teacher_logprob).square()`` is its k2).
+    Tokens go through in chunks whose logits share one buffer. The backward pass makes the logits
+    again, because the weight of each log-probability is known only then: four matrix products with
+    a trained weight, three with a frozen one. The log-probability of a token that is nearly certain
+    keeps its digits: it is made of what the others leave, not of 1 less that.
+
+    Args:
+        hidden: (..., H) hidden states after the final norm, at least two dimensions; float64,
+            float32, float16 or bfloat16.
+        weight: (V, H), of the same dtype and device.
+        ids: class indices in [0, V) of the shape of the rows, or with a last dimension K beside it:
+            K tokens a row, of which some may be the same. Any integer type. On a GPU an id out of
+            range gives NaN.
+        bias: (V,), or None.
+        softcap: bound of the logits, > 0, or None.
+        logit_scale: multiplies the logits before the softcap.
+        temperature: T > 0, after the softcap.
+        chunk_tokens: tokens of a chunk; None: from 64 MiB of logits on a CPU, 1 GiB on a GPU.
+        backend: of the rows' kernel; ``'reference'`` materialises the logits.
+
+    Returns:
+        :class:`LinearLogprob`, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: ``name must be <expected>, got <got>``.
+    """
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = as_linear_casts(hidden, weight, bias)
+    plain_rows(names, (hidden, weight, bias))
+    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale)
+    temperature = _checks.temperature(temperature)
+    tokens = chunk(chunk_tokens)
+    rows = hidden.shape[:-1]
+    _check_ids(ids, hidden, weight.shape[0])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    several = ids.reshape(flat.shape[0], ids.shape[-1] if ids.dim() > len(rows) else 1)
+    chosen = _dispatch.choose(KD_OF_TOKENS, hidden, backend)
+    if chosen == "native" and not hidden.is_cpu:
+        chosen = _dispatch.beside_cuda(KD_OF_TOKENS, hidden, backend)
+    if chosen == "reference":
+        found = _reference(Head(weight, bias, softcap, logit_scale), flat, several, temperature)
+    else:
+        call = LogprobCall(chosen, [temperature], None, softcap or 0.0, logit_scale, tokens)
+        symbolic = symbolic_numbers(call.numbers)
+        if symbolic is not None:
+            call = call._replace(numbers=[], symbolic=symbolic)
+        found = torch.ops.kdkernels.linear_logprob.default(flat, weight, bias, several, *call)
+    logprob, lse, entropy = found
+    return LinearLogprob(logprob.reshape(ids.shape), lse.reshape(rows), entropy.reshape(rows))
+
+
+def _check_ids(ids: Any, hidden: Tensor, classes: int) -> None:
+    _checks.tensor("ids", ids)
+    rows = hidden.shape[:-1]
+    if ids.shape != rows and (ids.shape[:-1] != rows or not ids.shape[-1]):
+        raise _checks.fail("ids", f"of shape {tuple(rows)} or {(*rows, 'K')}", tuple(ids.shape))
+    if ids.dtype not in INTEGERS:
+        raise _checks.fail_type("ids", "of an integer dtype", ids.dtype)
+    if ids.device != hidden.device:
+        raise _checks.fail("ids", f"on the device of hidden, {hidden.device}", ids.device)
+    _checks.allocated("ids", ids)
+    if ids.is_cpu and not traced(ids):
+        bad = (ids.long() < 0) | (ids.long() >= classes)
+        if bad.any():
+            raise _checks.fail("ids", f"in [0, {classes})", int(ids[bad][0]))
+
+
+def _reference(
+    head: Head, hidden: Tensor, ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = head.logits(hidden)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    log_q = logits.log_softmax(-1)
+    entropy = torch.special.entr(log_q.detach().exp()).sum(-1)
+    return log_q.gather(-1, ids.long()), logits.detach().logsumexp(-1), entropy
