@@ -28,12 +28,14 @@ from ._dispatch import available as available, use_backend as use_backend
 from ._rowwise import LossParts as LossParts
 from ._version import __version__ as __version__
 from .losses import *  # noqa: F403
+from .losses.topk_kd import TopKMass as TopKMass
 from .registry import SPECS
 
 __all__ = [
     *sorted(spec.module.__name__ for spec in SPECS.values()),
     *functional.__all__,
     "LossParts",
+    "TopKMass",
     "__version__",
     "available",
     "functional",

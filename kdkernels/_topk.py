@@ -1,4 +1,4 @@
-"""Rows of logits against K ids each, on the backend of one's choice (``reference/_topk.py``).
+"""Rows of logits against K ids each, on the backend of one's choice (``reference/topk.py``).
 
 ``differentiable`` is for autograd. ``rows_of`` and ``gradient_of`` are its two halves, for those
 who call them from a backward pass of their own; the gradient may be written over the logits.
@@ -17,9 +17,9 @@ from . import _checks
 from ._autograd import keepable
 from ._calls import NO_ID, TOPK, TopKCall
 from ._ops import operator
-from ._ops_topk import HARD, dtype_of
+from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
 from ._tracing import symbolic_numbers
-from .reference import _topk as reference
+from .reference import topk as reference
 
 
 def absent_marked(ids: Tensor, logprobs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Rows of logits against K ids each (kdkernels/reference/_topk.py).
+// Rows of logits against K ids each (kdkernels/reference/topk.py).
 //
 // The forward pass goes over a row in blocks that stay in the first cache. A block is converted to the
 // working type, the classes that stand apart (the ids, and the target of a cross-entropy) become -inf,

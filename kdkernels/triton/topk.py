@@ -1,4 +1,4 @@
-"""Rows of logits against K ids each (``reference/_topk.py``): kernels and their launch.
+"""Rows of logits against K ids each (``reference/topk.py``): kernels and their launch.
 
 Both kernels walk a row in blocks. The ids are sorted by the host, so that a program finds those of
 its block as a run of them and marks each by a comparison with the block's classes. The backward
