@@ -15,7 +15,7 @@ from . import _backends
 from ._calls import TOPK, TopKCall
 from ._ops import TAGS, guard, library, no_double_backward, once, operator, operator_name
 
-NUMBERS = 4
+NUMBERS = 6
 HARD, ENTROPY = 2, 3
 """Rows of the numbers, of which the first has a gradient."""
 _MADE = "Tensor small, Tensor of_rows, Tensor small_upstream, Tensor? hard_upstream"

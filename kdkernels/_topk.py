@@ -50,7 +50,7 @@ def differentiable(
     row_temperature: Tensor | None,
     call: TopKCall,
 ) -> tuple[Tensor, Tensor]:
-    """The small logits (rows, K + 1) and the numbers (4, rows) with autograd."""
+    """The small logits (rows, K + 1) and the numbers (6, rows) with autograd."""
     if backend == "reference":
         return _reference(student, ids, target, row_temperature, call)
     symbolic = symbolic_numbers(call.numbers)

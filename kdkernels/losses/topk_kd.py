@@ -93,6 +93,7 @@ def topk_kd_loss(
     """
     _checks.tensor("student_logits", student_logits)
     class_dim = _checks.logits(student_logits, student_logits.detach())
+    _checks.allocated("student_logits", student_logits)
     if any_sharded(student_logits, teacher_ids, teacher_logprobs):
         raise _checks.fail("student_logits", "a plain Tensor (call .to_local() on it)", "a DTensor")
     _check_teacher(student_logits, class_dim, teacher_ids, teacher_logprobs, log_rest)
@@ -301,5 +302,6 @@ TOPK_KD = register(
             "beta": {"divergence": "jsd", "beta": 0.2},
             "tail": "renormalize",
         },
+        inputs=_inputs,
     )
 )
