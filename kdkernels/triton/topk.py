@@ -89,18 +89,15 @@ def topk_kernel(
     entry = tl.arange(0, ENTRIES)[None, :]
     inside = entry < k
     base = row * k + entry
-    ids = tl.load(ids_ptr + base, mask=inside, other=ABSENT)
     ordered = tl.load(ordered_ptr + base, mask=inside, other=BEYOND)
     after = tl.load(ordered_ptr + base + 1, mask=entry + 1 < k, other=BEYOND)
-    present = ids != ABSENT
-    valid = present & (ids >= 0) & (ids < classes)
-    bad = (present & ~valid) | ((ordered == after) & (ordered != ABSENT) & (entry + 1 < k))
+    bad = (ordered < 0) | (ordered >= classes) | ((ordered == after) & (entry + 1 < k))
+    bad = bad & inside & (ordered != ABSENT)
     if HARD:
         bad = bad | ((target < 0) | (target >= classes))
     wrong = tl.sum(bad.to(tl.int32)) > 0
 
     row_ptr = student_ptr + row * classes
-    at = tl.load(row_ptr + ids, mask=valid & live, other=none).to(ACC)
     maximum = tl.full((1, 1), none, ACC)
     total = tl.zeros((1, 1), ACC)
     hard_total = tl.zeros((1, 1), ACC)
@@ -135,6 +132,10 @@ def topk_kernel(
                 moment += tl.sum(
                     tl.where(e == 0, 0.0, (logits - shift) * e), axis=1, keep_dims=True
                 )
+    # Read late, so that no register holds them in the loop.
+    ids = tl.load(ids_ptr + base, mask=inside, other=ABSENT)
+    valid = (ids >= 0) & (ids < classes)
+    at = tl.load(row_ptr + ids, mask=valid & live, other=none).to(ACC)
     origin = tl.maximum(maximum, tl.max(at, axis=1, keep_dims=True))
     if HARD:
         origin = tl.maximum(origin, at_target)
@@ -191,7 +192,7 @@ def topk_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gradient_kernel(
+def topk_gradient_kernel(
     gradient_ptr,  # (rows, classes), which may be the student
     small_ptr,  # (rows, k + 1)
     numbers_ptr,  # (6, rows)
@@ -263,6 +264,11 @@ def _block(classes: int, accumulator: tl.dtype) -> int:
     return min(launch.power_of_two(classes), max(launch.LIMITS.tile // share, 1))
 
 
+def _warps(k: int) -> int:
+    """A program holds all ids of its row."""
+    return 4 if k <= 256 else 8
+
+
 def forward(
     student: Tensor,  # (rows, classes), contiguous
     ids: Tensor,  # (rows, k)
@@ -306,7 +312,7 @@ def forward(
             ACC=accumulator,
             BLOCK=block,
             ENTRIES=launch.power_of_two(k),
-            num_warps=4,
+            num_warps=_warps(k),
             **launch.OPTIONS,
         )
     return small, numbers
@@ -332,8 +338,9 @@ def backward(
     accumulator = launch.accumulator(small.dtype)
     block = _block(classes, accumulator)
     ordered, places = ids.sort(-1)
+    k = ids.shape[1]
     with launch.on_device(student):
-        gradient_kernel[(rows, triton.cdiv(classes, block))](
+        topk_gradient_kernel[(rows, triton.cdiv(classes, block))](
             gradient,
             small,
             numbers,
@@ -346,13 +353,13 @@ def backward(
             row_temperature,
             rows,
             classes,
-            ids.shape[1],
+            k,
             call.ignore_index,
             temperature,
             BEYOND=BEYOND,
             ACC=accumulator,
             BLOCK=block,
-            ENTRIES=launch.power_of_two(ids.shape[1]),
-            num_warps=4,
+            ENTRIES=launch.power_of_two(k),
+            num_warps=_warps(k),
             **launch.OPTIONS,
         )
