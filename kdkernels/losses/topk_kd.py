@@ -99,9 +99,9 @@ def topk_kd_loss(
     _check_teacher(student_logits, class_dim, teacher_ids, teacher_logprobs, log_rest)
     tail = _tail("tail", tail)
     divergence = _divergence("divergence", divergence)
-    beta = _checks.fraction("beta", beta)
     if divergence != "jsd" and torch.compiler.is_compiling():
         beta = 0.5  # a number that is held and not used would be compiled anew for every value
+    beta = _checks.fraction("beta", beta)
     _check_pair(divergence, beta, tail)
     masses: list[TopKMass] | None = [] if _checks.flag("return_mass", return_mass) else None
     options = (divergence, beta, tail, teacher_ids, teacher_logprobs, log_rest, masses)
