@@ -173,7 +173,8 @@ def _by_evaluation(
         _by_row(x, student, class_dim) for x in (token_weight, hard_token_weight)
     )
     soft = _reduce.weigh(values, scale, weight, valid)
-    hard_values = _reduce.weigh(hard_values, hard, hard_weight, valid)
+    if hard != 0.0:
+        hard_values = _reduce.weigh(hard_values, hard, hard_weight, valid)
     return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
 
 

@@ -633,7 +633,7 @@ _of(
 # Sparse teachers.
 
 _of(
-    "csrc/cpu", "topk.h", "test_topk_rows.py", "native",
+    "csrc/cpu", "topk.h", "test_topk_rows.py", "native or ids",
     ("ids_in_the_rest", "x[scratch.apart[i] - begin] = «value»;", "x[scratch.apart[i] - begin]"),
     ("twice_unseen", "seen[at / 64] |= bit;", ""),
     ("maximum_of_an_id", "replace(kNone);", ""),
@@ -651,7 +651,7 @@ _of(
      "false"),
 )  # fmt: skip
 _of(
-    "kdkernels/triton", "topk.py", "test_topk_rows.py", "triton",
+    "kdkernels/triton", "topk.py", "test_topk_rows.py", "triton or ids",
     ("ids_in_the_rest", "«logits = tl.where(apart, none, logits)»", "logits = logits"),
     ("twice_unseen", "((«ordered == after») & (entry + 1 < k))", "ordered != ordered"),
     ("target_not_in_the_rest", "rest_sum += tl.exp((alone - shift) / heat)\n", "rest_sum += 0\n"),
@@ -668,8 +668,9 @@ _of(
 _of(
     "kdkernels/losses", "topk_kd.py", "test_topk.py", "native or reference",
     ("normalised_drop", "values = mass * values + «torch.special.xlogy(mass, mass)»", "0"),
-    ("absent_rows_count", "valid = «(logprobs != -torch.inf)».any(-1)", "(logprobs == logprobs)"),
+    ("absent_rows_count", "valid = «(marked != NO_ID)».any(-1)", "(marked == marked)"),
     ("rest_kept", "small = torch.cat([small[:, :-1], last], -1)", "small"),
-    ("rest_given_is_forgotten", "if «log_rest is not None»:\n        return", "False"),
+    ("rest_given_is_forgotten", "rest = «log_rest.reshape(-1, 1)».to(dtype)",
+     "torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1))"),
     ("mass_of_the_ignored", "torch.where(«valid», x, 0.0) for x in (own, mass)", "valid | True"),
 )  # fmt: skip

@@ -317,6 +317,27 @@ def test_many_ids(backend: str) -> None:
     torch.testing.assert_close(made, gradient(wanted, hards, wide, 1.0))
 
 
+@pytest.mark.skipif(bool(LACKS["native"]), reason="; ".join(LACKS["native"]) or "never")
+def test_threads_change_no_bit() -> None:
+    student, ids, target = draw(64, 3000, 20)
+    wants, results = call(2.0, hard=True, entropy=True), []
+    wrong = ids.clone()
+    wrong[[7, 50, 63], 3] = torch.tensor([3000, 3001, 3002])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            small, numbers = _topk.rows_of("native", student, ids, target, None, wants)
+            rest = (target, None, small, numbers, upstream_of(small), numbers[0].abs(), wants)
+            made = _topk.gradient_of("native", student, ids, *rest)
+            results.append((small, numbers, made))
+            with pytest.raises(ValueError, match=r"got 3000$"):  # that of the first row
+                _topk.rows_of("native", student, wrong, None, None, call())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @each_backend
 def test_no_rows(backend: str) -> None:
     student, ids = torch.empty(0, 9, requires_grad=True), torch.empty(0, 2, dtype=torch.long)

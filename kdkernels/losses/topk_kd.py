@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .. import _checks, _topk
-from .._calls import TopKCall
+from .._calls import NO_ID, TopKCall
 from .._dtensor import any_sharded
 from .._dtypes import INTEGERS, working_dtype
 from .._rowrun import run
@@ -60,9 +60,9 @@ def topk_kd_loss(
     .. math:: L = \frac1N \sum_n D(\tilde p_n, \tilde q_n),\qquad
               \tilde q_n = (q_{n,i_1}, \dots, q_{n,i_K}, 1 - \sum_k q_{n,i_k})
 
-    with q the softmax of the student over T, and D that of the dense losses. The student's row is
-    read once. What is left beside the ids is summed from the other classes' exponentials, so that
-    it keeps its digits where the student is certain. ``tail`` says what becomes of the rest:
+    with q the softmax of the student over T, and D that of the dense losses. What is left beside
+    the ids is summed from the other classes' exponentials, so that it keeps its digits where the
+    student is certain. ``tail`` says what becomes of the rest:
 
     - ``'bucket'``: one class more on both sides. A lower bound of the dense divergence, and equal
       to it where K = V.
@@ -169,10 +169,19 @@ def _evaluate(
     ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
     marked = _topk.absent_marked(ids, logprobs)
     logprobs = logprobs.to(dtype)
-    p = torch.cat([logprobs, _rest(tail, logprobs, log_rest).unsqueeze(-1)], -1)
-    valid = (p != -torch.inf).any(-1)
-    if tail == "bucket" and log_rest is None:
-        valid = (logprobs != -torch.inf).any(-1)
+    total = None
+    if masses is not None or tail == "drop" or (tail == "bucket" and log_rest is None):
+        total = logprobs.double().exp().sum(-1)
+    valid = (marked != NO_ID).any(-1)
+    if tail != "bucket":
+        rest = torch.full_like(logprobs[:, :1], -torch.inf)
+    elif log_rest is not None:
+        rest = log_rest.reshape(-1, 1).to(dtype)
+        valid = valid | (rest[:, 0] != -torch.inf)
+    else:
+        assert total is not None
+        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
+    p = torch.cat([logprobs, rest], -1)
     if target is None:
         target, ignore_index = torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX
     else:
@@ -189,27 +198,20 @@ def _evaluate(
     )  # fmt: skip
     heats = None if heats is None else heats.to(dtype).contiguous()
     small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
-    mass = logprobs.double().exp().sum(-1).to(dtype)
+    mass = None if total is None else total.to(dtype)
     if masses is not None:
-        own = small.detach().log_softmax(-1)[:, :-1].exp().sum(-1)
+        assert mass is not None
+        own = small.detach().softmax(-1)[:, :-1].sum(-1)
         masses.append(TopKMass(*(torch.where(valid, x, 0.0) for x in (own, mass))))
     if tail == "renormalize":
         last = torch.full_like(small[:, :1], -torch.inf)
         small = torch.cat([small[:, :-1], last], -1)
     values = _dense(backend, divergence, beta, small, p, target, ignore_index)
     if tail == "drop":
+        assert mass is not None
         values = mass * values + torch.special.xlogy(mass, mass)
-    return values, numbers[_topk.HARD], numbers[_topk.ENTROPY].detach(), valid
-
-
-def _rest(tail: str, logprobs: Tensor, log_rest: Tensor | None) -> Tensor:
-    """The teacher's log-probability of everything else."""
-    if tail != "bucket":
-        return torch.full_like(logprobs[:, 0], -torch.inf)
-    if log_rest is not None:
-        return log_rest.reshape(-1).to(logprobs.dtype)
-    total = logprobs.double().exp().sum(-1)
-    return torch.log1p(-total.clamp(max=1.0)).to(logprobs.dtype)
+    hard_values = numbers[_topk.HARD] if hard else torch.zeros_like(values)
+    return values, hard_values, numbers[_topk.ENTROPY].detach(), valid
 
 
 def _dense(
