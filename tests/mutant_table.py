@@ -655,7 +655,8 @@ _of(
     ("ids_in_the_rest", "«logits = tl.where(apart, none, logits)»", "logits = logits"),
     ("twice_unseen", "((«ordered == after») & (entry + 1 < k))", "ordered != ordered"),
     ("target_not_in_the_rest", "rest_sum += tl.exp((alone - shift) / heat)\n", "rest_sum += 0\n"),
-    ("first_of_all_blocks", "begin = end\n", "begin = begin\n"),
+    ("ids_of_the_last_block",
+     "end = tl.sum((ordered < «start + BLOCK»).to(tl.int32))\n            apart", "start"),
     ("ids_as_the_rest", "out = tl.where(«apart», own, share) / heat", "apart & False"),
     ("ignored_gradient", "out = tl.where(«live», out, 0.0)", "live | True"),
 )  # fmt: skip
