@@ -143,6 +143,16 @@ def sampled_kl(
     return estimates[estimator].mean()
 
 
+def topk_kd(student: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """As in DistillKit: the whole log-softmax, the ids' part of it, and one bucket for the rest."""
+    classes = _classes(student)
+    log_q = F.log_softmax(student, dim=classes).movedim(classes, -1).gather(-1, teacher_ids)
+    p, q = teacher_logprobs.exp(), log_q.exp()
+    rest_p, rest_q = ((1 - x.sum(-1)).clamp_min(1e-12) for x in (p, q))
+    rest = rest_p * (rest_p.log() - rest_q.log())
+    return ((p * (teacher_logprobs - log_q)).sum(-1) + rest).mean()
+
+
 def tv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     q, p = _softmaxes(student, teacher, temperature)
     return _mean_over_rows((q - p).abs() / 2)
@@ -236,6 +246,7 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "mixed_kl": mixed_kl, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl, "tv": tv,
     "alpha_beta": alpha_beta, "acceptance": acceptance,
     "sampled_kl": sampled_kl,
+    "topk_kd": topk_kd,
     **embedding_eager.EAGER,
 }  # fmt: skip
 

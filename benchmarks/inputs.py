@@ -58,10 +58,19 @@ def _sampled(spec: LossSpec, workload: Workload, generator: Generator) -> Inputs
     return (student,), (ids, logprob)
 
 
+def _sparse(spec: LossSpec, workload: Workload, generator: Generator) -> Inputs:
+    """Logits; the teacher's 64 likeliest classes of each row and their log-probabilities."""
+    shape = workload.shape
+    student, teacher = _pair(shape, generator)
+    logprob, ids = teacher.log_softmax(1).movedim(1, -1).topk(min(64, shape[1] - 1))
+    return (student,), (ids, logprob)
+
+
 _SPECIAL: dict[str, Callable[[LossSpec, Workload, Generator], Inputs]] = {
     "iekd": _factors,
     "local_classifier": _classifier,
     "sampled_kl": _sampled,
+    "topk_kd": _sparse,
 }
 
 

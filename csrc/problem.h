@@ -117,7 +117,8 @@ struct TopKProblem {
 
 constexpr int64_t kAbsent = INT64_MIN;
 // The origin, which was subtracted from the row's logits; the logsumexp of all classes but the target at
-// temperature 1; the target's cross-entropy; the entropy of the softened distribution.
-enum TopKNumber { kOrigin, kOthers, kHard, kEntropy, kTopKNumbers };
+// temperature 1; the target's cross-entropy; the entropy of the softened distribution; the largest logit
+// of the rest, and the logarithm of the rest's sum from there.
+enum TopKNumber { kOrigin, kOthers, kHard, kEntropy, kRestTop, kRestSum, kTopKNumbers };
 
 }  // namespace kdkernels

@@ -34,6 +34,7 @@ from .linear import (
     linear_logprob as linear_logprob,
 )
 from .losses import *  # noqa: F403
+from .losses.topk_kd import TopKMass as TopKMass
 from .registry import SPECS
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "FusedLinearKDLoss",
     "LinearLogprob",
     "LossParts",
+    "TopKMass",
     "__version__",
     "available",
     "functional",

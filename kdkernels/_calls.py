@@ -61,7 +61,7 @@ class TupleCall(NamedTuple):
 
 
 class TopKCall(NamedTuple):
-    """What a divergence needs of rows of logits against K ids each (``reference/_topk.py``)."""
+    """What a divergence needs of rows of logits against K ids each (``reference/topk.py``)."""
 
     numbers: Sequence[float]
     """temperature."""

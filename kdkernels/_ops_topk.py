@@ -1,6 +1,6 @@
 """The operators of rows of logits against K ids; ``_ops`` has those of the other families.
 
-``topk`` gives each row's small logits and numbers (``reference/_topk.py``), ``topk_gradient`` the
+``topk`` gives each row's small logits and numbers (``reference/topk.py``), ``topk_gradient`` the
 gradient by the logits, ``topk_gradient_into`` the same in a tensor that may be the logits.
 """
 
@@ -15,9 +15,9 @@ from . import _backends
 from ._calls import TOPK, TopKCall
 from ._ops import TAGS, guard, library, no_double_backward, once, operator, operator_name
 
-NUMBERS = 4
-HARD = 2
-"""The row of the numbers that has a gradient."""
+NUMBERS = 6
+HARD, ENTROPY = 2, 3
+"""Rows of the numbers, of which the first has a gradient."""
 _MADE = "Tensor small, Tensor of_rows, Tensor small_upstream, Tensor? hard_upstream"
 _NAMES = ("student", *(name.rstrip("?") for name in TOPK.constants))
 _COUNT = len(_NAMES)

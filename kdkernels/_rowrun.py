@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ def run(
     chosen = choose(spec, student, backend)
     if (parts or hard != 0.0) and chosen == "native" and not student.is_cpu:
         chosen = beside_cuda(spec, student, backend)
+    if spec.evaluate is not None:
+        return _by_evaluation(
+            spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,
+            student, target, token_weight, hard_token_weight, row_temperature, reduction,
+        )  # fmt: skip
     if spec.steps is not None and chosen != "reference":
 
         def rows(
@@ -132,6 +138,43 @@ def _by_steps(
         hard_values = given.reshape(-1)
         if separate is not None:
             spread = separate[2].reshape(-1)
+    return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
+
+
+def _by_evaluation(
+    spec: LossSpec,
+    chosen: str,
+    options: tuple[Any, ...],
+    temperature: float,
+    scale: float,
+    hard: float,
+    parts: bool,
+    ignore_index: int,
+    class_dim: int,
+    student: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of a spec that evaluates its rows itself, with cross-entropies and entropies."""
+    assert spec.evaluate is not None
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    heats = _by_row(row_temperature, student, class_dim)
+    if target is not None:
+        target = target.reshape(-1).to(torch.int64).contiguous()
+    rows = _reduce.as_rows(student, class_dim).contiguous()
+    values, hard_values, spread, valid = spec.evaluate(
+        chosen, rows, target, temperature, None if heats is None else heats.reshape(-1),
+        ignore_index, hard != 0.0, parts, *options,
+    )  # fmt: skip
+    weight, hard_weight = (
+        _by_row(x, student, class_dim) for x in (token_weight, hard_token_weight)
+    )
+    soft = _reduce.weigh(values, scale, weight, valid)
+    if hard != 0.0:
+        hard_values = _reduce.weigh(hard_values, hard, hard_weight, valid)
     return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
 
 

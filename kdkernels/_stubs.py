@@ -7,7 +7,8 @@ class; the stub has their constructors written out. A test keeps it true.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from . import losses
@@ -21,33 +22,39 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from .._rowwise import LossParts
-from ._base import RowLoss, SampledLoss, TokenLoss
+from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
 '''
-_RESULTS = {
-    "Literal[False] = ...": "Tensor",
-    "Literal[True]": "tuple[Tensor, LossParts]",
-    "bool": "Any",
-}
-"""What ``return_parts`` makes a function return; not known of a variable."""
+_RETURNED = {"return_parts": "LossParts", "return_mass": "TopKMass"}
+"""What these flags add to what a function returns; not known of a variable."""
 
 
-def _arguments(parameters: Iterable[inspect.Parameter], parts: str) -> list[str]:
+def _results(flags: list[str]) -> Iterator[tuple[dict[str, str], str]]:
+    """How each flag may be annotated, and what the function returns then."""
+    for given in itertools.product((False, True), repeat=len(flags)):
+        more = [_RETURNED[flag] for flag, yes in zip(flags, given, strict=True) if yes]
+        types = ["Literal[True]" if yes else "Literal[False] = ..." for yes in given]
+        result = f"tuple[Tensor, {', '.join(more)}]" if more else "Tensor"
+        yield dict(zip(flags, types, strict=True)), result
+    yield dict.fromkeys(flags, "bool" if len(flags) == 1 else "bool = ..."), "Any"
+
+
+def _arguments(parameters: Iterable[inspect.Parameter], flags: dict[str, str]) -> list[str]:
     lines, keyword = [], False
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY and not keyword:
             keyword = True
             lines.append("*,")
-        if p.name == "return_parts":
-            lines.append(f"return_parts: {parts},")
+        if p.name in flags:
+            lines.append(f"{p.name}: {flags[p.name]},")
         else:
             lines.append(f"{p.name}: {p.annotation}{'' if p.default is p.empty else ' = ...'},")
     return lines
 
 
-def _overloads(name: str, parameters: Iterable[inspect.Parameter]) -> list[str]:
+def _overloads(name: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     lines = []
-    for parts, result in _RESULTS.items():
-        arguments = [f"    {line}" for line in _arguments(parameters, parts)]
+    for flags, result in _results([flag for flag in parameters if flag in _RETURNED]):
+        arguments = [f"    {line}" for line in _arguments(parameters.values(), flags)]
         lines += ["@overload", f"def {name}(", *arguments, f") -> {result}: ..."]
     return lines
 
@@ -63,7 +70,7 @@ def text() -> str:
             continue
         parameters = {} if inspect.isclass(value) else inspect.signature(value).parameters
         if "return_parts" in parameters:
-            functions += _overloads(name, parameters.values())
+            functions += _overloads(name, parameters)
             continue
         file = value.__module__.rpartition(".")[2]
         lines.append(f"from .{file} import {name} as {name}")
@@ -72,7 +79,7 @@ def text() -> str:
         parameters = inspect.signature(module).parameters
         lines += ["", f"class {name}({module.__bases__[0].__name__}):"]
         lines += [f"    {p.name}: {p.annotation}" for p in parameters.values()]
-        arguments = [f"        {line}" for line in _arguments(parameters.values(), "bool = ...")]
+        arguments = [f"        {line}" for line in _arguments(parameters.values(), {})]
         lines += ["    def __init__(", "        self,", *arguments, "    ) -> None: ..."]
     return "\n".join(lines) + "\n"
 

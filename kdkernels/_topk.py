@@ -1,4 +1,4 @@
-"""Rows of logits against K ids each, on the backend of one's choice (``reference/_topk.py``).
+"""Rows of logits against K ids each, on the backend of one's choice (``reference/topk.py``).
 
 ``differentiable`` is for autograd. ``rows_of`` and ``gradient_of`` are its two halves, for those
 who call them from a backward pass of their own; the gradient may be written over the logits.
@@ -10,16 +10,19 @@ row of NaN, because the host would have to wait.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._autograd import keepable
 from ._calls import NO_ID, TOPK, TopKCall
-from ._ops import operator
-from ._ops_topk import HARD, dtype_of
-from ._tracing import symbolic_numbers
-from .reference import _topk as reference
+from ._ops import once, operator
+from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
+from ._tracing import symbolic_numbers, traced
+from .reference import topk as reference
 
 
 def absent_marked(ids: Tensor, logprobs: Tensor) -> Tensor:
@@ -50,15 +53,46 @@ def differentiable(
     row_temperature: Tensor | None,
     call: TopKCall,
 ) -> tuple[Tensor, Tensor]:
-    """The small logits (rows, K + 1) and the numbers (4, rows) with autograd."""
+    """The small logits (rows, K + 1) and the numbers (6, rows) with autograd."""
     if backend == "reference":
         return _reference(student, ids, target, row_temperature, call)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    if needs_grad and target is not None:
+        target = keepable(target)
+    if not traced(student, ids):
+        return _apply(backend, call, student, ids, target, row_temperature)
     symbolic = symbolic_numbers(call.numbers)
     if symbolic is not None:
         call = call._replace(numbers=[], symbolic=symbolic)
-    if student.requires_grad and torch.is_grad_enabled() and target is not None:
-        target = keepable(target)
     return operator(backend, TOPK.name)(student, ids, target, row_temperature, *call)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators without what compilers need of them, a fifth of a millisecond."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, call: TopKCall, *tensors: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            made: tuple[Tensor, Tensor] = operator(backend, TOPK.name)(*tensors, *call)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *made)
+        ctx.backend, ctx.call = backend, call
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, of_rows: Tensor | None) -> tuple[Any, ...]:
+        *tensors, small, numbers = ctx.saved_tensors
+        hard = of_rows[HARD].contiguous() if ctx.call.hard and of_rows is not None else None
+        g = torch.zeros_like(small) if g is None else g.contiguous()
+        run = operator(ctx.backend, TOPK.name, "_gradient")
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            made = run(small, numbers, g, hard, *tensors, *ctx.call)
+        if torch.is_grad_enabled():
+            made = once(made, g, tensors[0])
+        return None, None, made, None, None, None
+
+
+_apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Eager).apply
 
 
 def rows_of(

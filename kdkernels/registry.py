@@ -25,9 +25,10 @@ class LossSpec:
     """All that the project knows about one loss.
 
     ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
-    (one value a row), ``sampled`` those whose teacher is a sampled token a row, ``correlation``
-    couples the rows, ``embedding`` takes features or embeddings of a batch. ``inputs`` makes small
-    tensors for a loss that does not take a pair of logits, in the order of its arguments.
+    (one value a row), ``sampled`` those whose teacher is a sampled token a row, ``sparse`` those
+    whose teacher is a few ids a row, ``correlation`` couples the rows, ``embedding`` takes features
+    or embeddings of a batch. ``inputs`` makes small tensors for a loss that does not take a pair of
+    logits, in the order of its arguments.
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
     ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
@@ -40,8 +41,9 @@ class LossSpec:
     a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
     ``steps`` makes each row's value of those of other losses, which its first argument evaluates,
-    where no rule alone gives it. ``by_temperature`` gives each row's derivative by its temperature,
-    for those who learn it.
+    where no rule alone gives it; ``evaluate`` gives the values, cross-entropies, entropies and the
+    mask of rows on a backend, where the teacher is no logits. ``by_temperature`` gives each row's
+    derivative by its temperature, for those who learn it.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are
@@ -54,7 +56,7 @@ class LossSpec:
     paper: str
     function: Callable[..., Tensor]
     module: type[_Loss]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     family: str
     formula: str
     temperature: str
@@ -71,6 +73,7 @@ class LossSpec:
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
     steps: Callable[..., Tensor] | None = None
+    evaluate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     by_temperature: Callable[..., Tensor] | None = None
     constant_weight: str = ""
     backends: tuple[str, ...] = ("native", "triton", "reference")
@@ -105,7 +108,7 @@ class LossSpec:
     @property
     def by_row(self) -> bool:
         """Whether the loss is a sum over rows, so that ``reduction='none'`` exists."""
-        return self.family in ("divergence", "decoupled", "sampled")
+        return self.family in ("divergence", "decoupled", "sampled", "sparse")
 
 
 SPECS: dict[str, LossSpec] = {}

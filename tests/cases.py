@@ -278,10 +278,14 @@ def passes(spec: LossSpec) -> tuple[str, ...]:
     return ("mean", "none") if spec.by_row else ("mean",)
 
 
+FLAGS = ("return_parts", "return_mass")
+"""Options that change what is returned."""
+
+
 def option_names(spec: LossSpec) -> dict[str, inspect.Parameter]:
     """The public parameters that are not tensors, and do not change what is returned."""
     parameters = inspect.signature(spec.function).parameters
-    others = ("target", "labels", "token_weight", "num_items_in_batch", "return_parts")
+    others = ("target", "labels", "token_weight", "num_items_in_batch", "log_rest", *FLAGS)
     return {n: p for n, p in parameters.items() if p.default is not p.empty and n not in others}
 
 
@@ -295,7 +299,8 @@ def named_inputs(spec: LossSpec, dtype: torch.dtype = torch.float32) -> dict[str
     parameters = inspect.signature(spec.function).parameters
     options = option_names(spec)
     other = {"labels", "target"} - {spec.target_name}  # another name of the same
-    other |= {"token_weight", "num_items_in_batch", "return_parts"}  # test_row_keywords.py
+    # test_row_keywords.py, test_topk.py
+    other |= {"token_weight", "num_items_in_batch", "log_rest", *FLAGS}
     names = [name for name in parameters if name not in options and name not in other]
     return dict(zip(names, tensors, strict=True))
 

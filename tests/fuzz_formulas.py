@@ -557,10 +557,62 @@ def sampled_kl(s: Tensor, ids: Tensor, logprob: Tensor, *, estimator: str, reduc
     return rows.sum() / (1 if reduction == "sum" else max(rows.numel(), 1))
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL of log-probabilities, of which some may be -inf."""
+    none, bare = log_p == -torch.inf, log_q == -torch.inf
+    a, b = torch.where(none, 0.0, log_p), torch.where(none | bare, 0.0, log_q)
+    d = torch.where(none, 0.0, a - b)
+    small = d.abs() < 0.25
+    near = a.exp() * series(torch.where(small, d, 0.0))
+    far = log_q.exp() - log_p.exp() + torch.where(none, 0.0, log_p.exp() * d)
+    terms = torch.where(small & ~none & ~bare, near, far)
+    return torch.where(bare & ~none, torch.inf, terms).sum(-1)
+
+
+def topk_kd(s: Tensor, ids: Tensor, logprobs: Tensor, *, temperature: Any, divergence: str,
+            beta: Any, tail: str, reduction: str, loss_weight: Any,
+            **_: Any) -> Tensor:  # fmt: skip
+    s = s.movedim(1, -1) if s.dim() == 4 else s
+    present = logprobs > -torch.inf
+    index = torch.where(present, ids.long(), 0)
+    full = s / temperature  # of which the constant of a row does not matter
+    full = full if tail == "renormalize" else full.log_softmax(-1)
+    apart = torch.zeros(s.shape).scatter_add(-1, index, present.float()) > 0
+    left = (~apart & (full > -torch.inf)).any(-1, keepdim=True)
+    rest = torch.where(apart & left, -torch.inf, full).logsumexp(-1, keepdim=True)
+    rest = torch.where(left, rest, -torch.inf)
+    log_q = torch.cat([torch.where(present, full.gather(-1, index), -torch.inf), rest], -1)
+    mass = logprobs.exp().sum(-1, keepdim=True)
+    nothing = torch.full_like(mass, -torch.inf)
+    over = torch.log1p(-mass.clamp(max=1)) if tail == "bucket" else nothing
+    log_p = torch.cat([logprobs, over], -1)
+    if tail == "renormalize":
+        log_q = torch.cat([log_q[..., :-1], nothing], -1)
+    counts = present.any(-1)
+    log_p, log_q = (torch.where(counts.unsqueeze(-1), x, 0.0) for x in (log_p, log_q))
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    if divergence == "tv":
+        rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    elif divergence == "kl" or (divergence == "jsd" and beta == 0):
+        rows = _kl(log_p, log_q)
+    elif divergence == "reverse_kl" or beta == 1:
+        rows = _kl(log_q, log_p)
+    else:
+        m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
+        rows = beta * _kl(log_p, m) + (1 - beta) * _kl(log_q, m)
+    if tail == "drop":
+        rows = mass[..., 0] * rows + torch.xlogy(mass, mass)[..., 0]
+    rows = torch.where(counts, loss_weight * rows, 0.0)
+    if reduction == "none":
+        return rows
+    return rows.sum() / (1 if reduction == "sum" else max(int(counts.sum()), 1))
+
+
 BATCHES: dict[str, Callable[..., Tensor]] = {
     name: globals()[name]
     for name in (
         "dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier",
-        "sampled_kl",
+        "sampled_kl", "topk_kd",
     )
 }  # fmt: skip

@@ -29,7 +29,10 @@ class NotSuitable(Exception):
 
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5, 0.1, 0.01, 20.0, 1000.0, 1e6, 1e-6, 1 / 3)
 WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
-NOT_PLAIN = ("backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts")
+NOT_PLAIN = (
+    "backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts",
+    "return_mass", "log_rest",
+)  # fmt: skip
 """Arguments that are no options, and tensors."""
 FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
 GOOD: dict[str, Sequence[Any]] = {
@@ -45,6 +48,8 @@ GOOD: dict[str, Sequence[Any]] = {
     "similarity": ("l1", "cosine"),
     "kind": ("log", "hybrid"),
     "estimator": ("k1", "k2", "k3"),
+    "divergence": ("kl", "reverse_kl", "jsd", "tv"),
+    "tail": ("bucket", "renormalize", "teacher", "drop"),
     "eta": (3.0, 1.0, 0.0, 0.5, 4),
     "standardize": (False, False, False, True),
     "ignore_index": (-100, 0, 1, 2, -1, 255, 10**6, 2**63 - 1, -(2**63)),
@@ -84,6 +89,8 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     "similarity": ("L1", None, 1, ["l1"], ""),
     "kind": ("Log", None, 1, ["log"], ""),
     "estimator": ("K2", None, 2, ["k2"], ""),
+    "divergence": ("KL", None, 2, ["kl"], ""),
+    "tail": ("Drop", None, 2, ["drop"], ""),
 }  # fmt: skip
 
 
@@ -218,6 +225,8 @@ class Draw:
         height, breadth = self.pick((1, 2, 3, 5)), self.pick((1, 3, 4, 7))
         if spec.family == "sampled":
             return self.sampled()
+        if spec.family == "sparse":
+            return self.sparse()
         if spec.name == "iekd":
             shape = self.pick(((batch, width), (batch, width, height, breadth)))
             shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
@@ -274,6 +283,28 @@ class Draw:
             "student_logits": self.lay_out(student.movedim(-1, 1) if len(shape) == 3 else student),
             "sampled_ids": self.lay_out(ids.to(kind).reshape(shape), negate=False),
             "teacher_logprob": self.lay_out(logprob.to(kinds[1]).reshape(shape)),
+        }
+
+    def sparse(self) -> dict[str, Tensor]:
+        """Some entries are absent, whose ids mean nothing."""
+        rows, classes = self.sizes()
+        k = min(self.pick((1, 2, 3, 5, 8, 17, 64)), classes)
+        teacher = self.normal(rows, classes) * self.pick((0.1, 1.0, 3.0, 10.0))
+        logprobs, ids = teacher.log_softmax(-1).topk(k)
+        kind = torch.int64 if classes > 127 else self.pick(INTEGERS)
+        kinds = self.dtypes(2)
+        if self.chance(0.3):
+            absent = torch.rand(ids.shape, generator=self.generator) < self.pick((0.2, 0.9))
+            logprobs = logprobs.masked_fill(absent, -INF)
+        shape = self.shape_of_rows(rows)
+        given = self.lay_out(logprobs.to(kinds[1]).reshape(*shape, k))
+        ids = ids.to(kind).reshape(given.shape).masked_fill(given == -INF, 0)
+        student = self.normal(rows, classes) * self.pick((0.1, 1.0, 3.0))
+        student = student.to(kinds[0]).reshape(*shape, classes)
+        return {
+            "student_logits": self.lay_out(student.movedim(-1, 1) if len(shape) == 3 else student),
+            "teacher_ids": self.lay_out(ids, negate=False),
+            "teacher_logprobs": given,
         }
 
     def lay_out(self, x: Tensor, negate: bool = True) -> Tensor:
@@ -345,6 +376,11 @@ class Draw:
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 plain[name] = float(value)
                 given[name] = self.number(float(value))
+        if plain.get("tail") == "drop" or (
+            plain.get("tail") == "teacher"
+            and (plain["divergence"] == "reverse_kl" or plain["beta"] == 1.0)
+        ):
+            given["divergence"] = plain["divergence"] = "kl"
         if spec.name == "alpha_beta" and plain["alpha"] + plain["beta"] < 0.5:
             given["beta"] = plain["beta"] = 0.5
         if "ignore_index" in plain and spec.target_name in tensors:

@@ -629,3 +629,49 @@ _of(
      "None"),
     ("entropy_lost", "            spread = separate[2].reshape(-1)\n", "            pass\n"),
 )  # fmt: skip
+
+# Sparse teachers.
+
+_of(
+    "csrc/cpu", "topk.h", "test_topk_rows.py", "native or ids",
+    ("ids_in_the_rest", "x[scratch.apart[i] - begin] = «value»;", "x[scratch.apart[i] - begin]"),
+    ("twice_unseen", "seen[at / 64] |= bit;", ""),
+    ("maximum_of_an_id", "replace(kNone);", ""),
+    ("sum_not_rescaled", "of.sum *= factor;", ""),
+    ("hard_not_rescaled", "of.hard *= std::exp(gap);", ""),
+    ("moment_of_the_old_origin", "of.moment = «(of.moment + gap * of.sum)» * factor;", "of.moment"),
+    ("target_not_in_the_rest", "rest_sum += std::exp((at_target - rest_top) * inverse);", ""),
+    ("target_among_others", "if (row.target >= 0 && «row.ids[k] != row.target») others", "true"),
+    ("rest_from_the_origin", "row.number(kRestTop) = some ? «R(rest_top)» : R(0);", "R(origin)"),
+    ("temperature_of_the_ids", "double value = «double(g[k]) * inverse»;", "double(g[k])"),
+    ("hard_of_the_ids", "value += «b * std::exp(double(widen(z[id])) - origin - others)»;", "0.0"),
+    ("ids_not_patched", "to[row.ids[k]] = narrow<T>(R(scratch.logits[k]));", ""),
+    ("one_exponential_at_any_temperature", "if («row.temperature == 1.0» && a != 0.0", "true"),
+    ("ignored_row_read", "return problem.target && «problem.target[row] == problem.ignore_index»;",
+     "false"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "topk.py", "test_topk_rows.py", "triton or ids",
+    ("ids_in_the_rest", "«logits = tl.where(apart, none, logits)»", "logits = logits"),
+    ("twice_unseen", "((«ordered == after») & (entry + 1 < k))", "ordered != ordered"),
+    ("target_not_in_the_rest", "rest_sum += tl.exp((alone - shift) / heat)\n", "rest_sum += 0\n"),
+    ("ids_of_the_last_block",
+     "end = tl.sum((ordered < «start + BLOCK»).to(tl.int32))\n            apart", "start"),
+    ("ids_as_the_rest", "out = tl.where(«apart», own, share) / heat", "apart & False"),
+    ("ignored_gradient", "out = tl.where(«live», out, 0.0)", "live | True"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "topk.py", "test_topk_rows.py", "reference",
+    ("absent_is_an_id", "scatter_add(-1, ids, «present.to(torch.int32)»)",
+     "torch.ones_like(ids, dtype=torch.int32)"),
+    ("no_temperature", "scaled = (student - origin) «/ temperature»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "topk_kd.py", "test_topk.py", "native or reference",
+    ("normalised_drop", "values = mass * values + «torch.special.xlogy(mass, mass)»", "0"),
+    ("absent_rows_count", "valid = «(marked != NO_ID)».any(-1)", "(marked == marked)"),
+    ("rest_kept", "small = torch.cat([small[:, :-1], last], -1)", "small"),
+    ("rest_given_is_forgotten", "rest = «log_rest.reshape(-1, 1)».to(dtype)",
+     "torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1))"),
+    ("mass_of_the_ignored", "torch.where(«valid», x, 0.0) for x in (own, mass)", "valid | True"),
+)  # fmt: skip

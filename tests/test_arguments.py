@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    FLAGS,
     LOSS_IDS,
     LOSSES,
     Case,
@@ -97,20 +98,20 @@ def test_every_argument_matters(case: Case, argument: str) -> None:
 def test_module_holds_the_arguments_of_its_function_and_nothing_else(spec: LossSpec) -> None:
     options = option_names(spec)
     constructor = dict(inspect.signature(spec.module).parameters)
-    parts = constructor.pop("return_parts", None)  # where the function has it
-    assert (parts is None) == ("return_parts" not in inspect.signature(spec.function).parameters)
+    flags = {name for name in FLAGS if constructor.pop(name, None)}  # where the function has them
+    assert flags == {*FLAGS} & {*inspect.signature(spec.function).parameters}
     assert {n: (p.default, p.kind, p.annotation) for n, p in options.items()} == {
         n: (p.default, p.kind, p.annotation) for n, p in constructor.items()
     }
     assert isinstance(spec.module(), torch.nn.modules.loss._Loss)
-    others = ("training", "return_parts")
+    others = ("training", *FLAGS)
     held = {n for n in vars(spec.module()) if not n.startswith("_") and n not in others}
     assert held == set(options)
     assert all(getattr(spec.module(), n) == p.default for n, p in options.items())
     assert not spec.module().state_dict()
     forward = [*inspect.signature(spec.module.forward).parameters][1:]
     arguments = inspect.signature(spec.function).parameters
-    tensors = [n for n in arguments if n not in options and n != "return_parts"]
+    tensors = [n for n in arguments if n not in options and n not in FLAGS]
     labels = spec.target_name == "labels" or (spec in LOSSES and spec.takes_target)
     assert forward == tensors and ("labels" in tensors) == labels
 

@@ -96,7 +96,7 @@ def test_inputs_have_the_shapes_of_the_workload(workload: Workload) -> None:
             assert all(x.shape == workload.shape and x.is_leaf for x in case.students)
             assert not any(x.requires_grad for x in case.constants)
             targets = [x for x in case.constants if not x.is_floating_point()]
-            assert len(targets) == (spec.needs_target or spec.family == "sampled")
+            assert len(targets) == (spec.needs_target or spec.family in ("sampled", "sparse"))
             for target in targets:
                 assert target.min() >= 0 and target.max() < (workload.classes or workload.shape[1])
 

@@ -32,11 +32,13 @@ double total(const void* values, int64_t count, bool wide) {
               : total(static_cast<const float*>(values), count);
 }
 
+// Raises for a class index that is read and is none.
 template <class Problem>
-[[noreturn]] void fail(const Problem& problem, int64_t target) {
-  throw std::invalid_argument("target must be in [0, " + std::to_string(problem.classes) +
-                              ") or ignore_index=" + std::to_string(problem.ignore_index) +
-                              ", got " + std::to_string(target));
+void require_class(const Problem& problem, int64_t target) {
+  if (target < 0 || target >= problem.classes)
+    throw std::invalid_argument("target must be in [0, " + std::to_string(problem.classes) +
+                                ") or ignore_index=" + std::to_string(problem.ignore_index) +
+                                ", got " + std::to_string(target));
 }
 
 // A large gradient is fresh memory, and its first touch faults page by page: ask for huge pages.
@@ -85,7 +87,7 @@ void finish(RowProblem& problem, const Kernels& kernels, int64_t reduction) {
     for (int64_t row = 0; row < problem.rows; ++row) {
       const int64_t target = problem.target[row];
       if (target == problem.ignore_index) --valid;
-      else if (reads_target && (target < 0 || target >= problem.classes)) fail(problem, target);
+      else if (reads_target) require_class(problem, target);
     }
   }
   if (reduction != kMean || valid == 0) return;
@@ -134,8 +136,7 @@ void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor pa
     throw std::invalid_argument("target must be a Tensor of class indices, got None");
   for (int64_t row = 0; problem.hard && row < problem.rows; ++row) {
     const int64_t target = problem.target[row];
-    if (target != problem.ignore_index && (target < 0 || target >= problem.classes))
-      fail(problem, target);
+    if (target != problem.ignore_index) require_class(problem, target);
   }
   if (problem.rows == 0) return;
   if (problem.gradient.data != problem.student.data) expect_writes(problem);

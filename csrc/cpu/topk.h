@@ -1,4 +1,4 @@
-// Rows of logits against K ids each (kdkernels/reference/_topk.py).
+// Rows of logits against K ids each (kdkernels/reference/topk.py).
 //
 // The forward pass goes over a row in blocks that stay in the first cache. A block is converted to the
 // working type, the classes that stand apart (the ids, and the target of a cross-entropy) become -inf,
@@ -232,24 +232,24 @@ inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, co
   const double at_target = row.target >= 0 ? logit(row.target) : 0.0;
   const double origin = largest == -std::numeric_limits<double>::infinity() ? 0.0 : largest;
 
-  LogSum rest, others;
   const double inverse = 1.0 / row.temperature, shift = of.max - origin;
-  rest.add(shift * inverse, of.sum);
+  // From its own largest logit, which may be far below the row's.
+  double rest_top = of.max, rest_sum = of.sum;
+  if (row.target >= 0 && !row.target_is_id && at_target > rest_top) {
+    rest_sum = 1.0 + (of.sum == 0.0 ? 0.0 : of.sum * std::exp((rest_top - at_target) * inverse));
+    rest_top = at_target;
+  } else if (row.target >= 0 && !row.target_is_id && !(at_target == -kInfinity<double>)) {
+    rest_sum += std::exp((at_target - rest_top) * inverse);
+  }
+  LogSum others, all;  // at temperature 1, and with the classes apart
+  all.add((rest_top - origin) * inverse, rest_sum);
   double moment = of.sum == 0.0 ? 0.0 : (of.moment + shift * of.sum) * std::exp(shift * inverse);
-  LogSum all = rest;  // with the classes apart
-  const auto join = [&](double x) KDK_LAMBDA {
-    if (!problem.entropy) return;
+  const auto add_moment = [&](double x) KDK_LAMBDA {
     const double e = std::exp(x * inverse);
-    all.add(x * inverse);
     if (e != 0.0) moment += x * e;
   };
-  if (row.target >= 0) {
-    others.add(shift, of.hard);
-    if (!row.target_is_id) {
-      rest.add((at_target - origin) * inverse);
-      join(at_target - origin);
-    }
-  }
+  if (row.target >= 0) others.add(shift, of.hard);
+  if (row.target >= 0 && !row.target_is_id && problem.entropy) add_moment(at_target - origin);
   R* const small = row.small();
   for (int64_t k = 0; k < problem.k; ++k) {
     small[k] = -kInfinity<R>;
@@ -257,9 +257,16 @@ inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, co
     const double x = scratch.logits[k] - origin;
     small[k] = R(x / row.temperature);
     if (row.target >= 0 && row.ids[k] != row.target) others.add(x);
-    join(x);
+    if (!problem.entropy) continue;
+    all.add(x * inverse);
+    add_moment(x);
   }
-  small[problem.k] = problem.rest ? R(rest.log()) : -kInfinity<R>;
+  const double none = -std::numeric_limits<double>::infinity();
+  const double rest_log = rest_sum == 0.0 ? none : std::log(rest_sum);
+  const bool some = problem.rest && rest_log != none;
+  small[problem.k] = some ? R((rest_top - origin) * inverse + rest_log) : -kInfinity<R>;
+  row.number(kRestTop) = some ? R(rest_top) : R(0);
+  row.number(kRestSum) = some ? R(rest_log) : R(0);
   row.number(kOrigin) = R(origin);
   row.number(kOthers) = row.target < 0 ? R(0) : R(others.log());
   row.number(kHard) =
@@ -268,19 +275,19 @@ inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, co
   row.number(kEntropy) = problem.entropy ? R(total - moment * inverse / std::exp(total)) : R(0);
 }
 
-// a exp((z - origin) / T - rest), and b exp(z - origin - others), of all classes.
+// a exp((z - top) / T - sum) of the rest, and b exp(z - origin - others), of all classes.
 template <class R, bool kHardTerm, class T>
 inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, double b) {
   using V = Vec<R>;
   constexpr int kW = kLanes<R>;
   const Exponential<R> softened(splat<R>(R(1.0 / row.temperature))), bare(splat<R>(R(1)));
   const V origin = splat<R>(row.number(kOrigin)), others = splat<R>(row.number(kOthers));
-  const V rest = splat<R>(R(a == 0.0 ? 0.0 : double(row.small()[row.problem.k]) * row.temperature));
+  const V top = splat<R>(row.number(kRestTop));
+  const V rest = splat<R>(R(double(row.number(kRestSum)) * row.temperature));
   const V of_rest = splat<R>(R(a)), of_hard = splat<R>(R(b));
   const auto gradient = [&](const V& logits) KDK_LAMBDA {
-    const V u = logits - origin;
-    V out = softened(u - rest) * of_rest;
-    if constexpr (kHardTerm) out += bare(u - others) * of_hard;
+    V out = softened(logits - top - rest) * of_rest;
+    if constexpr (kHardTerm) out += bare(logits - origin - others) * of_hard;
     return out;
   };
   const int64_t classes = row.problem.classes, whole = classes / kW * kW;
@@ -300,11 +307,12 @@ inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, c
   const R* const g = static_cast<const R*>(problem.small_upstream) + row.row * (problem.k + 1);
   double a = rest == none ? 0.0 : double(g[problem.k]) * inverse, b = 0.0, at_target = 0.0;
   if (row.target >= 0) {
-    const double x = double(widen(z[row.target])) - origin;
+    const double x = double(widen(z[row.target]));
     // The others' share is 1 - exp(-hard).
     b = double(static_cast<const R*>(problem.hard_upstream)[row.row]) *
         -std::expm1(-double(row.number(kHard)));
-    at_target = (a == 0.0 ? 0.0 : a * std::exp(x * inverse - rest)) - b;
+    const double of_rest = (x - double(row.number(kRestTop))) * inverse - double(row.number(kRestSum));
+    at_target = (a == 0.0 ? 0.0 : a * std::exp(of_rest)) - b;
   }
   for (int64_t k = 0; k < problem.k; ++k) {
     const int64_t id = row.ids[k];
@@ -349,7 +357,7 @@ void run_topk_rows(const TopKProblem& problem, int64_t begin, int64_t end) {
         else backward_row<R>(row, scratch, z, to);
       } else if (row.ignored()) {
         std::memset(row.small(), 0, sizeof(R) * (problem.k + 1));
-        for (const auto which : {kOrigin, kOthers, kHard, kEntropy}) row.number(which) = R(0);
+        for (const auto which : {kOrigin, kOthers, kHard, kEntropy, kRestTop, kRestSum}) row.number(which) = R(0);
       } else if (set_apart(row, scratch)) {
         forward_row<R>(row, scratch, z);
       } else {

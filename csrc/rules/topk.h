@@ -1,4 +1,4 @@
-// Rows of logits against K ids: specification in kdkernels/reference/_topk.py.
+// Rows of logits against K ids: specification in kdkernels/reference/topk.py.
 #pragma once
 
 #include "math.h"

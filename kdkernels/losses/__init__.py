@@ -35,4 +35,9 @@ from .skew_reverse_kl import (
     SkewReverseKLLoss as SkewReverseKLLoss,
     skew_reverse_kl_loss as skew_reverse_kl_loss,
 )
+from .topk_kd import (
+    TopKKDLoss as TopKKDLoss,
+    TopKMass as TopKMass,
+    topk_kd_loss as topk_kd_loss,
+)
 from .tv import TVLoss as TVLoss, tv_loss as tv_loss

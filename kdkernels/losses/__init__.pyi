@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from .._rowwise import LossParts
-from ._base import RowLoss, SampledLoss, TokenLoss
+from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
 from .attention import AttentionTransferLoss as AttentionTransferLoss
 from ._centers import ClassCenters as ClassCenters
 from .dist import DISTLoss as DISTLoss
@@ -14,6 +14,7 @@ from .iekd import IEKDLoss as IEKDLoss
 from .refilled import LocalClassifierLoss as LocalClassifierLoss
 from .pkd import PKDLoss as PKDLoss
 from .rkd import RKDLoss as RKDLoss
+from .topk_kd import TopKMass as TopKMass
 from .refilled import TupleMatchingLoss as TupleMatchingLoss
 from .attention import attention_transfer_loss as attention_transfer_loss
 from ._centers import class_centers as class_centers
@@ -618,6 +619,116 @@ def skew_reverse_kl_loss(
     backend: str | None = ...,
 ) -> Any: ...
 @overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    tail: str = ...,
+    log_rest: Tensor | None = ...,
+    return_mass: Literal[False] = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    tail: str = ...,
+    log_rest: Tensor | None = ...,
+    return_mass: Literal[False] = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, LossParts]: ...
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    tail: str = ...,
+    log_rest: Tensor | None = ...,
+    return_mass: Literal[True],
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[False] = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, TopKMass]: ...
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    tail: str = ...,
+    log_rest: Tensor | None = ...,
+    return_mass: Literal[True],
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, TopKMass, LossParts]: ...
+@overload
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = ...,
+    temperature: float = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    tail: str = ...,
+    log_rest: Tensor | None = ...,
+    return_mass: bool = ...,
+    ignore_index: int | None = ...,
+    reduction: str = ...,
+    loss_weight: float | Tensor = ...,
+    hard_weight: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items_in_batch: float | Tensor | None = ...,
+    return_parts: bool = ...,
+    backend: str | None = ...,
+) -> Any: ...
+@overload
 def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -932,6 +1043,34 @@ class TVLoss(TokenLoss):
         self,
         temperature: float = ...,
         *,
+        ignore_index: int | None = ...,
+        reduction: str = ...,
+        loss_weight: float | Tensor = ...,
+        hard_weight: float = ...,
+        return_parts: bool = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class TopKKDLoss(SparseLoss):
+    temperature: float
+    divergence: str
+    beta: float
+    tail: str
+    return_mass: bool
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    hard_weight: float
+    return_parts: bool
+    backend: str | None
+    def __init__(
+        self,
+        temperature: float = ...,
+        *,
+        divergence: str = ...,
+        beta: float = ...,
+        tail: str = ...,
+        return_mass: bool = ...,
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,

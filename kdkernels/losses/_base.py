@@ -110,12 +110,16 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _temperature,
     "hard_weight": _checks.number,
     "return_parts": _checks.flag,
+    "return_mass": _checks.flag,
     "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
     "standardize": _checks.flag,
 }
 _TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
     "sampled_ids",
     "teacher_logprob",
+    "teacher_ids",
+    "teacher_logprobs",
+    "log_rest",
     "num_items_in_batch",  # which every step has anew
 }
 
@@ -160,6 +164,32 @@ class SampledLoss(_FromFunction):
             sampled_ids,
             teacher_logprob,
             labels=labels,
+            token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch,
+            **self._held(),
+        )
+
+
+class SparseLoss(_FromFunction):
+    """A loss of tokens against a sparse teacher: K ids a row with their log-probabilities."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Tensor | None = None,
+        *,
+        log_rest: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Any:
+        return self._spec.function(
+            student_logits,
+            teacher_ids,
+            teacher_logprobs,
+            labels=labels,
+            log_rest=log_rest,
             token_weight=token_weight,
             num_items_in_batch=num_items_in_batch,
             **self._held(),

@@ -1,4 +1,4 @@
-"""Rows of logits against K ids each (``reference/_topk.py``): kernels and their launch.
+"""Rows of logits against K ids each (``reference/topk.py``): kernels and their launch.
 
 Both kernels walk a row in blocks. The ids are sorted by the host, so that a program finds those of
 its block as a run of them and marks each by a comparison with the block's classes. The backward
@@ -61,7 +61,7 @@ def topk_kernel(
     target_ptr,  # (rows,), or None
     temperature_ptr,  # (rows,), or None for the number
     small_ptr,  # (rows, k + 1)
-    numbers_ptr,  # (4, rows)
+    numbers_ptr,  # (6, rows)
     rows,
     classes,
     k,
@@ -89,18 +89,15 @@ def topk_kernel(
     entry = tl.arange(0, ENTRIES)[None, :]
     inside = entry < k
     base = row * k + entry
-    ids = tl.load(ids_ptr + base, mask=inside, other=ABSENT)
     ordered = tl.load(ordered_ptr + base, mask=inside, other=BEYOND)
     after = tl.load(ordered_ptr + base + 1, mask=entry + 1 < k, other=BEYOND)
-    present = ids != ABSENT
-    valid = present & (ids >= 0) & (ids < classes)
-    bad = (present & ~valid) | ((ordered == after) & (ordered != ABSENT) & (entry + 1 < k))
+    bad = (ordered < 0) | (ordered >= classes) | ((ordered == after) & (entry + 1 < k))
+    bad = bad & inside & (ordered != ABSENT)
     if HARD:
         bad = bad | ((target < 0) | (target >= classes))
     wrong = tl.sum(bad.to(tl.int32)) > 0
 
     row_ptr = student_ptr + row * classes
-    at = tl.load(row_ptr + ids, mask=valid & live, other=none).to(ACC)
     maximum = tl.full((1, 1), none, ACC)
     total = tl.zeros((1, 1), ACC)
     hard_total = tl.zeros((1, 1), ACC)
@@ -135,13 +132,16 @@ def topk_kernel(
                 moment += tl.sum(
                     tl.where(e == 0, 0.0, (logits - shift) * e), axis=1, keep_dims=True
                 )
+    # Read late, so that no register holds them in the loop.
+    ids = tl.load(ids_ptr + base, mask=inside, other=ABSENT)
+    valid = (ids >= 0) & (ids < classes)
+    at = tl.load(row_ptr + ids, mask=valid & live, other=none).to(ACC)
     origin = tl.maximum(maximum, tl.max(at, axis=1, keep_dims=True))
     if HARD:
         origin = tl.maximum(origin, at_target)
     origin = finite_max(origin)
     nan = tl.where(wrong, float("nan"), 0.0).to(ACC)
     scaled = tl.where(valid, (at - origin) / heat, none)
-    far = (maximum - origin) / heat
     hard = tl.zeros((1, 1), ACC)
     others = tl.zeros((1, 1), ACC)
     if HARD:
@@ -155,14 +155,17 @@ def topk_kernel(
         hard = softplus(
             others - tl.where(at_target == float("inf"), float("nan"), at_target - origin)
         )
-        alone = tl.where(tl.sum(own.to(tl.int32)) == 0, (at_target - origin) / heat, none)
-        far, total_of_rest = add_sum(far, total, alone, tl.where(alone == none, 0.0, 1.0))
+        alone = tl.where(tl.sum(own.to(tl.int32)) == 0, at_target, none)
+        top = tl.maximum(maximum, alone)
+        shift = finite_max(top)
+        rest_sum = tl.where(total == 0, 0.0, total * tl.exp((maximum - shift) / heat))
+        rest_sum += tl.exp((alone - shift) / heat)
     else:
-        total_of_rest = total
-    rest = log_of_sum(far, total_of_rest) if REST else tl.full((1, 1), none, ACC)
+        top, rest_sum = maximum, total
+    rest_log = log_of_sum(one.to(ACC), rest_sum)
+    rest = (finite_max(top) - origin) / heat + rest_log if REST else tl.full((1, 1), none, ACC)
     entropy = tl.zeros((1, 1), ACC)
     if ENTROPY:
-        of_rest = log_of_sum(far, total_of_rest)
         mean = (moment / heat + (maximum - origin) / heat * total) * tl.exp(
             (maximum - origin) / heat
         )
@@ -170,9 +173,11 @@ def topk_kernel(
         e = tl.exp(scaled)
         mean += tl.sum(tl.where(e == 0, 0.0, scaled * e), axis=1, keep_dims=True)
         if HARD:
-            y = tl.where(alone == none, 0.0, alone)
+            y = tl.where(alone == none, 0.0, (alone - origin) / heat)
             mean += tl.where(alone == none, 0.0, y * tl.exp(y))
-        weight = tl.exp(of_rest) + tl.sum(e, axis=1, keep_dims=True)
+        weight = tl.exp((finite_max(top) - origin) / heat + rest_log) + tl.sum(
+            e, axis=1, keep_dims=True
+        )
         entropy = tl.log(weight) - mean / weight
     small = small_ptr + row * (k + 1)
     tl.store(small + entry, tl.where(live, scaled + nan, 0.0), mask=inside)
@@ -181,13 +186,16 @@ def topk_kernel(
     tl.store(numbers_ptr + rows + row + one, tl.where(live, others, 0.0))
     tl.store(numbers_ptr + 2 * rows + row + one, tl.where(live, hard + nan, 0.0))
     tl.store(numbers_ptr + 3 * rows + row + one, tl.where(live, entropy + nan, 0.0))
+    some = live & (rest != none)
+    tl.store(numbers_ptr + 4 * rows + row + one, tl.where(some, finite_max(top), 0.0))
+    tl.store(numbers_ptr + 5 * rows + row + one, tl.where(some, rest_log, 0.0))
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gradient_kernel(
+def topk_gradient_kernel(
     gradient_ptr,  # (rows, classes), which may be the student
     small_ptr,  # (rows, k + 1)
-    numbers_ptr,  # (4, rows)
+    numbers_ptr,  # (6, rows)
     upstream_ptr,  # (rows, k + 1)
     hard_upstream_ptr,  # (rows,), or None
     student_ptr,  # (rows, classes)
@@ -226,7 +234,6 @@ def gradient_kernel(
     rest = tl.load(small_ptr + row * (k + 1) + k + one)
     of_rest = tl.load(upstream_ptr + row * (k + 1) + k + one)
     of_rest = tl.where(rest == none, 0.0, of_rest)
-    rest = tl.where(of_rest == 0, 0.0, rest)
     # What a class that may be an id has instead of a share of the rest.
     apart = columns == -1
     own = tl.zeros((1, BLOCK), ACC)
@@ -235,16 +242,18 @@ def gradient_kernel(
         place = tl.load(places_ptr + row * k + i)
         own = tl.where(here, tl.load(upstream_ptr + row * (k + 1) + place), own)
         apart = apart | here
-    u = load_logits(student_ptr + row * classes, columns, 1, inside & live, ACC)
-    u -= tl.load(numbers_ptr + row + one)
-    x = tl.where(apart, none, u / heat - rest)
+    logits = load_logits(student_ptr + row * classes, columns, 1, inside & live, ACC)
+    top = tl.load(numbers_ptr + 4 * rows + row + one)
+    rest_log = tl.load(numbers_ptr + 5 * rows + row + one)
+    x = tl.where(apart, none, (logits - top) / heat - rest_log)
     share = tl.where(of_rest == 0, 0.0, of_rest * tl.exp(x))
     out = tl.where(apart, own, share) / heat
     if hard_upstream_ptr is not None:
         others = tl.load(numbers_ptr + rows + row + one)
         missed = -expm1(-tl.load(numbers_ptr + 2 * rows + row + one))
         b = tl.load(hard_upstream_ptr + row + one) * missed
-        x = tl.where((columns == target) | (others == none), none, u - others)
+        x = logits - tl.load(numbers_ptr + row + one) - others
+        x = tl.where((columns == target) | (others == none), none, x)
         out += tl.where(columns == target, -b, tl.where(b == 0, 0.0, b * tl.exp(x)))
     out = tl.where(live, out, 0.0)
     tl.store(gradient_ptr + row * classes + columns, narrowed(out, gradient_ptr), mask=inside)
@@ -255,6 +264,11 @@ def _block(classes: int, accumulator: tl.dtype) -> int:
     return min(launch.power_of_two(classes), max(launch.LIMITS.tile // share, 1))
 
 
+def _warps(k: int) -> int:
+    """A program holds all ids of its row."""
+    return 4 if k <= 256 else 8
+
+
 def forward(
     student: Tensor,  # (rows, classes), contiguous
     ids: Tensor,  # (rows, k)
@@ -262,14 +276,14 @@ def forward(
     row_temperature: Tensor | None,  # (rows,)
     call: TopKCall,
 ) -> tuple[Tensor, Tensor]:
-    """The small logits, (rows, k + 1), and the numbers, (4, rows)."""
+    """The small logits, (rows, k + 1), and the numbers, (6, rows)."""
     (temperature,) = numbers_of(call)
     rows, classes = student.shape
     k = ids.shape[1]
     wide = call.wide or student.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     small = student.new_empty((rows, k + 1), dtype=dtype)
-    numbers = student.new_empty((4, rows), dtype=dtype)
+    numbers = student.new_empty((6, rows), dtype=dtype)
     if rows == 0:
         return small, numbers
     accumulator = launch.accumulator(dtype)
@@ -298,7 +312,7 @@ def forward(
             ACC=accumulator,
             BLOCK=block,
             ENTRIES=launch.power_of_two(k),
-            num_warps=4,
+            num_warps=_warps(k),
             **launch.OPTIONS,
         )
     return small, numbers
@@ -324,8 +338,9 @@ def backward(
     accumulator = launch.accumulator(small.dtype)
     block = _block(classes, accumulator)
     ordered, places = ids.sort(-1)
+    k = ids.shape[1]
     with launch.on_device(student):
-        gradient_kernel[(rows, triton.cdiv(classes, block))](
+        topk_gradient_kernel[(rows, triton.cdiv(classes, block))](
             gradient,
             small,
             numbers,
@@ -338,13 +353,13 @@ def backward(
             row_temperature,
             rows,
             classes,
-            ids.shape[1],
+            k,
             call.ignore_index,
             temperature,
             BEYOND=BEYOND,
             ACC=accumulator,
             BLOCK=block,
-            ENTRIES=launch.power_of_two(ids.shape[1]),
-            num_warps=4,
+            ENTRIES=launch.power_of_two(k),
+            num_warps=_warps(k),
             **launch.OPTIONS,
         )

@@ -11,9 +11,10 @@ would be gone where the student is certain of an id. With g the gradient by the 
 
     d / d student_j = g_k / T  for j = id_k,      g_K exp(z'_j - rest) / T  elsewhere.
 
-A row has four numbers too: m (``lse = logsumexp(small) + m / T``), the logsumexp of z - m over all
+A row has six numbers too: m (``lse = logsumexp(small) + m / T``), the logsumexp of z - m over all
 classes but the target's at temperature 1, the target's cross-entropy (which alone has a gradient),
-and the entropy of softmax(z'); 0 where they are not wanted.
+the entropy of softmax(z'), and what the backward pass takes the rest's shares from: its largest
+logit and the logarithm of its sum relative to that. They are 0 where they are not wanted.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def rows(
     hard: bool,
     spread: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The small logits of each row, and its numbers, (4, rows)."""
+    """The small logits of each row, and its numbers, (6, rows)."""
     small, origin = compress(student, present, ids, temperature)
     if not rest:
         last = torch.arange(small.shape[-1], device=small.device) == small.shape[-1] - 1
@@ -65,4 +66,5 @@ def rows(
         values = cross_entropy(student, target)
     if spread:
         spreads = entropy(student, temperature, False)
-    return small, torch.stack([origin.squeeze(-1), others.detach(), values, spreads])
+    # Autograd needs nothing of the rest.
+    return small, torch.stack([origin.squeeze(-1), others.detach(), values, spreads, zero, zero])

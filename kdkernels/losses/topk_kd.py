@@ -1,0 +1,309 @@
+"""Divergences from a sparse teacher: K ids a row with their log-probabilities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from .. import _checks, _topk
+from .._calls import NO_ID, TopKCall
+from .._dtensor import any_sharded
+from .._dtypes import INTEGERS, working_dtype
+from .._rowrun import run
+from .._rowwise import TokenOptions, row_loss
+from .._tracing import traced, transformed
+from ..reference.topk import rows as reference
+from ..registry import LossSpec, register
+from ._base import SparseLoss, row_function
+from .jsd import JSD
+from .kd import KD_OF_TOKENS
+from .reverse_kl import REVERSE_KL
+from .tv import TV
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DENSE = {"kl": KD_OF_TOKENS, "reverse_kl": REVERSE_KL, "jsd": JSD, "tv": TV}
+TAILS = ("bucket", "renormalize", "teacher", "drop")
+MOST = 1024
+
+
+class TopKMass(NamedTuple):
+    """What ``return_mass=True`` gives: probabilities of a row's ids together, detached; 0 where the
+    row is ignored."""
+
+    student: Tensor
+    """Of the student's softened distribution."""
+    teacher: Tensor
+    """As it was given."""
+
+
+@row_function(TokenOptions)
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    divergence: str = "kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    log_rest: Tensor | None = None,
+    return_mass: bool = False,
+    **common: Unpack[TokenOptions],
+) -> Any:
+    r"""Divergence from a teacher of whom K ids a row are known, such as a top-k cache.
+
+    .. math:: L = \frac1N \sum_n D(\tilde p_n, \tilde q_n),\qquad
+              \tilde q_n = (q_{n,i_1}, \dots, q_{n,i_K}, 1 - \sum_k q_{n,i_k})
+
+    with q the softmax of the student over T, and D that of the dense losses. What is left beside
+    the ids is summed from the other classes' exponentials, so that it keeps its digits where the
+    student is certain. ``tail`` says what becomes of the rest:
+
+    - ``'bucket'``: one class more on both sides. A lower bound of the dense divergence, and equal
+      to it where K = V.
+    - ``'renormalize'``: none. Both sides are normalised over the K ids.
+    - ``'teacher'``: the teacher is normalised over its ids, the student over the vocabulary.
+      Reverse KL would be infinite.
+    - ``'drop'``: :math:`\sum_k p_k \log(p_k / q_k)` of the probabilities as they are, of KL alone.
+      It may be negative.
+
+    **There is no T^2**, and the teacher's log-probabilities are those at the loss's own
+    temperature: ``log_softmax(teacher / T)``. A row whose entries are all absent, and of whose rest
+    nothing is known or nothing is used, is an ignored row. On a GPU, ids that are out of range or
+    twice in a row make the row NaN; on the CPU they raise.
+
+    Args:
+        teacher_ids: (..., K), of the shape of the rows and K of 1 to 1024, any integer dtype; in
+            any order, none twice in a row.
+        teacher_logprobs: of the same shape, any floating dtype; a constant. -inf marks an absent
+            entry, whose id means nothing.
+        divergence: ``'kl'``, ``'reverse_kl'``, ``'jsd'`` or ``'tv'``.
+        beta: of ``'jsd'``, as in :func:`jsd_loss`; of the others unused.
+        tail: ``'bucket'``, ``'renormalize'``, ``'teacher'`` or ``'drop'``.
+        log_rest: of ``'bucket'``: log of the probability of all other ids, one number a row. None
+            takes 1 less the sum of the ids' probabilities, of which half precision leaves little
+            where that is near 1.
+        return_mass: gives ``mass`` too, last: ``mass.student`` and ``mass.teacher``, the
+            probabilities of a row's ids together, before any normalisation; detached.
+    """
+    _checks.tensor("student_logits", student_logits)
+    class_dim = _checks.logits(student_logits, student_logits.detach())
+    _checks.allocated("student_logits", student_logits)
+    if any_sharded(student_logits, teacher_ids, teacher_logprobs):
+        raise _checks.fail("student_logits", "a plain Tensor (call .to_local() on it)", "a DTensor")
+    _check_teacher(student_logits, class_dim, teacher_ids, teacher_logprobs, log_rest)
+    tail = _tail("tail", tail)
+    divergence = _divergence("divergence", divergence)
+    if divergence != "jsd" and torch.compiler.is_compiling():
+        beta = 0.5  # a number that is held and not used would be compiled anew for every value
+    beta = _checks.fraction("beta", beta)
+    _check_pair(divergence, beta, tail)
+    masses: list[TopKMass] | None = [] if _checks.flag("return_mass", return_mass) else None
+    options = (divergence, beta, tail, teacher_ids, teacher_logprobs, log_rest, masses)
+    constant = student_logits.detach()
+    given = row_loss(TOPK_KD, student_logits, constant, labels, options, temperature, **common)
+    if masses is None:
+        return given
+    shape = teacher_ids.shape[:-1]
+    mass = TopKMass(*(x.reshape(shape) for x in masses[-1]))
+    return (*given, mass) if isinstance(given, tuple) else (given, mass)
+
+
+def _check_teacher(
+    student: Tensor, class_dim: int, ids: Tensor, logprobs: Tensor, log_rest: Tensor | None
+) -> None:
+    rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    _checks.tensor("teacher_ids", ids)
+    _checks.tensor("teacher_logprobs", logprobs)
+    if ids.dtype not in INTEGERS:
+        raise _checks.fail_type("teacher_ids", "of an integer dtype", ids.dtype)
+    if ids.shape[:-1] != rows or ids.dim() != len(rows) + 1 or not 1 <= ids.shape[-1] <= MOST:
+        expected = f"of shape {(*rows, 'K')}, K from 1 to {MOST}".replace("'K'", "K")
+        raise _checks.fail("teacher_ids", expected, tuple(ids.shape))
+    _checks.dtype("teacher_logprobs", logprobs)
+    if logprobs.shape != ids.shape:
+        expected = f"of the shape of teacher_ids {tuple(ids.shape)}"
+        raise _checks.fail("teacher_logprobs", expected, tuple(logprobs.shape))
+    for name, value in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        if value.device != student.device:
+            raise _checks.fail(name, f"on the student's device {student.device}", value.device)
+        _checks.allocated(name, value)
+    _checks.constant("teacher_logprobs", logprobs)
+    if log_rest is not None:
+        _checks.token_weight(log_rest, student, class_dim, "log_rest")
+
+
+def _check_pair(divergence: str, beta: float, tail: str) -> None:
+    if tail == "drop" and divergence != "kl":
+        raise _checks.fail("divergence", "'kl' where tail is 'drop'", repr(divergence))
+    if tail == "teacher" and (divergence == "reverse_kl" or (divergence == "jsd" and beta == 1.0)):
+        expected = "'bucket' or 'renormalize' where divergence is reverse KL, else infinite"
+        raise _checks.fail("tail", expected, repr(tail))
+
+
+def _evaluate(
+    backend: str,
+    student: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    heats: Tensor | None,
+    ignore_index: int,
+    hard: bool,
+    parts: bool,
+    divergence: str,
+    beta: float,
+    tail: str,
+    ids: Tensor,
+    logprobs: Tensor,
+    log_rest: Tensor | None,
+    masses: list[TopKMass] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows' divergences, cross-entropies, entropies, and which of them count."""
+    k = ids.shape[-1]
+    dtype = working_dtype(student, logprobs)
+    ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
+    marked = _topk.absent_marked(ids, logprobs)
+    logprobs = logprobs.to(dtype)
+    total = None
+    if masses is not None or tail == "drop" or (tail == "bucket" and log_rest is None):
+        total = logprobs.double().exp().sum(-1)
+    valid = (marked != NO_ID).any(-1)
+    if tail != "bucket":
+        rest = torch.full_like(logprobs[:, :1], -torch.inf)
+    elif log_rest is not None:
+        rest = log_rest.reshape(-1, 1).to(dtype)
+        valid = valid | (rest[:, 0] != -torch.inf)
+    else:
+        assert total is not None
+        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
+    p = torch.cat([logprobs, rest], -1)
+    if target is None:
+        target, ignore_index = torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX
+    else:
+        valid = valid & (target != ignore_index)
+        target = torch.where(valid, target, ignore_index)
+    looked_at = student.is_cpu and not traced(student, ids) and not transformed()
+    if backend != "native" and looked_at:
+        _topk.check_ids(marked, valid, student.shape[1])
+        if hard:
+            _checks.target_range(target, student.shape[1], ignore_index)
+    call = TopKCall(
+        [temperature], None, dtype == torch.float64, tail != "renormalize" or masses is not None,
+        hard, parts, ignore_index,
+    )  # fmt: skip
+    heats = None if heats is None else heats.to(dtype).contiguous()
+    small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
+    mass = None if total is None else total.to(dtype)
+    if masses is not None:
+        assert mass is not None
+        own = small.detach().softmax(-1)[:, :-1].sum(-1)
+        masses.append(TopKMass(*(torch.where(valid, x, 0.0) for x in (own, mass))))
+    if tail == "renormalize":
+        last = torch.full_like(small[:, :1], -torch.inf)
+        small = torch.cat([small[:, :-1], last], -1)
+    values = _dense(backend, divergence, beta, small, p, target, ignore_index)
+    if tail == "drop":
+        assert mass is not None
+        values = mass * values + torch.special.xlogy(mass, mass)
+    hard_values = numbers[_topk.HARD] if hard else torch.zeros_like(values)
+    return values, hard_values, numbers[_topk.ENTROPY].detach(), valid
+
+
+def _dense(
+    backend: str,
+    divergence: str,
+    beta: float,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """The rows' values of the dense loss."""
+    spec = DENSE[divergence]
+    for value, end in spec.ends:
+        if beta == value:
+            spec = end.spec
+            break
+    numbers = (beta,) if spec is JSD else ()
+    rows = (target, None, None, None)
+    settings = (1.0, 1.0, 0.0, False, False, ignore_index, 1)
+    return run(spec, backend, numbers, *settings, student, teacher, *rows, 0)[0]
+
+
+class TopKKDLoss(SparseLoss):
+    """Module form of :func:`kdkernels.functional.topk_kd_loss`; see there.
+
+    ``TopKKDLoss(tail="bucket")(student_logits, teacher_ids, teacher_logprobs, labels)``;
+    ``labels`` is a mask and may be left out, ``log_rest`` a keyword.
+    """
+
+
+def _divergence(name: str, value: Any) -> Any:
+    return _checks.choice(name, value, tuple(DENSE))
+
+
+def _tail(name: str, value: Any) -> Any:
+    return _checks.choice(name, value, TAILS)
+
+
+def _any(name: str, value: Any) -> Any:
+    """Checked where the logits are known, or before."""
+    return value
+
+
+def _inputs(generator: Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    student = torch.randn(6, 9, generator=generator).to(dtype)
+    teacher = (2 * torch.randn(6, 9, generator=generator)).log_softmax(-1)
+    logprobs, ids = teacher.topk(4)
+    mask = torch.randint(3, (6,), generator=generator)
+    return student, ids, logprobs.to(dtype), mask
+
+
+TOPK_KD = register(
+    LossSpec(
+        name="topk_kd",
+        title="Top-k KD",
+        paper="Anshumann et al., 2025 (2503.16870)",
+        function=topk_kd_loss,
+        module=TopKKDLoss,
+        reference=reference,
+        family="sparse",
+        formula="mean D(p̃, q̃): K ids and the rest",
+        temperature="T² out",
+        reduction="mean over rows",
+        eps="none needed",
+        takes_target=True,
+        target_name="labels",
+        t_squared=False,
+        rule="topk",
+        evaluate=_evaluate,
+        options={
+            "divergence": _divergence,
+            "beta": _checks.fraction,
+            "tail": _tail,
+            "teacher_ids": _any,
+            "teacher_logprobs": _any,
+            "log_rest": _any,
+            "masses": _any,
+        },
+        samples=(
+            {},
+            {"divergence": "reverse_kl", "temperature": 2.0},
+            {"divergence": "jsd", "beta": 0.1, "loss_weight": 0.25},
+            {"divergence": "tv", "tail": "renormalize"},
+            {"tail": "teacher"},
+            {"tail": "drop", "temperature": 0.5},
+        ),
+        perturb={
+            "divergence": "tv",
+            "beta": {"divergence": "jsd", "beta": 0.2},
+            "tail": "renormalize",
+        },
+        inputs=_inputs,
+    )
+)
