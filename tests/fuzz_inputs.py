@@ -29,7 +29,10 @@ class NotSuitable(Exception):
 
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5, 0.1, 0.01, 20.0, 1000.0, 1e6, 1e-6, 1 / 3)
 WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
-NOT_PLAIN = ("backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts")
+NOT_PLAIN = (
+    "backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts",
+    "process_group",
+)  # fmt: skip
 """Arguments that are no options, and tensors."""
 FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
 GOOD: dict[str, Sequence[Any]] = {
@@ -81,6 +84,7 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     ),
     "standardize": (1, 0, None, "yes", [], 1.0, torch.tensor(1)),
     "backend": ("cuda", "", ["native"], 0, False, b"native", {}, ("native",)),
+    "process_group": ("gloo", 0, -100, ["gloo"], object()),
     "similarity": ("L1", None, 1, ["l1"], ""),
     "kind": ("Log", None, 1, ["log"], ""),
     "estimator": ("K2", None, 2, ["k2"], ""),

@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._group import ProcessGroup
 from .._rowwise import LossParts
 from ._base import RowLoss, SampledLoss, TokenLoss
 from .attention import AttentionTransferLoss as AttentionTransferLoss
@@ -42,6 +43,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -60,6 +62,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -78,6 +81,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -100,6 +104,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -122,6 +127,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -144,6 +150,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -162,6 +169,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -180,6 +188,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -198,6 +207,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -218,6 +228,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -238,6 +249,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -258,6 +270,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -275,6 +288,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -292,6 +306,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -309,6 +324,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -327,6 +343,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -345,6 +362,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -363,6 +381,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -380,6 +399,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -397,6 +417,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -414,6 +435,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -430,6 +452,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -446,6 +469,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -462,6 +486,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -479,6 +504,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -496,6 +522,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -513,6 +540,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -530,6 +558,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -547,6 +576,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -564,6 +594,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -581,6 +612,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -598,6 +630,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -615,6 +648,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -631,6 +665,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -647,6 +682,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -663,6 +699,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 
@@ -678,6 +715,7 @@ class AEKTLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -693,6 +731,7 @@ class AEKTLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -705,6 +744,7 @@ class AcceptanceLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -717,6 +757,7 @@ class AcceptanceLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -729,6 +770,7 @@ class AlphaBetaLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -741,6 +783,7 @@ class AlphaBetaLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -754,6 +797,7 @@ class DKDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -767,6 +811,7 @@ class DKDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -778,6 +823,7 @@ class JSDLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -789,6 +835,7 @@ class JSDLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -800,6 +847,7 @@ class KDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -811,6 +859,7 @@ class KDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -822,6 +871,7 @@ class MixedKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -833,6 +883,7 @@ class MixedKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -843,6 +894,7 @@ class ReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -853,6 +905,7 @@ class ReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -863,6 +916,7 @@ class SampledKLLoss(SampledLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -873,6 +927,7 @@ class SampledKLLoss(SampledLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -884,6 +939,7 @@ class SkewKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -895,6 +951,7 @@ class SkewKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -906,6 +963,7 @@ class SkewReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -917,6 +975,7 @@ class SkewReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -927,6 +986,7 @@ class TVLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -937,5 +997,6 @@ class TVLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
