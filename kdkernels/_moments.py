@@ -90,14 +90,18 @@ def _centred(x: Tensor, over: tuple[int, ...], count: int) -> tuple[Tensor, Tens
     return (mean.double() + origin).flatten(), x
 
 
-def root(squares: Tensor) -> Tensor:
-    """The root, whose derivative is 0 at 0."""
-    none = squares == 0
+def root(squares: Tensor, least: float = 0.0) -> Tensor:
+    """The root, and 0 up to ``least``, where its derivative is 0."""
+    none = squares <= least
     return torch.where(none, 0.0, torch.where(none, 1.0, squares).sqrt())
 
 
-def correlation(moments: Moments, eps: float, tiny: float) -> Tensor:
-    """Pearson correlation of each column; 0 where a norm is 0, as in ``reference.dist``."""
-    norms = root(moments.student) * root(moments.teacher) + eps
-    none = norms < 1024 * tiny
+def correlation(moments: Moments, eps: float, dtype: torch.dtype) -> Tensor:
+    """Pearson correlation of each column; 0 where ``reference.dist`` has a norm of 0 in ``dtype``.
+
+    The merged moments are float64 and underflow later than the values whose gradients they scale.
+    """
+    least = 1024 * torch.finfo(dtype).tiny
+    norms = root(moments.student, least) * root(moments.teacher, least) + eps
+    none = norms < least
     return torch.where(none, 0.0, moments.cross / torch.where(none, 1.0, norms))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from kdkernels import _group, functional
+from kdkernels import _group, _moments, functional
 from kdkernels.registry import SPECS, LossSpec
 
 GROUPED = [
@@ -266,6 +266,18 @@ def alone(tmp_path: Any) -> Iterator[Any]:
     yield dist.group.WORLD
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def test_moments_that_underflow() -> None:
+    """A float32 gradient cannot hold the slope of a norm of 1e-20: such a column is constant."""
+    squares = torch.tensor([1e-40], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    for dtype, expected in ((torch.float64, 0.5), (torch.float32, 0.0)):
+        moments = _moments.Moments(10 * one, squares, one, 5e-21 * one)
+        rho = _moments.correlation(moments, 0.0, dtype)
+        (slope,) = torch.autograd.grad(rho, squares)
+        assert rho.item() == pytest.approx(expected)
+        assert slope.item() == pytest.approx(-expected / 2 / 1e-40)
 
 
 every_grouped = pytest.mark.parametrize("spec", GROUPED, ids=lambda spec: spec.name)

@@ -111,7 +111,7 @@ def _of_group(
     )  # fmt: skip
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))
     inter, moments = _moments.merged(q, p, (0,), by_rows, group)
-    rho = _moments.correlation(moments, eps, torch.finfo(s.dtype).tiny)
+    rho = _moments.correlation(moments, eps, s.dtype)
     columns = torch.where(moments.rows > 0, 1 - rho, 0.0)
     intra = columns.mean() if mean else columns.sum()
     if mean:
