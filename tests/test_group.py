@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import group_cost
 from kdkernels import _group, _moments, functional
 from kdkernels.registry import SPECS, LossSpec
 
@@ -278,6 +279,27 @@ def test_moments_that_underflow() -> None:
         (slope,) = torch.autograd.grad(rho, squares)
         assert rho.item() == pytest.approx(expected)
         assert slope.item() == pytest.approx(-expected / 2 / 1e-40)
+
+
+@needs_processes
+@pytest.mark.parametrize("workload", group_cost.WORKLOADS, ids=lambda workload: workload.name)
+def test_ranks_give_the_bytes_that_the_arithmetic_says(
+    workload: group_cost.Workload, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def counted(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
+        def call(*tensors: Tensor, group: Any) -> Any:
+            given.append(tensors[argument].nbytes)
+            return function(*tensors, group=group)
+
+        return call
+
+    monkeypatch.setattr(_group, "_all_gather", counted(_group._all_gather, 1))
+    monkeypatch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0))
+    workload.loss(*workload.tensors(), process_group=alone)
+    assert sum(given) == workload.given
+    assert f"| {workload.name} |" in group_cost.arithmetic() or workload.given == 8
 
 
 every_grouped = pytest.mark.parametrize("spec", GROUPED, ids=lambda spec: spec.name)
