@@ -115,6 +115,8 @@ def gathered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*args, **kwargs)
         from torch.distributed.tensor import DTensor, Replicate
 
+        if kwargs.get("process_group") is not None:
+            raise _checks.fail("process_group", "None where inputs are DTensors", "a group")
         named = {f"input {i}": x for i, x in enumerate(args)} | kwargs
         mesh = _mesh(named)
         everywhere = [Replicate()] * mesh.ndim

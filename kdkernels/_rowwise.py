@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor, _temperature
+from . import _checks, _dtensor, _group, _temperature
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
+from ._group import ProcessGroup
 from ._rowrun import run
 from ._tracing import plain
 from .reference._rows import weighted
@@ -27,6 +28,7 @@ class TokenOptions(TypedDict, total=False):
     token_weight: Tensor | None
     num_items_in_batch: float | Tensor | None
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
 
 
@@ -66,6 +68,7 @@ def row_loss(
     num_items_in_batch: float | Tensor | None = None,
     return_parts: bool = False,
     standardize: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Any:
     """Check the inputs, choose the backend and run it: the loss, or with it its ``LossParts``.
@@ -73,6 +76,9 @@ def row_loss(
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
     code = _checks.reduction(reduction)
+    if process_group is not None:
+        reduction = by_group(process_group, reduction, num_items_in_batch, student, teacher)
+        code = _checks.REDUCTIONS[reduction]
     class_dim = _checks.logits(student, teacher)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
@@ -110,7 +116,8 @@ def row_loss(
         }
         given = temperature if heats is None else heats
         once = functools.partial(row_loss, spec, student, teacher, target, options, given, **common)
-        return joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
+        both = joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
+        return over_ranks(both, process_group, student, class_dim, target, index)
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
     hard_token_weight = token_weight if hard != 0.0 else None
@@ -177,11 +184,44 @@ def row_loss(
                 scale=scale, standardize=standardize, ignore_index=index,
                 class_dim=class_dim, reduction=code,
             )  # fmt: skip
-    if parts is None:
-        return _weigh(loss, factor, divisor)
-    values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
-    values = _weigh(values, None if factor is None else factor.detach(), divisor)
-    return _weigh(loss, factor, divisor), LossParts(values[0], values[1], parts[2])
+    result: Any = _weigh(loss, factor, divisor)
+    if parts is not None:
+        values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
+        values = _weigh(values, None if factor is None else factor.detach(), divisor)
+        result = result, LossParts(values[0], values[1], parts[2])
+    return over_ranks(result, process_group, student, class_dim, target, index)
+
+
+def by_group(group: Any, reduction: str, items: Any, *logits: Any) -> str:
+    """Check what a mean over the rows of all ranks needs; gives the reduction it begins as."""
+    _group.check_call(group, *logits)
+    if _checks.reduction(reduction) != _checks.REDUCTIONS["mean"]:
+        raise _checks.fail("reduction", "'mean' where process_group is given", repr(reduction))
+    if items is not None:
+        raise _checks.fail("num_items_in_batch", "None where process_group is given", items)
+    return "sum"
+
+
+def over_ranks(
+    sums: Any, group: Any, student: Tensor, class_dim: int, target: Tensor | None, ignored: int
+) -> Any:
+    """This rank's share of the mean over the rows of all ranks: W times its sum over their number.
+
+    Unchanged without a group. It comes last: whatever raises has done so before ranks wait.
+    """
+    if group is None:
+        return sums
+    if target is None:
+        own = torch.full((), student.numel() // student.shape[class_dim], device=student.device)
+    else:
+        own = (target if target.dtype == torch.bool else target.long() != ignored).sum()
+    count = _group.total(own, group).clamp(min=1)
+    if isinstance(sums, Tensor):
+        return sums * (group.size() / count.to(sums.dtype))
+    share = group.size() / count.to(sums[0].dtype)
+    parts: LossParts = sums[1]
+    given = parts.distillation * share, parts.hard * share, parts.entropy
+    return sums[0] * share, LossParts(*given)
 
 
 def _weigh(values: Tensor, factor: Tensor | None, divisor: Tensor | None) -> Tensor:

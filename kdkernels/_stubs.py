@@ -21,6 +21,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._group import ProcessGroup
 from .._rowwise import LossParts
 from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
 '''

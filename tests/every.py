@@ -5,6 +5,7 @@ For the tests of what does not depend on a loss's arguments: transforms, recorde
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,12 @@ from kdkernels import _dispatch
 from kdkernels.registry import SPECS, LossSpec
 
 BACKENDS = ("native", "triton", "reference")
+GROUPED = [
+    spec
+    for spec in SPECS.values()
+    if "process_group" in inspect.signature(spec.function).parameters
+]
+"""Losses of a batch that may lie on several ranks."""
 
 
 @dataclass

@@ -526,6 +526,28 @@ _of(
     ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
     ("row_dim", "Shard(p.dim «- (p.dim > class_dim)»)", ""),
 )  # fmt: skip
+_of(
+    "kdkernels", "_group.py", "test_group.py", "every",
+    ("gradient_of_one", "return upstream «* ctx.ranks», None", ""),
+    ("rows_of_the_first", "begin = «sum(counts[: group.rank()])»", "0"),
+    ("others_move", "rows[:rank], «own[None]», rows[rank + 1 :]", "own.detach()[None]"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_group.py", "test_group_alone.py", "before",
+    ("transforms_unseen", "    if «transformed()»:", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_moments.py", "test_group.py", "every",
+    ("means_alike", "whole = squares.sum(0) «+ (weights * between).sum(0)»", ""),
+    ("mean_unweighted", "(weights * apart).sum(0) / «total.clamp(min=1)»", "len(counts)"),
+    ("means_still", "torch.addcmul(«mean / max(ctx.count, 1)», s, 2 * square)", "0 * mean"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_rowwise.py", "test_group.py", "every",
+    ("count_of_rank", "count = «_group.total(own, group)».clamp(min=1)", "own"),
+    ("share_of_one", "return sums * (group.size() / count.to(sums.dtype))",
+     "return sums / count.to(sums.dtype)"),
+)  # fmt: skip
 
 # Teachers: containers, targets, caches, servers' answers.
 

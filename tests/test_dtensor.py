@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-import traceback
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from every import example, gradient
+from ranks import needs_processes, run_on_ranks
 
 from kdkernels.registry import SPECS, LossSpec
 
@@ -89,43 +87,19 @@ def _check_sparse(spec: LossSpec) -> None:
         spec.function(*tensors)
 
 
-def _worker(rank: int, port_file: str, failures: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=WORLD)
-    try:
-        try:
-            _check_image()
-        except Exception:
-            failures.put(f"rank {rank}, image:\n{traceback.format_exc()}")
-            return
-        for spec in SPECS.values():
-            if spec.family == "sparse":
-                _check_sparse(spec)
-                continue
-            for reduction in ("mean", "sum", "none") if spec.by_row else ("mean", "sum"):
-                for dim in (0, 1):
-                    for ignored in (False, True):
-                        name = f"{spec.name} {reduction} Shard({dim}) ignored={ignored}"
-                        try:
-                            _check(spec, reduction, dim, ignored)
-                        except Exception:
-                            failures.put(f"rank {rank}, {name}:\n{traceback.format_exc()}")
-                            return
-    finally:
-        dist.destroy_process_group()
+def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "image", _check_image
+    for spec in SPECS.values():
+        if spec.family == "sparse":
+            yield spec.name, functools.partial(_check_sparse, spec)
+            continue
+        for reduction in ("mean", "sum", "none") if spec.by_row else ("mean", "sum"):
+            for dim in (0, 1):
+                for ignored in (False, True):
+                    name = f"{spec.name} {reduction} Shard({dim}) ignored={ignored}"
+                    yield name, functools.partial(_check, spec, reduction, dim, ignored)
 
 
-@pytest.mark.skipif(
-    not dist.is_available() or sys.platform != "linux", reason="torch.distributed is not available"
-)
+@needs_processes
 def test_every_loss_of_sharded_tensors() -> None:
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "rendezvous")
-        mp.spawn(_worker, (path, failures), nprocs=WORLD)
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    assert not found, "\n".join(found)
+    run_on_ranks(WORLD, _cases)

@@ -292,6 +292,8 @@ def test_errors(spec: LossSpec) -> None:
             changed[i] = tensors[i].clone().requires_grad_()
             refused(ValueError, f"{name} must be a constant", *changed)
     for name in names[len(tensors) :]:
+        if name == "process_group":  # test_group.py
+            continue
         if name not in ("similarity", "reduction", "backend"):
             refused(TypeError, f"{name} must be a number", *tensors, **{name: "1"})
             refused(ValueError, f"{name} must be finite", *tensors, **{name: float("nan")})

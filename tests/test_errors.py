@@ -68,6 +68,7 @@ TEMPERATURE = [
     (1e7, ValueError, "in [1e-06, 1e+06], got 10000000.0"),
     (1e-7, ValueError, "in [1e-06, 1e+06], got 1e-07"),
 ]
+GROUP = "None or a torch.distributed.ProcessGroup of this process"
 BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "temperature": TEMPERATURE,
     "tau": TEMPERATURE,
@@ -85,6 +86,10 @@ BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
         for value in ("Log", None, 1, ["log"])
     ],
     "loss_weight": NUMBER,
+    "process_group": [
+        (value, TypeError, f"{GROUP}, got {type(value).__name__}")
+        for value in ("gloo", torch.distributed.GroupMember.NON_GROUP_MEMBER, object)
+    ],
     "backend": [
         (value, ValueError, f"'native', 'triton', 'reference' or None, got {value!r}")
         for value in ("cuda", "", ["native"], 0, False)

@@ -54,6 +54,7 @@ def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "teacher_logits": torch.randn(6, 10, generator=generator),
         "labels": labels,
         "target": labels,
+        "process_group": None,
         "task_loss": torch.nn.functional.cross_entropy(student, labels),
     }
     exec(compile(code, "README.md", "exec"), names)

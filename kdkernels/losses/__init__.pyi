@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._group import ProcessGroup
 from .._rowwise import LossParts
 from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
 from .attention import AttentionTransferLoss as AttentionTransferLoss
@@ -43,6 +44,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -61,6 +63,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -79,6 +82,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -101,6 +105,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -123,6 +128,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -145,6 +151,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -163,6 +170,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -181,6 +189,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -199,6 +208,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -219,6 +229,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -239,6 +250,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -259,6 +271,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -276,6 +289,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -293,6 +307,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -310,6 +325,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -328,6 +344,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -346,6 +363,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -364,6 +382,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -381,6 +400,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -398,6 +418,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -415,6 +436,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -431,6 +453,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -447,6 +470,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -463,6 +487,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -480,6 +505,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -497,6 +523,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -514,6 +541,7 @@ def sampled_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -531,6 +559,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -548,6 +577,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -565,6 +595,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -582,6 +613,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -599,6 +631,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -616,6 +649,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -742,6 +776,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -758,6 +793,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -774,6 +810,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 
@@ -789,6 +826,7 @@ class AEKTLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -804,6 +842,7 @@ class AEKTLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -816,6 +855,7 @@ class AcceptanceLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -828,6 +868,7 @@ class AcceptanceLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -840,6 +881,7 @@ class AlphaBetaLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -852,6 +894,7 @@ class AlphaBetaLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -865,6 +908,7 @@ class DKDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -878,6 +922,7 @@ class DKDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -889,6 +934,7 @@ class JSDLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -900,6 +946,7 @@ class JSDLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -911,6 +958,7 @@ class KDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -922,6 +970,7 @@ class KDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -933,6 +982,7 @@ class MixedKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -944,6 +994,7 @@ class MixedKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -954,6 +1005,7 @@ class ReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -964,6 +1016,7 @@ class ReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -974,6 +1027,7 @@ class SampledKLLoss(SampledLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -984,6 +1038,7 @@ class SampledKLLoss(SampledLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -995,6 +1050,7 @@ class SkewKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1006,6 +1062,7 @@ class SkewKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1017,6 +1074,7 @@ class SkewReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1028,6 +1086,7 @@ class SkewReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1038,6 +1097,7 @@ class TVLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1048,6 +1108,7 @@ class TVLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 

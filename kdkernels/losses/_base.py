@@ -11,7 +11,7 @@ from typing import Any, ClassVar, ParamSpec
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _group
 from .._rowwise import row_loss
 from ..reference._rows import weighted
 from ..registry import LossSpec
@@ -113,6 +113,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "return_mass": _checks.flag,
     "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
     "standardize": _checks.flag,
+    "process_group": lambda name, value: _group.check(value),
 }
 _TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
     "sampled_ids",
@@ -245,6 +246,11 @@ _ARGUMENTS = {
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
         ``(x - mean) / (std + 1e-7)`` first.""",
+    "process_group": """``'mean'`` is over the rows of all ranks of this torch.distributed group, on
+        which one number is summed, without the host. The loss is W times the rank's sum over that
+        number of rows, with W ranks: the average over the ranks of the losses is the mean, and that
+        of their gradients, which DistributedDataParallel takes, is its gradient. A rank may have
+        no rows. Every rank must call. None: the rows of this process alone.""",
     "backend": "``'native'``, ``'triton'``, ``'reference'``; None chooses.",
 }
 _MASK = """optional, only a mask: class indices, (N,), (B, S) or (N, H, W), of which

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._dtypes import working_dtype
-from .._rowwise import TokenOptions, joined, row_loss
+from .._rowwise import TokenOptions, by_group, joined, over_ranks, row_loss
 from ..reference.mixed_kl import mixed_kl as reference
 from ..registry import End, LossSpec, register
 from ._base import TokenLoss, row_function
@@ -74,6 +74,11 @@ def _by_token(
     if given is not None:
         _checks.token_weight(given, student, class_dim)
     weight = weight.to(working_dtype(student, teacher))
+    group = common.pop("process_group", None)
+    if group is not None:  # one number exchanged for all parts
+        items = common.get("num_items_in_batch")
+        reduction = by_group(group, common.get("reduction", "mean"), items, student, teacher)
+        common["reduction"] = reduction
     hard = common.pop("hard_weight", 0.0)
     both = []
     for spec, part in ((KD_OF_TOKENS, weight), (REVERSE_KL, 1 - weight)):
@@ -84,7 +89,9 @@ def _by_token(
         common["loss_weight"] = 0.0
         common["hard_weight"] = hard
         both.append(row_loss(REVERSE_KL, student, teacher, labels, (), temperature, **common))
-    return functools.reduce(joined, both)
+    index = common.get("ignore_index", -100)
+    ignored = _checks.NO_INDEX if index is None else index
+    return over_ranks(functools.reduce(joined, both), group, student, class_dim, labels, ignored)
 
 
 class MixedKLLoss(TokenLoss):

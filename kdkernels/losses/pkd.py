@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks, _embedding
+from .. import _checks, _embedding, _group, _moments
+from .._dispatch import choose
 from .._dtensor import gathered
+from .._dtypes import working_dtype
+from .._group import ProcessGroup
 from ..composed.pkd import pkd as composed
-from ..reference.pkd import pkd as reference, resize
+from ..reference.pkd import EPS, pkd as reference, resize
 from ..registry import LossSpec, register
 from ._base import LossModule, weighed
 
@@ -21,6 +24,7 @@ def pkd_loss(
     *,
     reduction: str = "mean",
     loss_weight: float = 1.0,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Feature maps compared after each channel is standardised: scale and offset do not matter.
@@ -41,6 +45,9 @@ def pkd_loss(
         teacher_features: (B, C, H', W'), or (B, N, D), on the same device; own dtype; a constant.
         reduction: ``'mean'`` (alias ``'batchmean'``) over all elements, or ``'sum'``.
         loss_weight: multiplies the loss.
+        process_group: channels are standardised over the samples of all ranks of this group, which
+            exchange float64 moments of the channels as in :func:`kdkernels.functional.dist_loss`,
+            with the same factor W in the gradient. The sums are in float64. None: this process.
         backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. None
             has a written gradient on the CPU, which cannot be differentiated again.
 
@@ -66,6 +73,11 @@ def pkd_loss(
         student, teacher = _embedding.promote(student, teacher)
         with _embedding.full_precision(student.device):
             student = resize(student, teacher)
+    if process_group is not None:
+        _group.check_call(process_group)
+        choose(PKD, student, backend)
+        loss = loss_weight * _of_group(student, teacher, process_group, reduction)
+        return _group.summed(loss.to(working_dtype(student, teacher)), process_group)
     return _embedding.composed(
         PKD,
         student,
@@ -76,6 +88,16 @@ def pkd_loss(
     )
 
 
+def _of_group(student: Tensor, teacher: Tensor, group: ProcessGroup, reduction: str) -> Tensor:
+    """The sum of the squared gaps from the moments of both; in float64, in which they cancel."""
+    s, t = student.double(), teacher.double()
+    _, moments = _moments.merged(s, t, (0, 2, 3), s.new_zeros(()), group)
+    count, ss, tt, st = moments
+    a, b = (1 / (_moments.root(x / (count - 1).clamp(min=1)) + EPS) for x in (ss, tt))
+    gaps = (a * a * ss + b * b * tt - 2 * a * b * st) / 2
+    return gaps.sum() if reduction == "sum" else gaps.mean() / count.clamp(min=1)
+
+
 class PKDLoss(LossModule):
     """Module form of :func:`kdkernels.functional.pkd_loss`; see there."""
 
@@ -84,11 +106,13 @@ class PKDLoss(LossModule):
         *,
         reduction: str = "mean",
         loss_weight: float = 1.0,
+        process_group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
         )
+        self.process_group = _group.check(process_group)
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
         return pkd_loss(
@@ -96,6 +120,7 @@ class PKDLoss(LossModule):
             teacher_features,
             reduction=self.reduction,
             loss_weight=self.loss_weight,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

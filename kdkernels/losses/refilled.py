@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _embedding
+from .. import _checks, _embedding, _group
 from .._calls import TupleCall
 from .._dispatch import choose
 from .._dtensor import gathered
+from .._group import ProcessGroup
 from .._rowwise import row_loss
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
@@ -32,6 +35,7 @@ def tuple_matching_loss(
     *,
     reduction: str = "mean",
     loss_weight: float = 1000.0,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Stage 1 of REFILLED: the teacher's comparisons in tuples that the student finds hard.
@@ -66,6 +70,9 @@ def tuple_matching_loss(
         margin: width of the semi-hard band, >= 0.
         reduction: ``'mean'`` (alias ``'batchmean'``) over tuples, or ``'sum'``.
         loss_weight: multiplies the loss (published: 1000).
+        process_group: tuples are mined among the samples of all ranks of this group, which are
+            gathered as in :func:`kdkernels.functional.rkd_loss`, with the same factor W in the
+            gradient. None: those of this process alone.
         backend: ``'native'``, ``'triton'``, ``'reference'``; None chooses. The reference takes
             memory of order B^3.
 
@@ -88,6 +95,18 @@ def tuple_matching_loss(
     _checks.constant("teacher_embeddings", teacher_embeddings)
     target = _embedding.labels(target, samples, student_embeddings.device)
     chosen = choose(TUPLE_MATCHING, student_embeddings, backend)
+    if process_group is not None:
+        _group.check_call(process_group)
+        return _group.of_all_rows(
+            functools.partial(
+                tuple_matching_loss, temperature=temperature, margin=margin,
+                reduction=reduction, loss_weight=loss_weight, backend=backend,
+            ),
+            process_group,
+            student_embeddings=student_embeddings,
+            teacher_embeddings=teacher_embeddings,
+            target=target,
+        )  # fmt: skip
     if chosen == "reference":
         with _embedding.full_precision(student_embeddings.device):
             return loss_weight * reference.tuple_matching(
@@ -120,11 +139,13 @@ class TupleMatchingLoss(LossModule):
         *,
         reduction: str = "mean",
         loss_weight: float = 1000.0,
+        process_group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
         )
+        self.process_group = _group.check(process_group)
         self.temperature = _checks.temperature(temperature)
         self.margin = _checks.non_negative("margin", margin)
 
@@ -139,6 +160,7 @@ class TupleMatchingLoss(LossModule):
             self.margin,
             reduction=self.reduction,
             loss_weight=self.loss_weight,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

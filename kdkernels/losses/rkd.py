@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .. import _checks, _embedding
+from .. import _checks, _embedding, _group
+from .._dispatch import choose
 from .._dtensor import gathered
+from .._group import ProcessGroup
 from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, weighed
@@ -22,6 +26,7 @@ def rkd_loss(
     *,
     reduction: str = "mean",
     loss_weight: float = 1.0,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Distances between samples, and angles among triples of them, matched to the teacher's.
@@ -50,6 +55,11 @@ def rkd_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) over the pairs and over the triples, or
             ``'sum'``.
         loss_weight: multiplies the loss.
+        process_group: the relations are among the samples of all ranks of this group, which may
+            differ in number and be none. Every rank gathers all embeddings, after their shapes, for
+            which the host waits, and evaluates the whole loss. It is the same on every rank, its
+            gradient W times the derivative by the rank's samples, because DistributedDataParallel
+            averages over the W ranks. None: this process alone.
         backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. Can be
             differentiated twice, with memory of order B^3 for the angles.
 
@@ -70,6 +80,18 @@ def rkd_loss(
     if len(teacher_embeddings) != samples:
         raise _checks.fail("teacher_embeddings", f"of {samples} rows", len(teacher_embeddings))
     _checks.constant("teacher_embeddings", teacher_embeddings)
+    if process_group is not None:
+        _group.check_call(process_group)
+        choose(RKD, student_embeddings, backend)  # raises before a collective starts
+        return _group.of_all_rows(
+            functools.partial(
+                rkd_loss, distance_weight=distance_weight, angle_weight=angle_weight,
+                reduction=reduction, loss_weight=loss_weight, backend=backend,
+            ),
+            process_group,
+            student_embeddings=student_embeddings,
+            teacher_embeddings=teacher_embeddings,
+        )  # fmt: skip
     return _embedding.composed(
         RKD,
         student_embeddings,
@@ -92,11 +114,13 @@ class RKDLoss(LossModule):
         *,
         reduction: str = "mean",
         loss_weight: float = 1.0,
+        process_group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
         )
+        self.process_group = _group.check(process_group)
         self.distance_weight = _checks.non_negative("distance_weight", distance_weight)
         self.angle_weight = _checks.non_negative("angle_weight", angle_weight)
 
@@ -108,6 +132,7 @@ class RKDLoss(LossModule):
             self.angle_weight,
             reduction=self.reduction,
             loss_weight=self.loss_weight,
+            process_group=self.process_group,
             backend=self.backend,
         )
 
