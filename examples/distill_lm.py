@@ -4,6 +4,7 @@
     python examples/distill_lm.py                          # the text of Python's own help
     python examples/distill_lm.py --text kjv.txt           # any English text, UTF-8
     python examples/distill_lm.py --methods ce kl kl:weight=1 jsd:beta=0.1 --seeds 0 1 2 3 4
+    python examples/distill_lm.py --teacher topk           # from a cache of its 32 likeliest tokens
     python examples/distill_lm.py --validate --seeds 10 11 # to choose options
 
 A method is NAME[:OPTION=VALUE,...]. Results go to ``--output``: results.json, lm_curves.png and
@@ -14,6 +15,7 @@ Nothing here is needed to use the library: the losses are called in lm_methods.p
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ try:
     import lm_figure
     import lm_models
     import lm_report
+    import lm_teachers
     import models
     from arguments import checked, threads
     from lm_methods import METHODS, Method
@@ -52,14 +55,22 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         nargs="+",
-        default=list(METHODS),
         metavar="METHOD",
         type=checked(Method.parse),
-        help="NAME[:OPTION=VALUE,...]; names: " + ", ".join(METHODS),
+        help="NAME[:OPTION=VALUE,...]; names: " + ", ".join(METHODS) + "; default: all that the"
+        " form of the teacher allows",
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     add(
         "--teacher",
+        choices=lm_teachers.FORMS,
+        default="dense",
+        help="how it reaches the student: its logits; its likeliest tokens, cached on disk once;"
+        " hidden states and head",
+    )
+    add("--top-k", type=_positive, default=32, metavar="K", help="tokens of --teacher topk")
+    add(
+        "--teacher-size",
         default="128x3",
         type=checked(models.size),
         metavar="WxB",
@@ -96,6 +107,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _methods(given: Sequence[str] | None, form: str) -> list[str]:
+    """The methods, all that the form of the teacher allows where none is named."""
+    allowed = [name for name in METHODS if form != "topk" or name in ("ce", *TOPK_DIVERGENCES)]
+    for text in given or ():
+        if text.partition(":")[0] not in allowed:
+            raise SystemExit(
+                f"distill_lm.py: --methods must be among {', '.join(allowed)} where --teacher is"
+                f" {form}, got {text}"
+            )
+    return list(given or allowed)
+
+
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -104,6 +127,10 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"it must be a number in (0, 1], got {text}")
     return share
+
+
+TOPK_DIVERGENCES = ("kl", "reverse_kl", "jsd")
+"""The methods that a teacher of a few tokens can teach."""
 
 
 class Comparison:
@@ -122,19 +149,22 @@ class Comparison:
         self.done = 0
 
     def job(
-        self, name: str, method: Method, seed: int, teacher: lm_models.Decoder | None
+        self, name: str, method: Method, seed: int, network: lm_models.Decoder | None
     ) -> lm_engine.Job:
         """A student's; the teacher's own is ``teacher_job``."""
         args = self.args
         settings = self.settings("student", "share", "steps", "batch", "lr", "evaluate_every")
-        if teacher is not None:
+        stream, teacher = self.stream(args.share, seed), None
+        if network is not None:
             settings |= {"backend": args.backend, "of": self.teacher_settings()}
+            settings["form"] = args.teacher if args.teacher != "topk" else f"top-{args.top_k}"
+            teacher = self.teacher(network, method, seed, stream)
         return lm_engine.Job(
             name=name,
             method=method,
             seed=seed,
             model=self.build(args.student, seed),
-            stream=self.stream(args.share, seed),
+            stream=stream,
             held=self.held,
             context=args.context,
             steps=args.steps,
@@ -147,13 +177,27 @@ class Comparison:
             teacher=teacher,
         )
 
+    def teacher(
+        self, network: lm_models.Decoder, method: Method, seed: int, stream: torch.Tensor
+    ) -> lm_teachers.Teacher:
+        """In the form that was asked for, with its cache where that is one."""
+        args = self.args
+        if args.teacher != "topk":
+            return lm_teachers.Teacher(network, args.teacher)
+        temperature = method.options["temperature"]
+        of = json.dumps({"teacher": self.teacher_settings(), "share": args.share, "seed": seed})
+        name = f"top{args.top_k}-seed{seed}-temperature{temperature:g}"
+        folder = args.output / "teacher-cache" / ("validation" if args.validate else "main") / name
+        how = (args.context, args.top_k, temperature, folder, of)
+        return lm_teachers.Teacher(network, "topk", lm_teachers.cached(network, stream, *how))
+
     def teacher_job(self) -> lm_engine.Job:
         args = self.args
         return lm_engine.Job(
             name="teacher",
             method=Method.parse("ce"),
             seed=0,
-            model=self.build(args.teacher, 0, args.dropout),
+            model=self.build(args.teacher_size, 0, args.dropout),
             stream=self.stream(1.0, 0),
             held=self.held,
             context=args.context,
@@ -172,7 +216,7 @@ class Comparison:
         return {name: getattr(self.args, name) for name in kept} | {"text": self.corpus.stamp}
 
     def teacher_settings(self) -> dict[str, Any]:
-        names = ("teacher", "teacher_steps", "teacher_batch", "teacher_lr", "dropout")
+        names = ("teacher_size", "teacher_steps", "teacher_batch", "teacher_lr", "dropout")
         return self.settings(*names)
 
     def build(self, size: str, seed: int, dropout: float = 0.0) -> lm_models.Decoder:
@@ -230,6 +274,7 @@ class Comparison:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.methods = _methods(args.methods, args.teacher)
     threads(args.threads)
     if args.fresh:
         shutil.rmtree(args.output / "checkpoints", ignore_errors=True)

@@ -202,11 +202,18 @@ def whole_windows(stream: Tensor, context: int) -> int:
 
 
 def batches(
-    stream: Tensor, context: int, batch: int, seed: int, first: int, last: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+    stream: Tensor,
+    context: int,
+    batch: int,
+    seed: int,
+    first: int,
+    last: int,
+    fixed: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The batches of steps ``first`` to ``last``: a function of the stream, seed and step alone.
 
-    Every epoch cuts the stream at other places and takes its windows in another order.
+    Inputs, labels, and which windows they are. Every epoch cuts the stream at other places, unless
+    they are ``fixed``, and takes its windows in another order.
     """
     count = whole_windows(stream, context)
     steps = max(1, count // batch)
@@ -214,8 +221,8 @@ def batches(
         epoch, place = divmod(step, steps)
         if place == 0 or step == first:
             dice = generator("windows", seed, epoch)
-            begin = int(torch.randint(context, (), generator=dice))
+            begin = int(torch.randint(context, (), generator=dice)) * (not fixed)
             order = torch.randperm(count, generator=dice).to(stream.device)
             inputs, labels = windows(stream, context, begin)
         rows = order[place * batch : (place + 1) * batch]
-        yield inputs[rows], labels[rows]
+        yield inputs[rows], labels[rows], rows

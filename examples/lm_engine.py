@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from lm_data import IGNORED, batches
 from lm_methods import Method
 from lm_models import Decoder
+from lm_teachers import Given, Teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Loss = Callable[[Method, Tensor, Tensor | None, Tensor, str | None], Tensor]
+Loss = Callable[[Method, Any, Given | None, Tensor, str | None], Tensor]
 
 CLIP = 1.0
 """Norm to which gradients are clipped."""
@@ -50,7 +51,13 @@ class Job:
     backend: str | None
     settings: Mapping[str, Any]
     """What the result depends on; a checkpoint made with other settings is refused."""
-    teacher: Decoder | None = None
+    teacher: Teacher | None = None
+
+    def outputs(self, inputs: Tensor) -> Any:
+        """What the loss takes of the student: logits, or hidden states and the head's weight."""
+        if self.teacher is not None and self.teacher.form == "head":
+            return self.model.hidden(inputs), self.model.tokens.weight
+        return self.model(inputs)
 
 
 @dataclass
@@ -82,14 +89,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     labels: Tensor,
+    rows: Tensor,
     loss_of: Loss = lm_methods.total,
 ) -> Tensor:
     """Everything that a step does; ``loss_of`` is the library's loss or the eager one."""
-    teacher = None
-    if job.teacher is not None:
-        with torch.no_grad():
-            teacher = job.teacher(inputs)
-    loss = loss_of(job.method, job.model(inputs), teacher, labels, job.backend)
+    teacher = None if job.teacher is None else job.teacher(inputs, rows)
+    loss = loss_of(job.method, job.outputs(inputs), teacher, labels, job.backend)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(job.model.parameters(), CLIP)
@@ -145,14 +150,16 @@ def _train(
     """Mean loss and seconds a step; the device is asked for numbers once, at the end."""
     job.model.train()
     if job.teacher is not None:
-        job.teacher.eval()
+        job.teacher.model.eval()
     total = torch.zeros((), device=job.stream.device)
     begin = time.perf_counter()
     with torch.random.fork_rng():
         # Dropout starts anew with every part that a checkpoint ends: a resumed run draws the same.
         torch.manual_seed(zlib.crc32(repr((job.name, first)).encode()))
-        for inputs, labels in batches(job.stream, job.context, job.batch, job.seed, first, last):
-            total += train_step(job, optimizer, inputs, labels)
+        how = (job.context, job.batch, job.seed, first, last)
+        fixed = job.teacher is not None and job.teacher.fixed
+        for batch in batches(job.stream, *how, fixed=fixed):
+            total += train_step(job, optimizer, *batch)
             schedule.step()
             bar.update()
     mean = total.item() / (last - first)

@@ -17,7 +17,15 @@ from arguments import assignment
 from lm_data import IGNORED
 from torch import Tensor
 
-from kdkernels.functional import jsd_loss, kd_loss, reverse_kl_loss, skew_kl_loss
+from kdkernels.functional import (
+    jsd_loss,
+    kd_loss,
+    linear_kd_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    topk_kd_loss,
+)
+from kdkernels.teacher import LinearTeacher, TopKTeacher
 
 TRAINING = {"ce": 1.0, "weight": 3.0, "temperature": 1.0}
 """What every method has: the weights of cross-entropy and of the divergence, the temperature."""
@@ -89,9 +97,21 @@ class Method:
         changes = (assignment(item, name, options) for item in rest.split(",") if colon)
         return Method(text, entry, {**options, **dict(changes)})
 
+    @property
+    def divergence(self) -> str:
+        """What the losses of sparse teachers and of heads call it."""
+        assert self.entry is not None
+        return "kl" if self.entry.name == "kd" else self.entry.name
+
     def own(self) -> dict[str, float]:
         """The options that go to the loss by name."""
         return {key: value for key, value in self.options.items() if key not in TRAINING}
+
+
+def _buckets(known: Tensor) -> Tensor:
+    """Log-probabilities of K tokens, and as TRL has it that of all others: 1 less their sum."""
+    mass = known.float().logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([known.float(), torch.log(-torch.expm1(mass))], -1)
 
 
 def _hard(method: Method, student: Tensor, labels: Tensor) -> Tensor:
@@ -101,42 +121,58 @@ def _hard(method: Method, student: Tensor, labels: Tensor) -> Tensor:
 
 def total(
     method: Method,
-    student: Tensor,
-    teacher: Tensor | None,
+    student: Any,
+    teacher: Tensor | TopKTeacher | LinearTeacher | None,
     labels: Tensor,
     backend: str | None = None,
 ) -> Tensor:
     """What a step minimises: here the library is called.
 
-    Logits are (sequences, tokens, vocabulary), read as they are. Labels are those of
-    cross-entropy, and the divergence leaves out the same tokens. No divergence has T² in: KL of the
-    library has, and it is divided out.
+    The student is logits (sequences, tokens, vocabulary), read as they are, or beside a teacher's
+    head the hidden states and the weight of its own. Labels are those of cross-entropy, and the
+    divergence leaves out the same tokens. No divergence has T² in: KL of the library has, and it is
+    divided out.
     """
     o = method.options
     if method.entry is None or teacher is None:
         return _hard(method, student, labels)
-    weight = o["weight"] / (o["temperature"] ** 2 if method.entry.name == "kd" else 1.0)
     keywords: dict[str, Any] = {
         "temperature": o["temperature"],
-        "loss_weight": weight,
+        "loss_weight": o["weight"],
         "hard_weight": o["ce"],  # cross-entropy in the same pass
         "backend": backend,
+        **method.own(),
     }
-    return method.entry.loss(student, teacher, labels=labels, **method.own(), **keywords)
+    if isinstance(teacher, LinearTeacher):
+        hidden, weight = student
+        keywords["divergence"] = method.divergence
+        return linear_kd_loss(hidden, weight, teacher, labels, **keywords)
+    if isinstance(teacher, TopKTeacher):
+        keywords |= {"divergence": method.divergence, "log_rest": teacher.log_rest}
+        return topk_kd_loss(student, teacher.ids, teacher.logprobs, labels, **keywords)
+    if method.entry.name == "kd":
+        keywords["loss_weight"] /= o["temperature"] ** 2
+    return method.entry.loss(student, teacher, labels=labels, **keywords)
 
 
 def eager(
     method: Method,
-    student: Tensor,
-    teacher: Tensor | None,
+    student: Any,
+    teacher: Tensor | TopKTeacher | LinearTeacher | None,
     labels: Tensor,
     backend: str | None = None,
 ) -> Tensor:
     """The same number from PyTorch's operations, as most trainers write it."""
+    if isinstance(teacher, LinearTeacher):
+        student, teacher = F.linear(*student), teacher.logits()
     o, loss = method.options, _hard(method, student, labels)
     if method.entry is None or teacher is None:
         return loss
-    mine, other = (F.log_softmax(logits / o["temperature"], -1) for logits in (student, teacher))
+    mine = F.log_softmax(student / o["temperature"], -1)
+    if isinstance(teacher, TopKTeacher):
+        mine, other = _buckets(mine.gather(-1, teacher.ids.long())), _buckets(teacher.logprobs)
+    else:
+        other = F.log_softmax(teacher / o["temperature"], -1)
     counted = labels != IGNORED
     rows = method.entry.eager(mine, other, o)
     return loss + o["weight"] * (rows * counted).sum() / counted.sum()

@@ -53,12 +53,17 @@ class Decoder(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head takes: its logits are ``hidden @ tokens.weight.T``."""
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.last(x), self.tokens.weight)
+        normalised: Tensor = self.last(x)
+        return normalised
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.tokens.weight)
 
 
 def build(text: str, vocabulary: int, context: int, seed: int, dropout: float = 0.0) -> Decoder:

@@ -92,21 +92,24 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, Times]:
 
 def _contenders(job: Job) -> list[Callable[[], object]]:
     """The step and the loss alone: the library's, then the eager one's."""
-    inputs, labels = next(batches(job.stream, job.context, job.batch, job.seed, 0, 1))
+    fixed = job.teacher is not None and job.teacher.fixed
+    batch = next(batches(job.stream, job.context, job.batch, job.seed, 0, 1, fixed=fixed))
+    inputs, labels, rows = batch
     optimizer = lm_engine.optimizer_of(job, lr=0.0)  # the weights stay
     job.model.train()
     with torch.no_grad():
-        student = job.model(inputs)
-        teacher = job.teacher(inputs) if job.teacher else None
+        outputs = job.outputs(inputs)
+        teacher = job.teacher(inputs, rows) if job.teacher else None
+    student = outputs[0] if isinstance(outputs, tuple) else outputs
     student.requires_grad_()
 
     def step(loss_of: lm_engine.Loss) -> Callable[[], object]:
-        return lambda: lm_engine.train_step(job, optimizer, inputs, labels, loss_of)
+        return lambda: lm_engine.train_step(job, optimizer, *batch, loss_of)
 
     def loss(loss_of: lm_engine.Loss) -> Callable[[], object]:
         def once() -> None:
-            student.grad = None
-            loss_of(job.method, student, teacher, labels, job.backend).backward()
+            student.grad = job.model.tokens.weight.grad = None
+            loss_of(job.method, outputs, teacher, labels, job.backend).backward()
 
         return once
 
@@ -130,7 +133,8 @@ def table(results: Results) -> str:
     ]
     if teacher is not None:
         lines.append(
-            f"teacher {settings['teacher']}: {results.parameters[0]:,} parameters, "
+            f"teacher {settings['teacher_size']} ({settings['teacher']}): "
+            f"{results.parameters[0]:,} parameters, "
             f"{results.tokens[0]:,} training tokens, {teacher.final:.3f} nats"
         )
     lines += ["", *grid(*rows(results))]

@@ -43,8 +43,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(text: Path) -> list[str]:
     return (
-        f"--device cpu --text {text} --vocab-size 320 --context 16 --teacher 16x1 --student 8x1 "
-        "--teacher-steps 4 --teacher-batch 4 --steps 5 --batch 4 --evaluate-every 2 --seeds 0 1"
+        f"--device cpu --text {text} --vocab-size 320 --context 16 --teacher-size 16x1 "
+        "--student 8x1 --teacher-steps 4 --teacher-batch 4 --steps 5 --batch 4 --evaluate-every 2 "
+        "--seeds 0 1"
     ).split()
 
 
@@ -261,3 +262,36 @@ def test_unusable_texts(tmp_path: Path, tiny: list[str]) -> None:
     path.write_text("the same words again and again\n" * 200)
     with pytest.raises(SystemExit, match="nothing can be held out"):
         distill_lm.main([*tiny, *output])
+
+
+def test_a_head_teaches_as_logits_do(
+    whole: tuple[Path, dict[str, Any]], tiny: list[str], tmp_path: Path
+) -> None:
+    """The same batches, and losses that differ by rounding."""
+    through_heads = learned(run(tmp_path, tiny, "--teacher", "head", "--no-times"))
+    for name, (step, loss, validation) in learned(whole[1]).items():
+        own = through_heads[name]
+        assert own[0] == step
+        assert own[1] == pytest.approx(loss, rel=1e-4)
+        assert own[2] == pytest.approx(validation, rel=1e-4)
+
+
+def test_a_cached_teacher(tiny: list[str], tmp_path: Path) -> None:
+    """All tokens in the cache teach as logits do, a few nearly; the cache is written once."""
+    options = ["--methods", "ce", "kl", "jsd:beta=0.3", "--no-times", "--seeds", "0"]
+    found = {}
+    for k in (320, 8):
+        folder = tmp_path / str(k)
+        run(folder, tiny, *options, "--teacher", "topk", "--top-k", str(k), "--steps", "1")
+        found[k] = run(folder, tiny, *options, "--teacher", "topk", "--top-k", str(k))
+    files = sorted((folder / "teacher-cache").rglob("*.safetensors"))
+    assert files
+    written = [file.stat().st_mtime_ns for file in files]
+    again = run(folder, tiny, *options, "--teacher", "topk", "--top-k", "8", "--fresh")
+    assert [file.stat().st_mtime_ns for file in files] == written
+    assert learned(again) == learned(found[8])
+    for name in ("kl-0", "jsd:beta=0.3-0"):
+        few, everything = (learned(found[k])[name] for k in (8, 320))
+        assert few[1] == pytest.approx(everything[1], rel=0.1) and few[1] != everything[1]
+    with pytest.raises(SystemExit, match="--methods must be among ce, kl, reverse_kl, jsd"):
+        distill_lm.main([*tiny, "--methods", "skew_kl", "--teacher", "topk"])

@@ -672,6 +672,7 @@ def topk_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -694,6 +695,7 @@ def topk_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -716,6 +718,7 @@ def topk_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass]: ...
 @overload
@@ -738,6 +741,7 @@ def topk_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass, LossParts]: ...
 @overload
@@ -760,6 +764,7 @@ def topk_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool = ...,
+    process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -1123,6 +1128,7 @@ class TopKKDLoss(SparseLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    process_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1137,5 +1143,6 @@ class TopKKDLoss(SparseLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
