@@ -474,6 +474,7 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
         terms = scale * float(upstream.abs().amax()) if upstream.numel() else 0.0
         far = options["tau"] if spec.family == "correlation" else max(spread(x), 1e-30)
+        far = min(options["temperature"], 1.0) if spec.family == "sparse" else far
         noise += working * terms / max(len(truth), 1) / 4 / far
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
@@ -498,6 +499,8 @@ def spread(x: Tensor) -> float:
 
 def size_of_terms(options: dict[str, Any]) -> float:
     names = [k for k in options if k in ("beta", "gamma") or k.endswith("_weight")]
+    if "divergence" in options:  # whose beta is no weight
+        names = []
     weights = [abs(float(options[k])) for k in names if k != "loss_weight"] or [1.0]
     return sum(weights) * float(options.get("tau", 1.0)) ** 2
 

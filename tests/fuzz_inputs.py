@@ -290,7 +290,8 @@ class Draw:
     def sparse(self) -> dict[str, Tensor]:
         """Some entries are absent, whose ids mean nothing."""
         rows, classes = self.sizes()
-        k = min(self.pick((1, 2, 3, 5, 8, 17, 64)), classes)
+        # Of all ids there is no rest, unless the probabilities' rounding makes one.
+        k = min(self.pick((1, 2, 3, 5, 8, 17, 64)), classes - 1)
         teacher = self.normal(rows, classes) * self.pick((0.1, 1.0, 3.0, 10.0))
         logprobs, ids = teacher.log_softmax(-1).topk(k)
         kind = torch.int64 if classes > 127 else self.pick(INTEGERS)
