@@ -17,7 +17,7 @@ import kdkernels
 from kdkernels import FusedLinearKDLoss, _dispatch, linear_kd_loss
 from kdkernels.linear import DIVERGENCES
 from kdkernels.registry import SPECS
-from kdkernels.teacher import LinearTeacher
+from kdkernels.teacher import LinearTeacher, TopKTeacher, top_k
 
 N, WIDTH, VOCAB = 21, 12, 37
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -130,6 +130,70 @@ def test_dtypes_and_reductions(dtype: torch.dtype, reduction: str, backend: str)
     options["token_weight"] = weight.double()
     wanted = expected(given, "jsd", teacher, labels=given.labels, beta=0.2, **options)
     compare(loss, given.leaves, wanted, dtype)
+
+
+TAILS = [
+    ("kl", "bucket"), ("kl", "renormalize"), ("kl", "teacher"), ("kl", "drop"),
+    ("reverse_kl", "bucket"), ("jsd", "teacher"), ("tv", "renormalize"), ("tv", "bucket"),
+]  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("divergence", "tail"), TAILS)
+def test_sparse_teachers(divergence: str, tail: str, reduction: str, backend: str) -> None:
+    """As ``topk_kd_loss`` of the logits, with an absent entry and a row that nothing is known of."""
+    given = setup(rows=(3, 7))
+    known = top_k(teacher_logits(given.of_teacher), 5, 2.0)
+    known.logprobs[0, 2, 3] = -math.inf
+    known.logprobs[1, 1] = -math.inf
+    known.ids[1, 1] = 0
+    rest = known.log_rest
+    assert rest is not None
+    rest[1, 1] = -math.inf
+    weight = torch.rand(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options: dict[str, Any] = {
+        "temperature": 2.0, "hard_weight": 0.3, "loss_weight": 0.7, "token_weight": weight,
+        "reduction": reduction, "divergence": divergence, "tail": tail, "return_parts": True,
+    }  # fmt: skip
+    for labels in (given.labels, None):
+        if labels is None:
+            options["hard_weight"] = 0.0
+        loss, parts = linear_kd_loss(
+            given.hidden, given.weight, known, labels, student_bias=given.bias, softcap=3.0,
+            chunk_tokens=8, backend=backend, **options,
+        )  # fmt: skip
+        leaves = [x.detach().requires_grad_() for x in given.leaves]
+        value, wanted = kdkernels.topk_kd_loss(
+            layer(*leaves, 3.0), known.ids, known.logprobs, labels, log_rest=rest,
+            backend="reference", **options,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(value.sum(), leaves)
+        compare(loss, given.leaves, (value.detach(), gradients), torch.float64)
+        for one, other in zip(parts, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_sparse_teacher_in_half_precision() -> None:
+    """As a cache has it: int32 ids, float16 log-probabilities, a float32 rest."""
+    given = setup(torch.float32)
+    known = top_k(teacher_logits(given.of_teacher).float(), 6)
+    cached = TopKTeacher(known.ids.int(), known.logprobs.half(), known.log_rest)
+    loss = linear_kd_loss(given.hidden, given.weight, cached, given.labels)
+    exact = linear_kd_loss(given.hidden, given.weight, known, given.labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=2e-3, atol=1e-4)
+    for change, error, text in (
+        ({"divergence": "skew_kl"}, ValueError, "divergence must be 'kl', 'reverse_kl'"),
+        ({"vocab": "truncate"}, ValueError, "vocab must be None where teacher is a TopKTeacher"),
+        ({"tail": "ghost"}, ValueError, "tail must be 'bucket'"),
+        ({"divergence": "tv", "tail": "drop"}, ValueError, "divergence must be 'kl' where tail"),
+    ):
+        with pytest.raises(error, match=text):
+            linear_kd_loss(given.hidden, given.weight, cached, **change)  # type: ignore[arg-type]
+    cached.ids[1, 0] = VOCAB
+    with pytest.raises(ValueError, match=r"teacher_ids must be in \[0, 37\)"):
+        linear_kd_loss(given.hidden, given.weight, cached)
 
 
 def test_published_form() -> None:
@@ -418,7 +482,7 @@ def test_every_loss_of_tokens_with_a_rule_is_offered() -> None:
         ({"student_weight": torch.randn(37, 12)}, TypeError, "student_weight must be of the dtype"),
         ({"student_hidden": torch.randn(12)}, ValueError, "student_hidden must be"),
         ({"student_bias": torch.randn(3).double()}, ValueError, "student_bias must be of shape"),
-        ({"teacher": None}, TypeError, "teacher must be a Tensor of logits"),
+        ({"teacher": None}, TypeError, "teacher must be a Tensor of logits, a LinearTeacher or"),
         ({"teacher": torch.randn(20, 37)}, ValueError, "teacher must be of the rows"),
         ({"teacher": torch.randn(21, 37, requires_grad=True)}, ValueError, "teacher must be a con"),
         ({"divergence": "dist"}, ValueError, "divergence must be 'kl', "),

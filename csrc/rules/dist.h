@@ -16,8 +16,13 @@ struct Rule {
     // A constant has the correlation 0, whatever eps is; so has what underflows with it.
     const R inverse = total < 1024 * std::numeric_limits<R>::min() ? R(0) : quotient(R(1), total);
     const R rho = ab * inverse;
-    of_p = -inverse;
-    of_q = norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse;  // a norm's subgradient at 0
+    // Of squares that are not normal numbers the derivative, of size 1 / aa, has no digits and may
+    // overflow; infinity times what hardly varies would be NaN.
+    const R on_a = rho * quotient(norm_b, norm_a) * inverse;
+    const R largest = R(1) / (4 * std::numeric_limits<R>::min());
+    const auto lost = (on_a > largest) | (on_a < -largest);
+    of_p = lost ? R(0) : -inverse;
+    of_q = lost | (norm_a == R(0)) ? R(0) : on_a;  // a norm's subgradient at 0
     return R(1) - rho;
   }
 };

@@ -25,7 +25,8 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     call = LinearCall(*call_and_needs[:_FIELDS])
     of_hidden, of_weight, of_bias = call_and_needs[_FIELDS:]
-    work, own = working_dtype(hidden, teacher[0]), working_dtype(hidden)
+    own, sparse = working_dtype(hidden), call.kind.startswith("topk")
+    work = working_dtype(hidden, teacher[1] if sparse else teacher[0])
     count = hidden.shape[0]
     return (
         hidden.new_empty(count, dtype=work),

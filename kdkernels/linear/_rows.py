@@ -14,6 +14,7 @@ from .._calls import RowCall
 from .._dtypes import working_dtype
 from .._head import Head
 from ._chunks import Gradients, Rows, default_tokens, rows_at
+from ._sparse import rows as sparse_rows
 
 
 class LinearCall(NamedTuple):
@@ -21,7 +22,8 @@ class LinearCall(NamedTuple):
 
     backend: str
     kind: str
-    """Of the teacher: ``logits``, or ``linear``, hidden states and a head."""
+    """Of the teacher: ``logits``; ``linear``, hidden states and a head; ``topk``, marked ids, the
+    logits of buckets and maybe a weight of each row, without the rest as ``topk_alone``."""
     rule: str
     numbers: Sequence[float]
     """As in ``_calls.RowCall``."""
@@ -74,10 +76,13 @@ def linear_rows(
     made: Tensor | None = None
     if call.kind == "linear":
         made, of_teacher = teacher[0], _head(teacher[1], (*teacher[2:], None)[0], *call.head[2:])
-    dtype = teacher[0].dtype
-    work = working_dtype(hidden, teacher[0])
+    sparse = call.kind.startswith("topk")
+    dtype = teacher[1].dtype if sparse else teacher[0].dtype
+    work = working_dtype(hidden, teacher[1] if sparse else teacher[0])
     count, vocab = hidden.shape[0], weight.shape[0]
-    tokens = call.tokens or default_tokens(hidden.device, vocab, hidden.dtype, dtype)
+    tokens = call.tokens or default_tokens(
+        hidden.device, vocab, hidden.dtype, *([] if sparse else [dtype])
+    )
     rows = Rows(count, labels, call.ignore_index, tokens)
     values = hidden.new_zeros(count, dtype=work)
     parts = hidden.new_zeros((3, count) if call.parts else 0, dtype=work)
@@ -87,7 +92,7 @@ def linear_rows(
     )
     row = kernels_of(call.backend, "row")
     student_logits = hidden.new_empty(rows.tokens, vocab)
-    copied = 0 if made is None and rows.index is None else rows.tokens
+    copied = 0 if sparse or (made is None and rows.index is None) else rows.tokens
     teacher_logits = hidden.new_empty(copied, vocab, dtype=dtype)
     # The gradient takes the place of the logits, unless the softcap's derivative needs them.
     apart = torch.empty_like(student_logits) if head.softcap and any(needs) else student_logits
@@ -99,17 +104,24 @@ def linear_rows(
         h = rows_at(hidden, at)
         n = h.shape[0]
         z = head.logits(h, student_logits[:n])
-        if made is None:
-            t = rows_at(teacher[0], at, teacher_logits)
-        else:
-            t = of_teacher.logits(rows_at(made, at), teacher_logits[:n])
+        value: Any
         gradient = apart[:n] if any(needs) else None
         target = of_rows(labels, at) if numbers[2] != 0.0 else None
         weights = (of_rows(token_weight, at), of_rows(hard_token_weight, at))
-        value: Any
-        value, _, separate = row.forward(
-            z, t, target, *weights, None, step, gradient is not None, gradient
-        )
+        if sparse:
+            known = [rows_at(x, at) for x in teacher]
+            with_rest = call.kind == "topk"
+            value, separate = sparse_rows(
+                call.backend, row, z, known, with_rest, target, weights, step, gradient
+            )
+        else:
+            if made is None:
+                t = rows_at(teacher[0], at, teacher_logits)
+            else:
+                t = of_teacher.logits(rows_at(made, at), teacher_logits[:n])
+            value, _, separate = row.forward(
+                z, t, target, *weights, None, step, gradient is not None, gradient
+            )
         values[at] = value
         if separate is not None:
             parts[:, at] = separate

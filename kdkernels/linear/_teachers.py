@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .. import _checks
-from ..teacher import LinearTeacher
+from .. import _checks, _topk
+from .._dtypes import working_dtype
+from ..losses.topk_kd import DENSE, MOST, buckets, check_pair
+from ..teacher import LinearTeacher, TopKTeacher
+
+Teacher = Tensor | LinearTeacher | TopKTeacher
 
 
 def check_teacher(teacher: Any, hidden: Tensor) -> None:
@@ -19,10 +24,10 @@ def check_teacher(teacher: Any, hidden: Tensor) -> None:
         _checks.constant("teacher", teacher)
         _checks.allocated("teacher", teacher)
         rows = teacher.shape[:-1] if teacher.dim() else None
-    elif isinstance(teacher, LinearTeacher):
+    elif isinstance(teacher, (LinearTeacher, TopKTeacher)):
         rows = teacher.shape
     else:
-        expected = "a Tensor of logits or a LinearTeacher"
+        expected = "a Tensor of logits, a LinearTeacher or a TopKTeacher"
         raise _checks.fail_type("teacher", expected, type(teacher).__name__)
     if rows != hidden.shape[:-1]:
         expected = f"of the rows of student_hidden, {tuple(hidden.shape[:-1])}"
@@ -32,11 +37,15 @@ def check_teacher(teacher: Any, hidden: Tensor) -> None:
 
 
 def one_vocabulary(
-    teacher: Tensor | LinearTeacher, weight: Tensor, bias: Tensor | None, vocab: str | None
-) -> tuple[Tensor | LinearTeacher, Tensor, Tensor | None]:
+    teacher: Teacher, weight: Tensor, bias: Tensor | None, vocab: str | None
+) -> tuple[Teacher, Tensor, Tensor | None]:
     """Teacher and head of as many classes, cut to the common prefix where that is asked."""
     if vocab is not None:
         _checks.choice("vocab", vocab, ("truncate",))
+    if isinstance(teacher, TopKTeacher):  # of which only the ids are known
+        if vocab is not None:
+            raise _checks.fail("vocab", "None where teacher is a TopKTeacher", repr(vocab))
+        return teacher, weight, bias
     of_student = weight.shape[0]
     of_teacher = teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.vocab_size
     if of_student == of_teacher:
@@ -50,6 +59,46 @@ def one_vocabulary(
         return teacher[..., :common], weight, bias
     cut = None if teacher.bias is None else teacher.bias[:common]
     return dataclasses.replace(teacher, weight=teacher.weight[:common], bias=cut), weight, bias
+
+
+class Sparse(NamedTuple):
+    """What a sparse teacher is to the operator."""
+
+    kind: str
+    tensors: list[Tensor]
+    says: Tensor
+    """(rows,): of which rows the teacher knows anything."""
+    added: Tensor | None
+    """(rows,): what the divergence of each row has besides, a constant."""
+
+
+def sparse(teacher: TopKTeacher, divergence: str, beta: float, tail: str, hidden: Tensor) -> Sparse:
+    """Checks and tensors of a sparse teacher; see ``losses.topk_kd``."""
+    _checks.choice("divergence", divergence, tuple(DENSE))
+    check_pair(divergence, beta, tail)
+    if teacher.k > MOST:
+        raise _checks.fail("teacher", f"of at most {MOST} ids a row", teacher.k)
+    dtype = working_dtype(hidden, teacher.logprobs)
+    marked, logits, says, mass = buckets(
+        teacher.ids, teacher.logprobs, teacher.log_rest, tail, dtype
+    )
+    kind = "topk_alone" if tail == "renormalize" else "topk"
+    if tail != "drop":
+        return Sparse(kind, [marked, logits], says, None)
+    assert mass is not None
+    return Sparse(kind, [marked, logits, mass], says, torch.special.xlogy(mass, mass))
+
+
+def counted(
+    known: Sparse, labels: Tensor | None, ignore_index: int, classes: int, look: bool
+) -> tuple[Tensor, int]:
+    """The labels, with the rows ignored of which the teacher says nothing; the ids, checked."""
+    if labels is None:
+        labels, ignore_index = torch.zeros_like(known.says, dtype=torch.int64), -1
+    flat = torch.where(known.says, labels.reshape(-1), ignore_index)
+    if look:
+        _topk.check_ids(known.tensors[0], flat != ignore_index, classes)
+    return flat.reshape(labels.shape), ignore_index
 
 
 def tensors_of(teacher: Tensor | LinearTeacher) -> tuple[str, list[Tensor], list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
@@ -12,13 +13,23 @@ from .. import _checks, _dispatch, _head
 from .._dtypes import working_dtype
 from .._head import Head
 from .._rowwise import LossParts, row_loss
+from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
+from ..losses.topk_kd import TAILS, topk_kd_loss
 from ..registry import SPECS, LossSpec
-from ..teacher import LinearTeacher
+from ..teacher import LinearTeacher, TopKTeacher
 from ._inputs import as_linear_casts, chunk, label_indices, plain_rows, row_weights
 from ._op import apply
 from ._rows import LinearCall
-from ._teachers import check_teacher, one_vocabulary, tensors_of
+from ._teachers import (
+    Sparse,
+    Teacher,
+    check_teacher,
+    counted,
+    one_vocabulary,
+    sparse,
+    tensors_of,
+)
 
 DIVERGENCES = {
     "kl": KD_OF_TOKENS,
@@ -34,7 +45,7 @@ DIVERGENCES = {
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Tensor | LinearTeacher,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -43,6 +54,7 @@ def linear_kd_loss(
     beta: float | None = None,
     alpha: float | None = None,
     forward_weight: float | None = None,
+    tail: str = "bucket",
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab: str | None = None,
@@ -85,8 +97,9 @@ def linear_kd_loss(
             float64, float32, float16 or bfloat16.
         student_weight: (V, H) weight of the output layer, of the same dtype and device; V >= 2.
         teacher: logits (..., V), any dtype and strides; or a
-            :class:`kdkernels.teacher.LinearTeacher`, whose logits are made chunk by chunk. A
-            constant.
+            :class:`kdkernels.teacher.LinearTeacher`, whose logits are made chunk by chunk; or a
+            :class:`kdkernels.teacher.TopKTeacher`, K ids a row at the temperature of the loss, for
+            ``'kl'``, ``'reverse_kl'``, ``'jsd'`` and ``'tv'``. A constant.
         labels: class indices of the shape of the rows, of which ``ignore_index`` is ignored; or
             bools, of which True counts, where ``hard_weight`` is 0.
         student_bias: (V,), or None.
@@ -96,6 +109,7 @@ def linear_kd_loss(
         beta: of ``'jsd'`` and ``'alpha_beta'``; None: the default of the loss of that name.
         alpha: of the skew divergences and ``'alpha_beta'``, likewise.
         forward_weight: of ``'mixed_kl'``, likewise.
+        tail: of a TopKTeacher, as in :func:`kdkernels.functional.topk_kd_loss`.
         softcap: bound of the student's logits, > 0, or None (Gemma 2's
             ``final_logit_softcapping``).
         logit_scale: multiplies the student's logits before the softcap.
@@ -128,6 +142,7 @@ def linear_kd_loss(
     return_parts = _checks.flag("return_parts", return_parts)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
+    _checks.choice("tail", tail, TAILS)
     check_teacher(teacher, hidden)
     teacher, weight, bias = one_vocabulary(teacher, weight, bias, vocab)
     chosen = _dispatch.choose(spec, hidden, backend)
@@ -136,25 +151,37 @@ def linear_kd_loss(
     rows = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     if chosen == "reference":
-        return row_loss(
-            spec,
-            Head(weight, bias, softcap, logit_scale).logits(flat).unflatten(0, rows),
-            teacher.logits() if isinstance(teacher, LinearTeacher) else teacher,
-            labels,
-            options,
-            temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            loss_weight=loss_weight,
-            hard_weight=hard,
-            token_weight=token_weight,
-            num_items_in_batch=num_items_in_batch,
-            return_parts=return_parts,
-            backend="reference",
-        )
+        common: Any = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "loss_weight": loss_weight,
+            "hard_weight": hard,
+            "token_weight": token_weight,
+            "num_items_in_batch": num_items_in_batch,
+            "return_parts": return_parts,
+            "backend": "reference",
+        }
+        logits = Head(weight, bias, softcap, logit_scale).logits(flat).unflatten(0, rows)
+        if isinstance(teacher, TopKTeacher):
+            common |= {"divergence": divergence, "tail": tail, "log_rest": teacher.log_rest}
+            common |= dict(zip(spec.options, options, strict=True))
+            return topk_kd_loss(
+                logits, teacher.ids, teacher.logprobs, labels, temperature, **common
+            )
+        dense = teacher.logits() if isinstance(teacher, LinearTeacher) else teacher
+        return row_loss(spec, logits, dense, labels, options, temperature, **common)
     labels, index = label_indices(labels, hidden, weight.shape[0], ignore_index, hard != 0.0)
-    kind, of_teacher, caps = tensors_of(teacher)
-    work = working_dtype(hidden, of_teacher[0])
+    known: Sparse | None = None
+    if isinstance(teacher, TopKTeacher):
+        of_jsd = options[0] if divergence == "jsd" else 0.5
+        known = sparse(teacher, divergence, of_jsd, tail, hidden)
+        look = chosen != "native" and hidden.is_cpu and not traced(hidden)
+        labels, index = counted(known, labels, index, weight.shape[0], look)
+        labels = labels.reshape(rows)
+        kind, of_teacher, caps = known.kind, known.tensors, [0.0, 1.0]
+    else:
+        kind, of_teacher, caps = tensors_of(teacher)
+    work = working_dtype(hidden, of_teacher[known is not None])
     scale, *weights = row_weights(loss_weight, token_weight, hidden, work, hard)
     divisor = _divisor(num_items_in_batch, reduction, labels, index, hidden)
     spec, options, factor = spec.at(options)
@@ -166,11 +193,21 @@ def linear_kd_loss(
     )  # fmt: skip
     of_rows = [None if x is None else x.reshape(-1) for x in (labels, *weights)]
     loss, parts = apply(call, code == 0, flat, weight, bias, *of_rows, of_teacher)
+    added: Any = 0.0
+    if known is not None and known.added is not None:
+        assert of_rows[0] is not None
+        added = torch.where(of_rows[0].ne(index), scale * factor * known.added, 0.0)
+        added = added if of_rows[1] is None else added * of_rows[1]
+        added = added if code == 0 else added.sum()
+    loss = loss + added
     loss = loss.reshape(rows) if code == 0 else loss / divisor
     if not return_parts:
         return loss
-    sums = parts[:2].unflatten(1, rows) if code == 0 else parts[:2].sum(1) / divisor
-    return loss, LossParts(sums[0], sums[1], parts[2].unflatten(0, rows))
+    soft, hard_part = parts[:2] if code == 0 else parts[:2].sum(1)
+    soft = soft + added
+    if code == 0:
+        return loss, LossParts(soft.reshape(rows), hard_part.reshape(rows), parts[2].reshape(rows))
+    return loss, LossParts(soft / divisor, hard_part / divisor, parts[2].reshape(rows))
 
 
 def _divisor(
@@ -216,6 +253,7 @@ class FusedLinearKDLoss(_Loss):
         beta: float | None = None,
         alpha: float | None = None,
         forward_weight: float | None = None,
+        tail: str = "bucket",
         softcap: float | None = None,
         logit_scale: float = 1.0,
         vocab: str | None = None,
@@ -236,6 +274,7 @@ class FusedLinearKDLoss(_Loss):
         held["loss_weight"] = _checks.weight(loss_weight)
         held["hard_weight"] = _checks.number("hard_weight", hard_weight)
         chunk(chunk_tokens)
+        _checks.choice("tail", tail, TAILS)
         if backend is not None:
             _dispatch.known(backend)
         self._held = held
@@ -244,7 +283,7 @@ class FusedLinearKDLoss(_Loss):
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher: Tensor | LinearTeacher,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
         student_bias: Tensor | None = None,

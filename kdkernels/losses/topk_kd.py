@@ -102,7 +102,7 @@ def topk_kd_loss(
     if divergence != "jsd" and torch.compiler.is_compiling():
         beta = 0.5  # a number that is held and not used would be compiled anew for every value
     beta = _checks.fraction("beta", beta)
-    _check_pair(divergence, beta, tail)
+    check_pair(divergence, beta, tail)
     masses: list[TopKMass] | None = [] if _checks.flag("return_mass", return_mass) else None
     options = (divergence, beta, tail, teacher_ids, teacher_logprobs, log_rest, masses)
     constant = student_logits.detach()
@@ -138,12 +138,39 @@ def _check_teacher(
         _checks.token_weight(log_rest, student, class_dim, "log_rest")
 
 
-def _check_pair(divergence: str, beta: float, tail: str) -> None:
+def check_pair(divergence: str, beta: float, tail: str) -> None:
     if tail == "drop" and divergence != "kl":
         raise _checks.fail("divergence", "'kl' where tail is 'drop'", repr(divergence))
     if tail == "teacher" and (divergence == "reverse_kl" or (divergence == "jsd" and beta == 1.0)):
         expected = "'bucket' or 'renormalize' where divergence is reverse KL, else infinite"
         raise _checks.fail("tail", expected, repr(tail))
+
+
+def buckets(
+    ids: Tensor, logprobs: Tensor, log_rest: Tensor | None, tail: str, dtype: torch.dtype,
+    with_mass: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The teacher's side: its ids (rows, K), ``NO_ID`` where absent; the logits of its K + 1
+    buckets; the rows of which it says something; the mass of its ids, where ``tail`` or the caller
+    asks for it."""
+    k = ids.shape[-1]
+    ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
+    marked = _topk.absent_marked(ids, logprobs)
+    logprobs = logprobs.to(dtype)
+    total = None
+    if with_mass or tail == "drop" or (tail == "bucket" and log_rest is None):
+        total = logprobs.double().exp().sum(-1)
+    valid = (marked != NO_ID).any(-1)
+    if tail != "bucket":
+        rest = torch.full_like(logprobs[:, :1], -torch.inf)
+    elif log_rest is not None:
+        rest = log_rest.reshape(-1, 1).to(dtype)
+        valid = valid | (rest[:, 0] != -torch.inf)
+    else:
+        assert total is not None
+        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
+    mass = None if total is None else total.to(dtype)
+    return marked, torch.cat([logprobs, rest], -1), valid, mass
 
 
 def _evaluate(
@@ -164,24 +191,8 @@ def _evaluate(
     masses: list[TopKMass] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' divergences, cross-entropies, entropies, and which of them count."""
-    k = ids.shape[-1]
     dtype = working_dtype(student, logprobs)
-    ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
-    marked = _topk.absent_marked(ids, logprobs)
-    logprobs = logprobs.to(dtype)
-    total = None
-    if masses is not None or tail == "drop" or (tail == "bucket" and log_rest is None):
-        total = logprobs.double().exp().sum(-1)
-    valid = (marked != NO_ID).any(-1)
-    if tail != "bucket":
-        rest = torch.full_like(logprobs[:, :1], -torch.inf)
-    elif log_rest is not None:
-        rest = log_rest.reshape(-1, 1).to(dtype)
-        valid = valid | (rest[:, 0] != -torch.inf)
-    else:
-        assert total is not None
-        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
-    p = torch.cat([logprobs, rest], -1)
+    marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
     if target is None:
         target, ignore_index = torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX
     else:
@@ -198,7 +209,6 @@ def _evaluate(
     )  # fmt: skip
     heats = None if heats is None else heats.to(dtype).contiguous()
     small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
-    mass = None if total is None else total.to(dtype)
     if masses is not None:
         assert mass is not None
         own = small.detach().softmax(-1)[:, :-1].sum(-1)

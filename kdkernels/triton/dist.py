@@ -25,4 +25,8 @@ def rule(aa, bb, ab, eps):
     total = tl.where(none, 1.0, total)
     on_a = ab / total * norm_b / (tl.where(norm_a == 0, 1.0, norm_a) * total)
     value = tl.where(none, 1.0, (product - ab + eps) / total)
-    return value, tl.where(norm_a == 0, 0.0, on_a), tl.where(none, 0.0, -1.0 / total)
+    # Of squares that are not normal numbers the derivative, of size 1 / aa, has no digits and may
+    # overflow; infinity times what hardly varies would be NaN.
+    lost = tl.abs(on_a) > (1e307 if total.dtype == tl.float64 else 2e37)
+    on_a = tl.where(lost | (norm_a == 0), 0.0, on_a)
+    return value, on_a, tl.where(none | lost, 0.0, -1.0 / total)
