@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import linear_kd_loss
-from kdkernels.teacher import LinearTeacher
+from kdkernels import linear_kd_loss, linear_logprob
+from kdkernels.teacher import LinearTeacher, top_k
 
 from .alone import MIB, alone, mark
 from .machine import busy, device_name
@@ -55,6 +55,16 @@ def ours(hidden: Tensor, weight: Tensor, teacher: Any) -> Tensor:
     return linear_kd_loss(hidden, weight, teacher)
 
 
+def eager_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """With a weight of its own for each token, as policy gradients have it."""
+    found = F.linear(hidden, weight).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return (found * ids).sum()
+
+
+def our_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return (linear_logprob(hidden, weight, ids).logprob * ids).sum()
+
+
 def _step(name: str, shape: tuple[int, int, int], dtype: str, steps: int) -> float:
     """The best seconds of a step; what a peak is measured against is marked before the first."""
     rows, width, vocab = shape
@@ -72,6 +82,10 @@ def _step(name: str, shape: tuple[int, int, int], dtype: str, steps: int) -> flo
         teacher = F.linear(*teacher)
         if loss is torch_head:
             teacher = teacher.softmax(-1)
+    elif form == "ids":
+        teacher = torch.randint(vocab, (rows,), generator=generator)
+    elif form == "top":
+        teacher = top_k(F.linear(*teacher), 64)
     elif loss is ours:
         teacher = LinearTeacher(*teacher)
     if name.startswith("torch.compile"):
@@ -96,6 +110,10 @@ CONTENDERS: dict[str, tuple[Loss, str]] = {
     "torch.compile, logits": (eager, "logits"),
     "F.linear_cross_entropy, probabilities": (torch_head, "logits"),
     "kdkernels, logits": (ours, "logits"),
+    "kdkernels, top 64": (ours, "top"),
+    "eager, log-probabilities": (eager_logprob, "ids"),
+    "torch.compile, log-probabilities": (eager_logprob, "ids"),
+    "kdkernels, log-probabilities": (our_logprob, "ids"),
 }
 
 

@@ -150,10 +150,9 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
-    ("norm_zero", "norm_a == R(0) ? R(0) : rho * quotient(norm_b, norm_a) * inverse",
-     "rho * quotient(norm_b, norm_a) * inverse"),
+    ("norm_zero", "«lost | (norm_a == R(0)) ? R(0) :» on_a", ""),
     ("eps_lost", "norm_a * norm_b + eps", "norm_a * norm_b"),
-    ("own_term", "of_p = «-inverse»;", "inverse"),
+    ("own_term", "of_p = lost ? R(0) : «-inverse»;", "inverse"),
 )  # fmt: skip
 _of(
     "csrc/rules", "iekd.h", "test_embedding_losses.py test_embedding_laws.py", "native",
@@ -373,8 +372,7 @@ _of(
     "kdkernels/triton", "dist.py",
     "test_golden.py test_contract.py test_losses.py", "triton and dist",
     ("eps_lost", "total = product «+ eps»", ""),
-    ("norm_zero", "«tl.where(norm_a == 0, 0.0, on_a)», tl.where(none, 0.0, -1.0 / total)",
-     "on_a + 0.0 / norm_a"),
+    ("lost_kept", "tl.where(«lost | (norm_a == 0), 0.0, on_a»)", "norm_a < 0, 0.0, on_a"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "numerics.py", "test_contract.py", "triton and digits",
@@ -563,9 +561,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/teacher", "linear.py", "test_teacher.py", "logits",
-    ("capped_first", "logits.mul_(«self.logit_scale / self.softcap»)", "1 / self.softcap"),
-    ("cap_dropped", ".tanh_()«.mul_(self.softcap)»", ""),
-    ("autocast_reaches_in", "enabled=«False»", "True"),
+    ("all_rows", "hidden = «hidden[rows]»", "hidden"),
 )  # fmt: skip
 _of(
     "kdkernels/teacher", "targets.py", "test_teacher_targets.py", "not memory",
@@ -629,6 +625,54 @@ _of(
     ("weights_swapped", "weighted(distance, «1 - weight»)", "weight"),
     ("distance_always", "near = distance < «0.5»", "1.5"),
     ("floor_lost", "tiny * LEAST", "tiny"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_head.py", "test_linear_head.py test_linear_logprob.py test_teacher.py",
+    "every_divergence or published or logits",
+    ("softcap_first", "scale = self.logit_scale / (self.softcap or 1.0)",
+     "scale = 1.0 / (self.softcap or 1.0)"),
+    ("cap_dropped", "logits.tanh_()«.mul_(self.softcap)»", ""),
+    ("autocast_reaches_in", "enabled=«False»", "True"),
+    ("bias_unscaled", "beta = 0.0 if self.bias is None else «scale»", "1.0"),
+    ("tanh_not_differentiated", "grad_input(gradient, logits, grad_input=gradient)",
+     "grad_input(gradient, logits * 0, grad_input=gradient)"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_chunks.py", "test_linear_head.py",
+    "every_divergence or reductions or not_read or zero_with or shifted",
+    ("last_chunk_alone", "beta = 0.0 if «self._first» else 1.0", "True"),
+    ("first_sum_of_garbage", "beta = «0.0» if self._first else 1.0", "1.0"),
+    ("scale_lost", "type(at) is slice «and scale == 1.0»:", ""),
+    ("ignored_kept", "index = (labels.long() «!=» ignore_index)", ">="),
+    ("nothing_unset", "        if self._first:\n            «self.weight.zero_()»", "pass"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_op.py", "test_linear_head.py", "reductions or twice",
+    ("upstream_lost", "return gradient.mul_(«upstream»)", "1.0"),
+    ("given_twice", "gradients, ctx.gradients = ctx.gradients, «None»", "ctx.gradients"),
+    ("rows_unweighted", "weights = [«upstream if x is None else x * upstream» for x in weights]",
+     "x"),
+    ("twice_silently", "g = «once(g, upstream, x)»", "g"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_sparse.py", "test_linear_head.py", "sparse",
+    ("mass_lost", "weight = own if weight is None else «own * weight»", "weight"),
+    ("hard_unweighted", "hard_upstream = hard_upstream * hard_weight", "pass"),
+    ("hard_lost", "numbers, through, «hard_upstream», how", "None"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_teachers.py", "test_linear_head.py", "sparse or vocabularies",
+    ("silent_rows_counted", "torch.where(«known.says», labels", "known.says | True"),
+    ("longer_prefix", "common = «min»(of_student, of_teacher)", "max"),
+    ("ids_unchecked", "    if «look»:", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_logprob.py", "test_linear_logprob.py", "published or certain",
+    ("narrow", "small = chunk.small«.double()»", ""),
+    ("twice_counted", "torch.where(«first == places», asked", "first >= 0"),
+    ("origin_lost", "+ chunk.of_rows[0] / chunk.how.numbers[0]", "+ 0.0"),
+    ("origin_unsoftened", "chunk.of_rows[0] «/ chunk.how.numbers[0]»", ""),
+    ("rest_unpulled", "through -= chunk.small.softmax(1) * «g.sum(1, keepdim=True)»", "1.0"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "sampled_kl.py", "test_sampled.py", "published or expect",

@@ -122,6 +122,20 @@ def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> N
         assert gradient.isfinite().all()
 
 
+@each_emulated([s for s in LOSSES if s.family == "correlation"])
+def test_columns_whose_squares_underflow_leave_the_others_alone(case: Case) -> None:
+    """Certain rows in float32: 1 / aa overflows in a column, and infinity times 0 would be NaN."""
+    generator = torch.Generator().manual_seed(6)
+    student, teacher = 30 * torch.randn(2, 12, 9, generator=generator).to(case.device)
+    for rows in (5, 12):
+        pair = student[:rows], teacher[:rows]
+        loss, gradient = value_and_grad(case, *pair, eps=0.0)
+        wide = [x.double() for x in pair]
+        wanted, right = value_and_grad(case.spec.function, *wide, eps=0.0, backend="reference")
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-3, atol=1e-3)
+        assert (gradient.double() - right).abs().max() <= 0.25 * right.abs().max()
+
+
 @each([s for s in LOSSES if s.family == "correlation"], classes=(3, 7, 10), rows=(3, 7, 9))
 def test_constants_whose_mean_rounds(case: Case, classes: int, rows: int) -> None:
     """The mean of seven times 1/7 is not 1/7 in floating point, and yet a constant has no slope."""

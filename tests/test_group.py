@@ -125,10 +125,11 @@ def _check_masked(spec: LossSpec, labels: Tensor) -> None:
     case = example(spec, torch.float64)
     options: dict[str, Any] = {spec.target_name: labels}
     other = {spec.target_name: labels.abs().clamp(max=2), "ignore_index": 2}
-    _check(spec, case.tensors[:2], "uneven", options, 1e-10)
+    tensors = case.tensors[: 3 if spec.family == "sparse" else 2]
+    _check(spec, tensors, "uneven", options, 1e-10)
     if not spec.needs_target:
-        _check(spec, case.tensors[:2], "uneven", {spec.target_name: labels != -100}, 1e-10)
-    _check(spec, case.tensors[:2], "uneven", other, 1e-10)
+        _check(spec, tensors, "uneven", {spec.target_name: labels != -100}, 1e-10)
+    _check(spec, tensors, "uneven", other, 1e-10)
 
 
 def _check_keywords() -> None:

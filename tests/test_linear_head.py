@@ -142,7 +142,7 @@ TAILS = [
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("divergence", "tail"), TAILS)
 def test_sparse_teachers(divergence: str, tail: str, reduction: str, backend: str) -> None:
-    """As ``topk_kd_loss`` of the logits, with an absent entry and a row that nothing is known of."""
+    """As ``topk_kd_loss`` of the logits, with absent entries and a row of them alone."""
     given = setup(rows=(3, 7))
     known = top_k(teacher_logits(given.of_teacher), 5, 2.0)
     known.logprobs[0, 2, 3] = -math.inf
