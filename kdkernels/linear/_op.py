@@ -117,8 +117,11 @@ def apply(call: LinearCall, by_row: bool, *tensors: Any) -> tuple[Tensor, Tensor
     symbolic = symbolic_numbers(call.numbers)
     if symbolic is not None:
         call = call._replace(numbers=[], symbolic=symbolic)
-    *of_student, teacher = tensors
-    return _apply(*of_student, by_row, call, *teacher)
+    hidden, weight, bias, *of_rows, teacher = tensors
+    students = [hidden, weight, bias]
+    if not torch.is_grad_enabled():  # autograd would say what requires grad, not what is wanted
+        students = [None if x is None else x.detach() for x in students]
+    return _apply(*students, *of_rows, by_row, call, *teacher)
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _Linear.apply
