@@ -136,6 +136,7 @@ TAILS = [
     ("kl", "bucket"), ("kl", "renormalize"), ("kl", "teacher"), ("kl", "drop"),
     ("reverse_kl", "bucket"), ("jsd", "teacher"), ("tv", "renormalize"), ("tv", "bucket"),
 ]  # fmt: skip
+INTERPRETED = {("kl", "drop", "mean"), ("tv", "renormalize", "none")}
 
 
 @each_backend
@@ -143,7 +144,9 @@ TAILS = [
 @pytest.mark.parametrize(("divergence", "tail"), TAILS)
 def test_sparse_teachers(divergence: str, tail: str, reduction: str, backend: str) -> None:
     """As ``topk_kd_loss`` of the logits, with absent entries and a row of them alone."""
-    given = setup(rows=(3, 7))
+    if backend == "triton" and (divergence, tail, reduction) not in INTERPRETED:
+        pytest.skip("interpreted: tests/test_topk.py has every tail")
+    given = setup(rows=(3, 3) if backend == "triton" else (3, 7))
     known = top_k(teacher_logits(given.of_teacher), 5, 2.0)
     known.logprobs[0, 2, 3] = -math.inf
     known.logprobs[1, 1] = -math.inf
@@ -151,7 +154,8 @@ def test_sparse_teachers(divergence: str, tail: str, reduction: str, backend: st
     rest = known.log_rest
     assert rest is not None
     rest[1, 1] = -math.inf
-    weight = torch.rand(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.rand(given.labels.shape, generator=generator, dtype=torch.float64)
     options: dict[str, Any] = {
         "temperature": 2.0, "hard_weight": 0.3, "loss_weight": 0.7, "token_weight": weight,
         "reduction": reduction, "divergence": divergence, "tail": tail, "return_parts": True,
@@ -159,6 +163,8 @@ def test_sparse_teachers(divergence: str, tail: str, reduction: str, backend: st
     for labels in (given.labels, None):
         if labels is None:
             options["hard_weight"] = 0.0
+            if backend == "triton":
+                break
         loss, parts = linear_kd_loss(
             given.hidden, given.weight, known, labels, student_bias=given.bias, softcap=3.0,
             chunk_tokens=8, backend=backend, **options,
@@ -217,11 +223,12 @@ def test_published_form() -> None:
 def test_chunks_change_no_bit_of_a_row(backend: str) -> None:
     """Small integers make every product exact, so that only the rows' arithmetic is left."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randint(-3, 4, (N, 8), generator=generator).float()
+    count = 7 if backend == "triton" else N
+    hidden = torch.randint(-3, 4, (count, 8), generator=generator).float()
     weight = torch.randint(-3, 4, (VOCAB, 8), generator=generator).float()
-    teacher = torch.randn(N, VOCAB, generator=generator)
+    teacher = torch.randn(count, VOCAB, generator=generator)
     rows = []
-    for tokens in (1, 4, 7, N, 1000, None):
+    for tokens in (1, 4, None) if backend == "triton" else (1, 4, 7, N, 1000, None):
         leaf = hidden.clone().requires_grad_()
         loss = linear_kd_loss(
             leaf, weight, teacher, divergence="jsd", reduction="none", chunk_tokens=tokens,

@@ -42,8 +42,11 @@ def published(
 @pytest.mark.parametrize("k", [None, 1, 5])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_equals_the_published_form(dtype: torch.dtype, k: int | None, backend: str) -> None:
-    given = setup(dtype, (3, 7))
-    ids = ids_of((3, 7), k)
+    if backend == "triton" and (k == 1 or dtype == torch.float16):
+        pytest.skip("interpreted: two numbers of ids and three dtypes are enough")
+    rows = (3, 2) if backend == "triton" else (3, 7)
+    given = setup(dtype, rows)
+    ids = ids_of(rows, k)
     how = {"softcap": 4.0, "logit_scale": 0.5}
     found = linear_logprob(
         given.hidden, given.weight, ids, bias=given.bias, temperature=1.5, chunk_tokens=5,
