@@ -639,7 +639,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_chunks.py", "test_linear_head.py",
-    "every_divergence or reductions or not_read or zero_with or shifted",
+    "every_divergence or reductions or not_read or zero_with or shifted or no_labels",
     ("last_chunk_alone", "beta = 0.0 if «self._first» else 1.0", "True"),
     ("first_sum_of_garbage", "beta = «0.0» if self._first else 1.0", "1.0"),
     ("scale_lost", "type(at) is slice «and scale == 1.0»:", ""),

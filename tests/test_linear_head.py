@@ -198,8 +198,10 @@ def test_a_sparse_teacher_in_half_precision() -> None:
         with pytest.raises(error, match=text):
             linear_kd_loss(given.hidden, given.weight, cached, **change)  # type: ignore[arg-type]
     cached.ids[1, 0] = VOCAB
-    with pytest.raises(ValueError, match=r"teacher_ids must be in \[0, 37\)"):
-        linear_kd_loss(given.hidden, given.weight, cached)
+    for backend in _dispatch.BACKENDS:
+        if not _dispatch.why_not(SPECS["kd"], backend, torch.empty(0)):
+            with pytest.raises(ValueError, match=r"teacher_ids must be in \[0, 37\)"):
+                linear_kd_loss(given.hidden, given.weight, cached, backend=backend)
 
 
 def test_published_form() -> None:
@@ -280,6 +282,17 @@ def test_shifted_logits_are_not_copied_whole() -> None:
         whole = linear_kd_loss(given.hidden, given.weight, teacher, labels, **options)
         shifted = linear_kd_loss(given.hidden, given.weight, longer, labels, **options)
         assert torch.equal(whole, shifted)
+
+
+def test_a_scale_and_no_labels() -> None:
+    """Slices of rows, whose gradient is written where it belongs."""
+    given = setup()
+    teacher = teacher_logits(given.of_teacher)
+    loss = linear_kd_loss(
+        given.hidden, given.weight, teacher, student_bias=given.bias, logit_scale=0.6,
+        chunk_tokens=8,
+    )  # fmt: skip
+    compare(loss, given.leaves, expected(given, "kl", teacher, scale=0.6), torch.float64)
 
 
 def test_parts_and_denominators() -> None:
