@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ._backends import Kernels, kernels as kernels_of
+from ._calls import traceable
 from ._ops import once, operator
-from ._tracing import symbolic_numbers, traced
+from ._tracing import traced
 
 
 def stores_gradient(student: Tensor, reduction: int) -> bool:
@@ -244,9 +245,7 @@ def call_operator(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """The family's operator; ``needs`` says for which students the gradient is stored."""
-    symbolic = symbolic_numbers(call.numbers)
-    if symbolic is not None:
-        call = call._replace(numbers=[], symbolic=symbolic)
+    call = traceable(call)
     if not any(needs) and torch.is_grad_enabled() and any([x.requires_grad for x in students]):
         constants = tuple([None if x is None else keepable(x) for x in constants])  # read again
     return operator(backend, family)(*students, *constants, *call, *needs)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from ._tracing import symbolic_numbers
+
 
 class RowCall(NamedTuple):
     """A loss with one value a row (families ``divergence`` and ``decoupled``)."""
@@ -162,6 +164,13 @@ TOPK = Family("topk", ("student",), ("ids", "target?", "row_temperature?"), TopK
 NO_ID = -(2**63)
 """The id of an absent entry."""
 FAMILIES = {family.name: family for family in (ROW, CORRELATION, FACTORS, TUPLES)}
+
+
+def traceable(call: Any) -> Any:
+    """A call as an operator takes it: with its numbers in one tensor where a compiler holds one of
+    them as a symbol."""
+    symbolic = symbolic_numbers(call.numbers)
+    return call if symbolic is None else call._replace(numbers=[], symbolic=symbolic)
 
 
 def numbers_of(call: Any) -> list[float]:

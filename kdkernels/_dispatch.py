@@ -72,6 +72,14 @@ def beside_cuda(spec: LossSpec, student: Tensor, backend: str | None) -> str:
     return "reference" if why_not(spec, "triton", student) else "triton"
 
 
+def choose_beside_cuda(spec: LossSpec, student: Tensor, backend: str | None) -> str:
+    """As ``choose``, of a call that compiled CUDA kernels do not run."""
+    chosen = choose(spec, student, backend)
+    if chosen == "native" and not student.is_cpu:
+        return beside_cuda(spec, student, backend)
+    return chosen
+
+
 _choices: dict[tuple[str, str | None, str], str] = {}
 
 

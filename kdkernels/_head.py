@@ -19,6 +19,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     """(V,)"""
     softcap: float | None = None
+    """None or 0: none."""
     logit_scale: float = 1.0
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -35,7 +36,7 @@ class Head(NamedTuple):
                 beta = 0.0 if self.bias is None else scale
                 added = hidden.new_zeros(1) if self.bias is None else self.bias
                 logits = torch.addmm(added, hidden, self.weight.T, beta=beta, alpha=scale, out=out)
-        if self.softcap is None:
+        if not self.softcap:
             return logits
         if out is None:
             return torch.tanh(logits) * self.softcap
@@ -43,7 +44,7 @@ class Head(NamedTuple):
 
     def through_softcap_(self, gradient: Tensor, logits: Tensor) -> None:
         """Multiply the gradient by the tanh's derivative; ``logits`` are overwritten."""
-        assert self.softcap is not None
+        assert self.softcap
         logits.div_(self.softcap)
         torch.ops.aten.tanh_backward.grad_input(gradient, logits, grad_input=gradient)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks, _reduce
 from ._autograd import apply, apply_with_parts
 from ._calls import RowCall
-from ._dispatch import beside_cuda, choose
+from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
 from ._tracing import traced, transformed
 from .registry import SPECS, LossSpec
@@ -38,9 +38,8 @@ def run(
     reduction: int,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of checked arguments, and its parts by row where they are wanted."""
-    chosen = choose(spec, student, backend)
-    if (parts or hard != 0.0) and chosen == "native" and not student.is_cpu:
-        chosen = beside_cuda(spec, student, backend)
+    chooses = choose_beside_cuda if parts or hard != 0.0 else choose
+    chosen = chooses(spec, student, backend)
     if spec.evaluate is not None:
         return _by_evaluation(
             spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,
@@ -77,7 +76,7 @@ def run(
         _checks.allocated("student_logits", student)
         _checks.allocated("teacher_logits", teacher)
         if target is not None and (spec.needs_target or hard != 0.0):
-            _check_range(target, student.shape[class_dim], ignore_index)
+            check_range(target, student.shape[class_dim], ignore_index)
     if chosen == "reference":
         own = dict(zip(spec.options, options, strict=True))
         return _reduce.row_loss(
@@ -190,7 +189,7 @@ def _by_row(
     return numbers if dtype is None else numbers.to(dtype).contiguous()
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
     if target.device.type == "cpu" and not traced(target) and not transformed():
         _checks.target_range(target, classes, ignore_index)

@@ -99,7 +99,7 @@ def row_loss(
     reads_target = spec.needs_target or hard != 0.0
     index = _checks.NO_INDEX if ignore_index is None else ignore_index
     if target is not None:
-        target, index = _indices(spec, student, target, class_dim, ignore_index, not reads_target)
+        target, index = indices(spec, student, target, class_dim, ignore_index, not reads_target)
     elif reads_target:
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
     if token_weight is not None:
@@ -239,7 +239,7 @@ def joined(one: Any, other: Any) -> Any:
     return loss + added, LossParts(*sums, parts.entropy)
 
 
-def _indices(
+def indices(
     spec: LossSpec,
     student: Tensor,
     target: Any,

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from . import _checks
 from ._autograd import keepable
-from ._calls import NO_ID, TOPK, TopKCall
+from ._calls import NO_ID, TOPK, TopKCall, traceable
 from ._ops import once, operator
 from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
-from ._tracing import symbolic_numbers, traced
+from ._tracing import traced
 from .reference import topk as reference
 
 
@@ -61,10 +61,7 @@ def differentiable(
         target = keepable(target)
     if not traced(student, ids):
         return _apply(backend, call, student, ids, target, row_temperature)
-    symbolic = symbolic_numbers(call.numbers)
-    if symbolic is not None:
-        call = call._replace(numbers=[], symbolic=symbolic)
-    return operator(backend, TOPK.name)(student, ids, target, row_temperature, *call)
+    return operator(backend, TOPK.name)(student, ids, target, row_temperature, *traceable(call))
 
 
 class _Eager(torch.autograd.Function):

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._dtensor import any_sharded
-from .._tracing import traced
+from .._rowrun import check_range
+from .._rowwise import indices
+from ..registry import LossSpec
 
 
 def as_linear_casts(*tensors: Any) -> tuple[Any, ...]:
@@ -51,23 +53,22 @@ def chunk(tokens: Any) -> int:
 
 
 def label_indices(
-    labels: Any, hidden: Tensor, classes: int, ignore_index: int | None, indices: bool
+    spec: LossSpec,
+    labels: Any,
+    hidden: Tensor,
+    classes: int,
+    ignore_index: int | None,
+    read: bool,
 ) -> tuple[Tensor | None, int]:
     """The labels as int64, and which are ignored; None where none is and nothing reads them."""
-    index = _checks.NO_INDEX if ignore_index is None else ignore_index
     if labels is None:
-        if indices:
+        if read:
             raise _checks.fail_type("labels", "a Tensor of class indices", "None")
-        return None, index
-    _checks.target(labels, hidden, hidden.dim() - 1, "labels", mask=not indices)
-    _checks.allocated("labels", labels)
-    if labels.dtype == torch.bool:
-        return labels.long() - 1, -1
-    if not indices:
-        return (None if ignore_index is None else labels.long()), index
-    if labels.is_cpu and not traced(labels):
-        _checks.target_range(labels, classes, index)
-    return labels.long(), index
+        return None, _checks.NO_INDEX if ignore_index is None else ignore_index
+    labels, index = indices(spec, hidden, labels, hidden.dim() - 1, ignore_index, not read)
+    if read:
+        check_range(labels, classes, index)
+    return (None if labels is None else labels.long()), index
 
 
 def row_weights(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _topk
-from .._calls import NO_ID, TopKCall
+from .._calls import NO_ID, TopKCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
 from .._ops import TAGS, library, no_double_backward, once
@@ -60,9 +60,10 @@ class _Chunk(NamedTuple):
 def _chunks(
     hidden: Tensor, weight: Tensor, ids: Tensor, head: Head, call: LogprobCall
 ) -> Iterator[_Chunk]:
-    """Chunks of logits in one buffer, with their ids' small logits (``reference/_topk.py``)."""
-    numbers = list(call.numbers) if call.symbolic is None else call.symbolic.tolist()
-    how = TopKCall(numbers, None, False, rest=True, hard=False, entropy=True, ignore_index=NO_ID)
+    """Chunks of logits in one buffer, with their ids' small logits (``reference/topk.py``)."""
+    how = TopKCall(
+        numbers_of(call), None, False, rest=True, hard=False, entropy=True, ignore_index=NO_ID
+    )
     count, vocab = hidden.shape[0], weight.shape[0]
     tokens = call.tokens or default_tokens(hidden.device, vocab, hidden.dtype)
     rows = Rows(count, None, NO_ID, tokens)
@@ -82,7 +83,7 @@ def logprob(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The log-probabilities (N, K), and of each row logsumexp and entropy (N,)."""
     call = LogprobCall(*fields)
-    head = Head(weight, bias, call.softcap or None, call.logit_scale)
+    head = Head(weight, bias, call.softcap, call.logit_scale)
     count, dtype = hidden.shape[0], working_dtype(hidden)
     found = hidden.new_empty(ids.shape, dtype=dtype)
     sums, entropies = (hidden.new_empty(count, dtype=dtype) for _ in range(2))
@@ -101,7 +102,7 @@ def logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden states, weight and bias; empty where none is wanted."""
     call, needs = LogprobCall(*rest[:-3]), rest[-3:]
-    head = Head(weight, bias, call.softcap or None, call.logit_scale)
+    head = Head(weight, bias, call.softcap, call.logit_scale)
     gradients = Gradients(hidden, head, needs)
     for chunk in _chunks(hidden, weight, ids, head, call):
         g = upstream[chunk.at].to(chunk.small.dtype)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import save, saved, under_vmap
+from .._calls import traceable
 from .._dtypes import working_dtype
 from .._ops import TAGS, library, no_double_backward, once
-from .._tracing import symbolic_numbers
 from ._rows import SCHEMA, LinearCall, linear_rows
 
 _FIELDS = len(LinearCall._fields)
@@ -25,8 +25,7 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     call = LinearCall(*call_and_needs[:_FIELDS])
     of_hidden, of_weight, of_bias = call_and_needs[_FIELDS:]
-    own, sparse = working_dtype(hidden), call.kind.startswith("topk")
-    work = working_dtype(hidden, teacher[1] if sparse else teacher[0])
+    own, work = working_dtype(hidden), working_dtype(hidden, teacher[0])
     count = hidden.shape[0]
     return (
         hidden.new_empty(count, dtype=work),
@@ -114,9 +113,7 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def apply(call: LinearCall, by_row: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
     """The rows' losses or their sum, and the parts of the rows."""
-    symbolic = symbolic_numbers(call.numbers)
-    if symbolic is not None:
-        call = call._replace(numbers=[], symbolic=symbolic)
+    call = traceable(call)
     hidden, weight, bias, *of_rows, teacher = tensors
     students = [hidden, weight, bias]
     if not torch.is_grad_enabled():  # autograd would say what requires grad, not what is wanted

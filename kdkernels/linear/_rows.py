@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._backends import kernels as kernels_of
-from .._calls import RowCall
+from .._calls import RowCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
 from ._chunks import Gradients, Rows, default_tokens, rows_at
@@ -22,8 +22,9 @@ class LinearCall(NamedTuple):
 
     backend: str
     kind: str
-    """Of the teacher: ``logits``; ``linear``, hidden states and a head; ``topk``, marked ids, the
-    logits of buckets and maybe a weight of each row, without the rest as ``topk_alone``."""
+    """Of the teacher: ``logits``; ``linear``, hidden states and a head; ``topk``, the logits of
+    buckets, marked ids and maybe a weight of each row, without the rest as ``topk_alone``. The
+    first of its tensors has the dtype of its logits."""
     rule: str
     numbers: Sequence[float]
     """As in ``_calls.RowCall``."""
@@ -50,10 +51,6 @@ SCHEMA = (
 )
 
 
-def _head(weight: Tensor, bias: Tensor | None, softcap: float, scale: float) -> Head:
-    return Head(weight, bias, softcap or None, scale)
-
-
 def linear_rows(
     hidden: Tensor,
     weight: Tensor,
@@ -71,14 +68,14 @@ def linear_rows(
     """
     call = LinearCall(*call_and_needs[:-3])
     needs = call_and_needs[-3:]
-    head = _head(weight, bias, *call.head[:2])
-    numbers = list(call.numbers) if call.symbolic is None else call.symbolic.tolist()
+    head = Head(weight, bias, *call.head[:2])
+    numbers = numbers_of(call)
     made: Tensor | None = None
     if call.kind == "linear":
-        made, of_teacher = teacher[0], _head(teacher[1], (*teacher[2:], None)[0], *call.head[2:])
+        made, of_teacher = teacher[0], Head(teacher[1], (*teacher[2:], None)[0], *call.head[2:])
     sparse = call.kind.startswith("topk")
-    dtype = teacher[1].dtype if sparse else teacher[0].dtype
-    work = working_dtype(hidden, teacher[1] if sparse else teacher[0])
+    dtype = teacher[0].dtype
+    work = working_dtype(hidden, teacher[0])
     count, vocab = hidden.shape[0], weight.shape[0]
     tokens = call.tokens or default_tokens(
         hidden.device, vocab, hidden.dtype, *([] if sparse else [dtype])

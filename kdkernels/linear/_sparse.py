@@ -25,11 +25,11 @@ def rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Values of the rows and their parts; the gradient is written ``into``, maybe the logits.
 
-    ``teacher`` are a chunk's marked ids, the logits of its buckets (``losses.topk_kd.buckets``) and
+    ``teacher`` are the logits of a chunk's buckets, its marked ids (``losses.topk_kd.buckets``) and
     maybe a weight of each row. ``call`` is that of the dense loss of the logits.
     """
     temperature, scale, hard, *options = call.numbers
-    ids, buckets, *own_weight = teacher
+    buckets, ids, *own_weight = teacher
     weight, hard_weight = weights
     for own in own_weight:
         weight = own if weight is None else own * weight

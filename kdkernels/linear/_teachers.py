@@ -84,9 +84,9 @@ def sparse(teacher: TopKTeacher, divergence: str, beta: float, tail: str, hidden
     )
     kind = "topk_alone" if tail == "renormalize" else "topk"
     if tail != "drop":
-        return Sparse(kind, [marked, logits], says, None)
+        return Sparse(kind, [logits, marked], says, None)
     assert mass is not None
-    return Sparse(kind, [marked, logits, mass], says, torch.special.xlogy(mass, mass))
+    return Sparse(kind, [logits, marked, mass], says, torch.special.xlogy(mass, mass))
 
 
 def counted(
@@ -97,7 +97,7 @@ def counted(
         labels, ignore_index = torch.zeros_like(known.says, dtype=torch.int64), -1
     flat = torch.where(known.says, labels.reshape(-1), ignore_index)
     if look:
-        _topk.check_ids(known.tensors[0], flat != ignore_index, classes)
+        _topk.check_ids(known.tensors[1], flat != ignore_index, classes)
     return flat.reshape(labels.shape), ignore_index
 
 

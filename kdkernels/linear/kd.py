@@ -145,9 +145,7 @@ def linear_kd_loss(
     _checks.choice("tail", tail, TAILS)
     check_teacher(teacher, hidden)
     teacher, weight, bias = one_vocabulary(teacher, weight, bias, vocab)
-    chosen = _dispatch.choose(spec, hidden, backend)
-    if chosen == "native" and not hidden.is_cpu:
-        chosen = _dispatch.beside_cuda(spec, hidden, backend)
+    chosen = _dispatch.choose_beside_cuda(spec, hidden, backend)
     rows = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     if chosen == "reference":
@@ -170,7 +168,7 @@ def linear_kd_loss(
             )
         dense = teacher.logits() if isinstance(teacher, LinearTeacher) else teacher
         return row_loss(spec, logits, dense, labels, options, temperature, **common)
-    labels, index = label_indices(labels, hidden, weight.shape[0], ignore_index, hard != 0.0)
+    labels, index = label_indices(spec, labels, hidden, weight.shape[0], ignore_index, hard != 0.0)
     known: Sparse | None = None
     if isinstance(teacher, TopKTeacher):
         of_jsd = options[0] if divergence == "jsd" else 0.5
@@ -181,7 +179,7 @@ def linear_kd_loss(
         kind, of_teacher, caps = known.kind, known.tensors, [0.0, 1.0]
     else:
         kind, of_teacher, caps = tensors_of(teacher)
-    work = working_dtype(hidden, of_teacher[known is not None])
+    work = working_dtype(hidden, of_teacher[0])
     scale, *weights = row_weights(loss_weight, token_weight, hidden, work, hard)
     divisor = _divisor(num_items_in_batch, reduction, labels, index, hidden)
     spec, options, factor = spec.at(options)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch, _head
+from .._calls import traceable
 from .._dtypes import INTEGERS
 from .._head import Head
-from .._tracing import symbolic_numbers, traced
+from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
 from ._inputs import as_linear_casts, chunk, plain_rows
 from ._logprob import LogprobCall
@@ -81,17 +82,13 @@ def linear_logprob(
     _check_ids(ids, hidden, weight.shape[0])
     flat = hidden.reshape(-1, hidden.shape[-1])
     several = ids.reshape(flat.shape[0], ids.shape[-1] if ids.dim() > len(rows) else 1)
-    chosen = _dispatch.choose(KD_OF_TOKENS, hidden, backend)
-    if chosen == "native" and not hidden.is_cpu:
-        chosen = _dispatch.beside_cuda(KD_OF_TOKENS, hidden, backend)
+    chosen = _dispatch.choose_beside_cuda(KD_OF_TOKENS, hidden, backend)
     if chosen == "reference":
         found = _reference(Head(weight, bias, softcap, logit_scale), flat, several, temperature)
     else:
         call = LogprobCall(chosen, [temperature], None, softcap or 0.0, logit_scale, tokens)
-        symbolic = symbolic_numbers(call.numbers)
-        if symbolic is not None:
-            call = call._replace(numbers=[], symbolic=symbolic)
-        found = torch.ops.kdkernels.linear_logprob.default(flat, weight, bias, several, *call)
+        operator = torch.ops.kdkernels.linear_logprob.default
+        found = operator(flat, weight, bias, several, *traceable(call))
     logprob, lse, entropy = found
     return LinearLogprob(logprob.reshape(ids.shape), lse.reshape(rows), entropy.reshape(rows))
 

@@ -235,11 +235,7 @@ def _dense(
 ) -> Tensor:
     """The rows' values of the dense loss."""
     spec = DENSE[divergence]
-    for value, end in spec.ends:
-        if beta == value:
-            spec = end.spec
-            break
-    numbers = (beta,) if spec is JSD else ()
+    spec, numbers, _ = spec.at((beta,) if spec is JSD else ())
     rows = (target, None, None, None)
     settings = (1.0, 1.0, 0.0, False, False, ignore_index, 1)
     return run(spec, backend, numbers, *settings, student, teacher, *rows, 0)[0]
