@@ -23,7 +23,7 @@ from torch import Tensor
 from ._backends import Kernels, kernels as kernels_of
 from ._calls import traceable
 from ._ops import once, operator
-from ._tracing import traced
+from ._tracing import keepable, traced
 
 
 def stores_gradient(student: Tensor, reduction: int) -> bool:
@@ -249,10 +249,3 @@ def call_operator(
     if not any(needs) and torch.is_grad_enabled() and any([x.requires_grad for x in students]):
         constants = tuple([None if x is None else keepable(x) for x in constants])  # read again
     return operator(backend, family)(*students, *constants, *call, *needs)
-
-
-def keepable(constant: Tensor) -> Tensor:
-    """A copy of a tensor of inference mode, which autograd does not keep; a compiler cannot ask."""
-    if not torch.compiler.is_compiling() and constant.is_inference():
-        return constant.clone()
-    return constant

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._dtypes import FLOATS, INTEGERS
+from ._tracing import keepable
 
 TWO_CLASSES = (
     "of at least two classes (a binary problem: the two logits [0, x], or"
@@ -163,10 +164,10 @@ def _one_a_row(name: str, value: Tensor, student: Tensor, class_dim: int) -> Non
 
 
 def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
-    """Check that a 0-d tensor lies where the student's device can read it without the host."""
+    """A 0-d tensor that lies where the student's device can read it without the host."""
     if not value.is_cpu and value.device != device:
         raise fail(name, f"on the CPU or on the student's device {device}", value.device)
-    return value
+    return keepable(value)
 
 
 def row_temperature(value: Tensor, student: Tensor, class_dim: int) -> None:

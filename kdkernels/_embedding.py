@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
-from ._autograd import apply_composed, apply_several, call_operator, keepable
+from ._autograd import apply_composed, apply_several, call_operator
 from ._backends import Kernels
 from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
 from ._dtypes import INTEGERS, working_dtype
-from ._tracing import traced, transformed
+from ._tracing import keepable, traced, transformed
 from .reference.refilled import distances
 from .registry import LossSpec
 

@@ -13,7 +13,7 @@ from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._group import ProcessGroup
 from ._rowrun import run
-from ._tracing import plain
+from ._tracing import keepable, plain
 from .reference._rows import weighted
 from .registry import LossSpec
 
@@ -104,6 +104,7 @@ def row_loss(
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
     if token_weight is not None:
         _checks.token_weight(token_weight, student, class_dim)
+        token_weight = keepable(token_weight)
     if isinstance(loss_weight, Tensor) and hard != 0.0 and loss_weight.requires_grad:
         common: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -131,7 +132,7 @@ def row_loss(
     scale = _checks.number("loss_weight", loss_weight)
     learned = heats is not None and _temperature.learned(spec, heats)
     if heats is not None:
-        given_heats, heats = heats, heats.detach().to(working_dtype(student, teacher))
+        given_heats, heats = heats, keepable(heats.detach()).to(working_dtype(student, teacher))
         if spec.t_squared:
             squares = heats * heats
             token_weight = squares if token_weight is None else token_weight * squares

@@ -1,7 +1,7 @@
-"""What type checkers read of ``kdkernels.losses``: ``python -m kdkernels._stubs`` writes the stub.
+"""What type checkers read of ``kdkernels.losses`` and ``.linear``: ``python -m kdkernels._stubs``.
 
-Modules of row losses take what their functions take, which no static annotation can say of a base
-class; the stub has their constructors written out. A test keeps it true.
+Modules that are bound from functions take what those take, which no static annotation can say of a
+base class; the stubs have their constructors written out. A test keeps them true.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
-from . import losses
-from .registry import SPECS
+from . import linear, losses
 
-STUB = Path(losses.__file__).with_suffix(".pyi")
 _HEAD = '''"""Written by ``python -m kdkernels._stubs``: what type checkers read."""
 
 from typing import Any, Literal, overload
@@ -23,8 +22,12 @@ from torch import Tensor
 
 from .._group import ProcessGroup
 from .._rowwise import LossParts
-from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
 '''
+PACKAGES = {
+    losses: "from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss",
+    linear: "from ._teachers import Teacher\nfrom .module import LinearLoss",
+}
+"""What each stub imports besides."""
 _RETURNED = {"return_parts": "LossParts", "return_mass": "TopKMass"}
 """What these flags add to what a function returns; not known of a variable."""
 
@@ -60,13 +63,17 @@ def _overloads(name: str, parameters: Mapping[str, inspect.Parameter]) -> list[s
     return lines
 
 
-def text() -> str:
-    """The stub: names as ``losses/__init__.py`` exports them, bound modules and functions that may
-    return parts written out."""
-    bound = {s.module.__name__: s.module for s in SPECS.values() if hasattr(s.module, "bind")}
-    lines = [_HEAD.rstrip()]
+def stub(package: ModuleType) -> Path:
+    return Path(str(package.__file__)).with_suffix(".pyi")
+
+
+def text(package: ModuleType) -> str:
+    """The stub: names as the package exports them, bound modules and functions that may return
+    parts written out."""
+    bound = {name: x for name, x in vars(package).items() if hasattr(x, "bind")}
+    lines = [_HEAD + PACKAGES[package]]
     functions: list[str] = []
-    for name, value in sorted(vars(losses).items()):
+    for name, value in sorted(vars(package).items()):
         if name.startswith("_") or inspect.ismodule(value) or name in bound:
             continue
         parameters = {} if inspect.isclass(value) else inspect.signature(value).parameters
@@ -86,4 +93,5 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    STUB.write_text(text(), encoding="utf-8")
+    for one in PACKAGES:
+        stub(one).write_text(text(one), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import _checks
+from ._autograd import save, saved
 from ._ops import once
 from ._reduce import as_rows, promote
 from ._tracing import plain, transformed
@@ -67,13 +68,13 @@ class _WithGradient(torch.autograd.Function):
         spec: LossSpec,
         standardize: bool,
     ) -> Tensor:
-        ctx.save_for_backward(temperature, student, teacher, factor)
+        save(ctx, (temperature, student, teacher, factor))
         ctx.spec, ctx.standardize = spec, standardize
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        temperature, student, teacher, factor = ctx.saved_tensors
+        temperature, student, teacher, factor = saved(ctx)
         with torch.no_grad():
             heats = temperature.reshape(-1, 1).to(student.dtype).expand(student.shape[0], 1)
             by_row = ctx.spec.by_temperature(student, teacher, heats, standardize=ctx.standardize)

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._autograd import keepable
 from ._calls import NO_ID, TOPK, TopKCall, traceable
 from ._ops import once, operator
 from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
-from ._tracing import traced
+from ._tracing import keepable, traced
 from .reference import topk as reference
 
 
-def absent_marked(ids: Tensor, logprobs: Tensor) -> Tensor:
-    """The ids as the kernels take them; an entry of log-probability -inf is absent."""
-    return torch.where(logprobs == -torch.inf, NO_ID, ids.long()).contiguous()
+def marked(ids: Tensor, absent: Tensor) -> Tensor:
+    """The ids as the kernels take them; one that merely equals ``NO_ID`` is out of range."""
+    return torch.where(absent, NO_ID, ids.long().clamp(min=NO_ID + 1)).contiguous()
 
 
 def check_ids(ids: Tensor, counts: Tensor | None, classes: int) -> None:

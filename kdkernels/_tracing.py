@@ -76,3 +76,10 @@ def operand(number: float) -> float | Tensor:
     if not torch.compiler.is_compiling():
         return number
     return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def keepable(constant: Tensor) -> Tensor:
+    """A copy of a tensor of inference mode, which autograd does not keep; a compiler cannot ask."""
+    if not torch.compiler.is_compiling() and constant.is_inference():
+        return constant.clone()
+    return constant

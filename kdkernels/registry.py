@@ -127,6 +127,6 @@ def register(spec: LossSpec) -> LossSpec:
     for scripted in (spec.function, spec.module):  # torch.jit.script asks both for it
         scripted.__prepare_scriptable__ = _no_script  # type: ignore[union-attr]
     if hasattr(spec.module, "bind"):  # its constructor is what its function takes
-        spec.module.bind(spec)
+        spec.module.bind(spec.function, spec.options)
     SPECS[spec.name] = spec
     return spec

@@ -667,12 +667,18 @@ _of(
     ("ids_unchecked", "    if «look»:", "False"),
 )  # fmt: skip
 _of(
-    "kdkernels/linear", "_logprob.py", "test_linear_logprob.py", "published or certain",
-    ("narrow", "small = chunk.small«.double()»", ""),
-    ("twice_counted", "torch.where(«first == places», asked", "first >= 0"),
+    "kdkernels/linear", "_logprob.py", "test_linear_logprob.py", "published or certain or inference",
+    ("narrow", "top, largest = small«.double()».max(", ""),
+    ("others_of_all", "below.exp()«.scatter_(1, largest, 0.0)».sum(", ""),
+    ("difference", "own.gather(1, q.largest) - total + «q.others * total»",
+     "total - (1 - q.others) * total"),
+    ("repeated_first", "repeated[:, 1:] = ordered[:, 1:] «==» ordered[:, :-1]", "!="),
+    ("inference", "    «save(ctx, (*inputs[:4], call.symbolic))»",
+     "ctx.outside = None; ctx.save_for_backward(*inputs[:4], call.symbolic)"),
+    ("twice_counted", "_topk.marked(asked, «first != places»)", "first < 0"),
     ("origin_lost", "+ chunk.of_rows[0] / chunk.how.numbers[0]", "+ 0.0"),
     ("origin_unsoftened", "chunk.of_rows[0] «/ chunk.how.numbers[0]»", ""),
-    ("rest_unpulled", "through -= chunk.small.softmax(1) * «g.sum(1, keepdim=True)»", "1.0"),
+    ("rest_unpulled", "through = own - q.log.exp() * «total»", "1.0"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "sampled_kl.py", "test_sampled.py", "published or expect",

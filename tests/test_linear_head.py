@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels
 from kdkernels import FusedLinearKDLoss, _dispatch, linear_kd_loss
-from kdkernels.linear import DIVERGENCES
+from kdkernels.linear.kd import DIVERGENCES
 from kdkernels.registry import SPECS
 from kdkernels.teacher import LinearTeacher, TopKTeacher, top_k
 
@@ -284,6 +284,20 @@ def test_shifted_logits_are_not_copied_whole() -> None:
         assert torch.equal(whole, shifted)
 
 
+def test_shifted_logits_and_a_mask_take_two_chunks() -> None:
+    rows, vocab, tokens = 256, 4096, 64
+    hidden = torch.randn(2, rows, 8)
+    weight, teacher = torch.randn(vocab, 8), torch.randn(2, rows + 1, vocab)[:, :-1]
+    labels = torch.zeros(2, rows, dtype=torch.int64)
+    labels[:, ::3] = -100
+
+    def step() -> None:
+        linear_kd_loss(hidden, weight, teacher, labels, chunk_tokens=tokens)
+
+    step()
+    assert _peak(step, "cpu") <= 1.1 * 2 * tokens * vocab * 4
+
+
 def test_a_scale_and_no_labels() -> None:
     """Slices of rows, whose gradient is written where it belongs."""
     given = setup()
@@ -308,7 +322,7 @@ def test_parts_and_denominators() -> None:
     torch.testing.assert_close(parts.entropy, entropy)
     rows, by_row = linear_kd_loss(*call, reduction="none", return_parts=True, **options)
     torch.testing.assert_close(by_row.distillation + by_row.hard, rows.detach())
-    for items in (10, torch.tensor(10)):
+    for items in (10, torch.tensor(10), torch.tensor(10.0, dtype=torch.float64)):
         total = linear_kd_loss(*call, num_items_in_batch=items, **options)
         torch.testing.assert_close(total, rows.sum() / 10)
     weight = torch.tensor(0.25)
@@ -316,6 +330,16 @@ def test_parts_and_denominators() -> None:
         linear_kd_loss(*call, loss_weight=weight, **options),
         linear_kd_loss(*call, loss_weight=0.25, **options),
     )
+
+
+def test_a_wide_denominator_does_not_widen_the_loss() -> None:
+    given = setup(torch.float32)
+    items = torch.tensor(10.0, dtype=torch.float64)
+    loss = linear_kd_loss(
+        given.hidden, given.weight, given.of_teacher, num_items_in_batch=items,
+        student_bias=given.bias,
+    )  # fmt: skip
+    assert loss.dtype == torch.float32
 
 
 def test_backward_twice_differentiated_twice_and_no_grad() -> None:
@@ -490,6 +514,18 @@ def test_module() -> None:
     )  # fmt: skip
     assert torch.equal(loss, wanted)
     assert "alpha=0.3" in repr(module) and not list(module.parameters())
+    module.reduction, module.temperature = "sum", 1.5
+    changed = module(given.hidden, given.weight, given.of_teacher, given.labels, **options)
+    wanted = linear_kd_loss(
+        given.hidden, given.weight, given.of_teacher, given.labels, "skew_kl", 1.5, alpha=0.3,
+        hard_weight=0.1, softcap=4.0, reduction="sum", **options,
+    )  # fmt: skip
+    assert torch.equal(changed, wanted)
+    with pytest.raises(TypeError, match="beta must be None where divergence is 'kl'"):
+        FusedLinearKDLoss(beta=0.1)
+    for wrong in ({"tail": "none"}, {"softcap": -1.0}, {"vocab": "cut"}, {"chunk_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            FusedLinearKDLoss(**wrong)
 
 
 def test_every_loss_of_tokens_with_a_rule_is_offered() -> None:

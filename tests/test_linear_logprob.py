@@ -13,7 +13,8 @@ from test_memory import _peak
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kdkernels import linear_logprob
+from kdkernels import _toolchain, linear_logprob
+from kdkernels._calls import NO_ID
 
 
 def ids_of(rows: tuple[int, ...], k: int | None) -> Tensor:
@@ -86,6 +87,65 @@ def test_a_certain_token_keeps_its_digits(backend: str) -> None:
     assert float(found.logprob) == pytest.approx(wanted, rel=limit, abs=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_gradient_of_a_certain_token_keeps_its_digits(
+    several: bool, dtype: torch.dtype
+) -> None:
+    """1 - q = 36 exp(-40): 0 in either dtype, if it were a difference."""
+    hidden = torch.eye(WIDTH, dtype=dtype)[:1] * 40.0
+    weight = torch.zeros(VOCAB, WIDTH, dtype=dtype)
+    weight[3, 0] = 1.0
+    hidden.requires_grad_()
+    ids = torch.tensor([[3, 5, 3]]) if several else torch.tensor([[3]])
+    upstream = torch.tensor([[1.0, 0.0, 1.0]] if several else [[2.0]], dtype=dtype)
+    found = linear_logprob(hidden, weight, ids).logprob
+    rest = 36 * math.exp(-40.0)
+    assert float(found.detach()[0, 0]) == pytest.approx(-math.log1p(rest), rel=1e-6, abs=0)
+    (made,) = torch.autograd.grad(found, hidden, upstream)
+    assert float(made[0, 0]) == pytest.approx(2 * rest / (1 + rest), rel=1e-5, abs=0)
+
+
+def test_tensors_of_inference_mode() -> None:
+    """Ids of a rollout are such; a head under inference mode likewise."""
+    given = setup()
+    wanted = linear_logprob(given.hidden, given.weight.detach(), ids_of((21,), 2)).logprob.sum()
+    (right,) = torch.autograd.grad(wanted, given.hidden)
+    with torch.inference_mode():
+        ids, weight = ids_of((21,), 2), given.weight.clone()
+    found = linear_logprob(given.hidden, weight, ids).logprob.sum()
+    (made,) = torch.autograd.grad(found, given.hidden)
+    assert torch.equal(found, wanted) and torch.equal(made, right)
+
+
+@pytest.mark.skipif(_toolchain.compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_with_strided_hidden_states() -> None:
+    hidden = torch.randn(WIDTH, 21).T.requires_grad_()
+    weight, ids = torch.randn(VOCAB, WIDTH), ids_of((21,), None)
+
+    def step(hidden: Tensor) -> Tensor:
+        return linear_logprob(hidden, weight, ids).logprob.sum()
+
+    torch._dynamo.reset()
+    (made,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(hidden), hidden)
+    torch.testing.assert_close(made, torch.autograd.grad(step(hidden), hidden)[0])
+
+
+def test_many_ids_a_row_take_the_memory_of_ids() -> None:
+    rows, vocab, k = 256, 2048, 1024
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight, ids = torch.randn(vocab, 8), torch.randint(vocab, (rows, k))
+    found = linear_logprob(hidden, weight, ids, chunk_tokens=rows)
+
+    def step() -> None:
+        linear_logprob(hidden, weight, ids, chunk_tokens=rows).logprob.sum().backward()
+
+    step()
+    assert _peak(step, "cpu") < rows * k * k / 4
+    logits = hidden.detach() @ weight.T
+    torch.testing.assert_close(found.logprob, logits.log_softmax(-1).gather(1, ids))
+
+
 def test_memory() -> None:
     rows, width, vocab, tokens = 512, 16, 4096, 32
     hidden = torch.randn(rows, width, requires_grad=True)
@@ -143,6 +203,8 @@ def test_fullgraph() -> None:
     [
         ({"ids": torch.zeros(20).long()}, ValueError, r"ids must be of shape \(21,\) or"),
         ({"ids": torch.zeros(21, 0).long()}, ValueError, "ids must be of shape"),
+        ({"ids": torch.zeros(21, 1025).long()}, ValueError, "K from 1 to 1024"),
+        ({"ids": torch.full((21,), NO_ID)}, ValueError, r"ids must be in \[0, 37\)"),
         ({"ids": torch.zeros(21)}, TypeError, "ids must be of an integer dtype"),
         ({"ids": torch.full((21,), VOCAB)}, ValueError, r"ids must be in \[0, 37\), got 37"),
         ({"ids": None}, TypeError, "ids must be a Tensor"),

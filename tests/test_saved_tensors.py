@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from every import every, example, gradient
 
-from kdkernels.registry import LossSpec
+from kdkernels.registry import SPECS, LossSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -60,3 +61,41 @@ def test_constants_made_in_inference_mode(spec: LossSpec, backend: str | None) -
             for _ in range(2):
                 (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
                 torch.testing.assert_close(found, expected)
+
+
+def _keywords(spec: LossSpec, rows: torch.Size) -> dict[str, torch.Tensor]:
+    """The tensors that a loss takes besides its inputs, as far as it takes them."""
+    given = {"loss_weight": torch.tensor(0.5)}
+    if spec.by_row:
+        weight = torch.linspace(0.5, 2.0, rows.numel()).reshape(rows)
+        given |= {"token_weight": weight, "temperature": 1.0 + weight}
+        given["num_items_in_batch"] = torch.tensor(3.0)
+    if spec.family == "sparse":
+        given["log_rest"] = -weight
+    return given
+
+
+@every()
+def test_keywords_made_in_inference_mode(spec: LossSpec, backend: str | None) -> None:
+    case = example(spec)
+    for name, value in _keywords(spec, case.student.shape[:1]).items():
+        names = list(inspect.signature(spec.function).parameters)
+        if name not in names[len(case.tensors) :]:  # given by position already
+            continue
+        expected = gradient(case.function(backend=backend, **{name: value}), case.student)
+        with torch.inference_mode():
+            kept = value.clone()
+        leaf = case.student.clone().requires_grad_()
+        loss = case.of(leaf, backend=backend, **{name: kept}).sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+
+
+def test_a_learned_temperature_beside_a_teacher_of_inference_mode() -> None:
+    case = example(SPECS["kd"])
+    student, teacher = case.tensors[:2]
+    heat = torch.tensor(2.0, requires_grad=True)
+    (expected,) = torch.autograd.grad(case.spec.function(student, teacher, heat), heat)
+    with torch.inference_mode():
+        teacher = teacher.clone()
+    (found,) = torch.autograd.grad(case.spec.function(student, teacher, heat), heat)
+    assert torch.equal(found, expected)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import LossParts, TopKKDLoss, TopKMass, _dispatch
+from kdkernels._calls import NO_ID
 from kdkernels.functional import jsd_loss, kd_loss, reverse_kl_loss, topk_kd_loss, tv_loss
 from kdkernels.registry import SPECS
 
@@ -326,6 +327,7 @@ def test_wrong_teachers_are_named(backend: str | None) -> None:
         ({"teacher_ids": ids[0]}, ValueError, r"teacher_ids must be of shape \(2, 3, K\), K from"),
         ({"teacher_ids": ids + 20}, ValueError, r"teacher_ids must be in \[0, 23\), got"),
         ({"teacher_ids": ids - 23}, ValueError, r"teacher_ids must be in \[0, 23\), got -"),
+        ({"teacher_ids": torch.full_like(ids, NO_ID)}, ValueError, r"teacher_ids must be in \[0"),
         ({"teacher_ids": twice}, ValueError, "teacher_ids must be different within a row, got"),
         ({"teacher_logprobs": logprobs[..., :3]}, ValueError, "teacher_logprobs must be of the"),
         ({"teacher_logprobs": ids}, TypeError, "teacher_logprobs must be float64, float32"),

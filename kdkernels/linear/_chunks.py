@@ -46,20 +46,25 @@ class Rows:
             yield chunk if self.index is None else self.index[chunk]
 
 
+def as_rows(x: Tensor) -> Tensor | None:
+    """(rows..., classes) as (rows, classes) of the same memory; None where no one stride walks the
+    rows, as of ``logits[:, :-1]``."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
 def rows_at(x: Tensor, at: Any, out: Tensor | None = None) -> Tensor:
-    """Rows of (rows..., classes), contiguous: a view where that is possible, else in ``out``."""
-    if x.dim() > 2:
-        try:
-            x = x.view(-1, x.shape[-1])
-        except RuntimeError:  # rows that no one stride walks, as of logits[:, :-1]
-            numbers = torch.arange(at.start, at.stop, device=x.device) if type(at) is slice else at
-            picked = x[torch.unravel_index(numbers, x.shape[:-1])]
-            return picked.contiguous()
-    if type(at) is slice:
-        return x[at].contiguous()
-    if out is not None and x.dim() == 2:
-        return torch.index_select(x, 0, at, out=out[: at.numel()])
-    return x[at].contiguous()
+    """Rows of (rows..., classes), contiguous: a view where that is possible, else in ``out`` if
+    ``as_rows`` can take them from ``x``, else new."""
+    flat = as_rows(x) if x.dim() > 1 else x
+    if flat is None:
+        numbers = torch.arange(at.start, at.stop, device=x.device) if type(at) is slice else at
+        return x[torch.unravel_index(numbers, x.shape[:-1])].contiguous()
+    if out is None or type(at) is slice:
+        return flat[at].contiguous()
+    return torch.index_select(flat, 0, at, out=out[: at.numel()])
 
 
 class Gradients:

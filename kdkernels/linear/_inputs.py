@@ -11,6 +11,7 @@ from .. import _checks
 from .._dtensor import any_sharded
 from .._rowrun import check_range
 from .._rowwise import indices
+from .._tracing import keepable
 from ..registry import LossSpec
 
 
@@ -78,7 +79,7 @@ def row_weights(
     cross-entropy's; a weight that is a tensor joins the former."""
     if token_weight is not None:
         _checks.token_weight(token_weight, hidden, hidden.dim() - 1)
-        token_weight = token_weight.to(work)
+        token_weight = keepable(token_weight).to(work)
     hard_token_weight = token_weight if hard != 0.0 else None
     if not isinstance(loss_weight, Tensor):
         return _checks.number("loss_weight", loss_weight), token_weight, hard_token_weight

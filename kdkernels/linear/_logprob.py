@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _topk
+from .._autograd import save, saved
 from .._calls import NO_ID, TopKCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
@@ -71,11 +72,41 @@ def _chunks(
     places = torch.arange(ids.shape[1], device=ids.device)
     for at in rows:
         h, asked = hidden[at], ids[at].long()
-        first = (asked.unsqueeze(2) == asked.unsqueeze(1)).to(torch.uint8).argmax(2)
-        once_each = torch.where(first == places, asked, NO_ID).contiguous()
+        first = _first(asked, places)
+        once_each = _topk.marked(asked, first != places)
         z = head.logits(h, buffer[: h.shape[0]])
         small, of_rows = _topk.rows_of(call.backend, z, once_each, None, None, how)
         yield _Chunk(at, h, z, once_each, first, small, of_rows, how)
+
+
+def _first(ids: Tensor, places: Tensor) -> Tensor:
+    """Where each id stands first in its row, in memory of the ids' size."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    start = torch.where(repeated, 0, places).cummax(1).values
+    return torch.empty_like(order).scatter_(1, order, order.gather(1, start))
+
+
+class _Softmax(NamedTuple):
+    """Of small logits, in float64: where one class is certain, what the others leave has digits."""
+
+    log: Tensor
+    """(n, K + 1)"""
+    lse: Tensor
+    """(n, 1)"""
+    largest: Tensor
+    """(n, 1): the class, which alone can be certain."""
+    others: Tensor
+    """(n, 1): the probability of all others."""
+
+
+def _softmax(small: Tensor) -> _Softmax:
+    top, largest = small.double().max(1, keepdim=True)
+    below = small - top
+    others = below.exp().scatter_(1, largest, 0.0).sum(1, keepdim=True)
+    log_sum = others.log1p()
+    return _Softmax(below - log_sum, top + log_sum, largest, others / (1 + others))
 
 
 def logprob(
@@ -88,11 +119,9 @@ def logprob(
     found = hidden.new_empty(ids.shape, dtype=dtype)
     sums, entropies = (hidden.new_empty(count, dtype=dtype) for _ in range(2))
     for chunk in _chunks(hidden, weight, ids, head, call):
-        # In float64: where a token is certain, its log-probability is what the others leave.
-        small = chunk.small.double()
-        lse = small.logsumexp(1, keepdim=True)
-        found[chunk.at] = (small - lse).gather(1, chunk.first).to(dtype)
-        sums[chunk.at] = (lse[:, 0] + chunk.of_rows[0] / chunk.how.numbers[0]).to(dtype)
+        q = _softmax(chunk.small)
+        found[chunk.at] = q.log.gather(1, chunk.first).to(dtype)
+        sums[chunk.at] = (q.lse[:, 0] + chunk.of_rows[0] / chunk.how.numbers[0]).to(dtype)
         entropies[chunk.at] = chunk.of_rows[ENTROPY]
     return found, sums, entropies
 
@@ -105,10 +134,13 @@ def logprob_backward(
     head = Head(weight, bias, call.softcap, call.logit_scale)
     gradients = Gradients(hidden, head, needs)
     for chunk in _chunks(hidden, weight, ids, head, call):
-        g = upstream[chunk.at].to(chunk.small.dtype)
-        at_ids = torch.zeros_like(g).scatter_add_(1, chunk.first, g)
-        through = torch.cat([at_ids, torch.zeros_like(g[:, :1])], 1)
-        through -= chunk.small.softmax(1) * g.sum(1, keepdim=True)
+        g = upstream[chunk.at].double()
+        own = torch.zeros_like(chunk.small, dtype=g.dtype).scatter_add_(1, chunk.first, g)
+        total = g.sum(1, keepdim=True)
+        q = _softmax(chunk.small)
+        through = own - q.log.exp() * total
+        of_largest = own.gather(1, q.largest) - total + q.others * total
+        through = through.scatter_(1, q.largest, of_largest).to(chunk.small.dtype)
         kept = chunk.logits.clone() if head.softcap else chunk.logits
         gradient = _topk.gradient_of(
             call.backend, chunk.logits, chunk.ids, None, None, chunk.small, chunk.of_rows,
@@ -129,20 +161,23 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *_: Any) -> tu
 def _fake_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    wanted = zip(shapes, rest[-3:], strict=True)
-    return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in wanted)
+    of_hidden, of_weight, of_bias = rest[-3:]
+    return (
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        hidden.new_empty(weight.shape if of_weight else 0),
+        hidden.new_empty(weight.shape[0] if of_bias else 0),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     call = LogprobCall(*inputs[4:])
     ctx.call = call._replace(symbolic=None)
-    ctx.save_for_backward(*inputs[:4], call.symbolic)
+    save(ctx, (*inputs[:4], call.symbolic))
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    *tensors, symbolic = ctx.saved_tensors
+    *tensors, symbolic = saved(ctx)
     needs = tuple(ctx.needs_input_grad[:3])
     call = ctx.call._replace(symbolic=symbolic)
     operator = torch.ops.kdkernels.linear_logprob_backward.default

@@ -13,7 +13,7 @@ from .._backends import kernels as kernels_of
 from .._calls import RowCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
-from ._chunks import Gradients, Rows, default_tokens, rows_at
+from ._chunks import Gradients, Rows, as_rows, default_tokens, rows_at
 from ._sparse import rows as sparse_rows
 
 
@@ -89,7 +89,8 @@ def linear_rows(
     )
     row = kernels_of(call.backend, "row")
     student_logits = hidden.new_empty(rows.tokens, vocab)
-    copied = 0 if sparse or (made is None and rows.index is None) else rows.tokens
+    filled = made is not None or (rows.index is not None and as_rows(teacher[0]) is not None)
+    copied = rows.tokens if filled and not sparse else 0
     teacher_logits = hidden.new_empty(copied, vocab, dtype=dtype)
     # The gradient takes the place of the logits, unless the softcap's derivative needs them.
     apart = torch.empty_like(student_logits) if head.softcap and any(needs) else student_logits
@@ -119,6 +120,7 @@ def linear_rows(
             value, _, separate = row.forward(
                 z, t, target, *weights, None, step, gradient is not None, gradient
             )
+            del t  # before the next chunk takes its place
         values[at] = value
         if separate is not None:
             parts[:, at] = separate

@@ -14,6 +14,7 @@ from ..losses.topk_kd import DENSE, MOST, buckets, check_pair
 from ..teacher import LinearTeacher, TopKTeacher
 
 Teacher = Tensor | LinearTeacher | TopKTeacher
+VOCABULARIES = ("truncate",)
 
 
 def check_teacher(teacher: Any, hidden: Tensor) -> None:
@@ -41,7 +42,7 @@ def one_vocabulary(
 ) -> tuple[Teacher, Tensor, Tensor | None]:
     """Teacher and head of as many classes, cut to the common prefix where that is asked."""
     if vocab is not None:
-        _checks.choice("vocab", vocab, ("truncate",))
+        _checks.choice("vocab", vocab, VOCABULARIES)
     if isinstance(teacher, TopKTeacher):  # of which only the ids are known
         if vocab is not None:
             raise _checks.fail("vocab", "None where teacher is a TopKTeacher", repr(vocab))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.loss import _Loss
 
 from .. import _checks, _dispatch, _head
 from .._dtypes import working_dtype
@@ -47,10 +46,10 @@ def linear_kd_loss(
     student_weight: Tensor,
     teacher: Teacher,
     labels: Tensor | None = None,
-    *,
-    student_bias: Tensor | None = None,
     divergence: str = "kl",
     temperature: float = 1.0,
+    *,
+    student_bias: Tensor | None = None,
     beta: float | None = None,
     alpha: float | None = None,
     forward_weight: float | None = None,
@@ -78,7 +77,8 @@ def linear_kd_loss(
     two buffers of ``chunk_tokens`` x V logits are reused, a chunk's gradient is written over the
     student's logits (with a softcap beside them), and its products with W and h are added up, that
     of the weight in float32. So the forward pass computes all gradients, and the backward pass
-    multiplies them by a number. Memory: the weight's gradient and two chunks. Matrix products: that
+    multiplies them by a number. Memory: the weight's gradient and two chunks; in half
+    precision on a CPU a third one, in float32. Matrix products: that
     of the logits, one for each gradient that is wanted, and the teacher's; a frozen weight costs
     none. Ignored tokens cost no product.
 
@@ -102,10 +102,10 @@ def linear_kd_loss(
             ``'kl'``, ``'reverse_kl'``, ``'jsd'`` and ``'tv'``. A constant.
         labels: class indices of the shape of the rows, of which ``ignore_index`` is ignored; or
             bools, of which True counts, where ``hard_weight`` is 0.
-        student_bias: (V,), or None.
         divergence: ``'kl'`` (p against q), ``'reverse_kl'``, ``'jsd'``, ``'mixed_kl'``,
             ``'skew_kl'``, ``'skew_reverse_kl'``, ``'tv'`` or ``'alpha_beta'``.
         temperature: T > 0.
+        student_bias: (V,), or None.
         beta: of ``'jsd'`` and ``'alpha_beta'``; None: the default of the loss of that name.
         alpha: of the skew divergences and ``'alpha_beta'``, likewise.
         forward_weight: of ``'mixed_kl'``, likewise.
@@ -134,7 +134,7 @@ def linear_kd_loss(
     hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
     plain_rows(names, (hidden, weight, bias))
     softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names)
-    spec, options = _divergence(divergence, beta=beta, alpha=alpha, forward_weight=forward_weight)
+    spec, options = divergence_of(divergence, beta=beta, alpha=alpha, forward_weight=forward_weight)
     tokens = chunk(chunk_tokens)
     code = _checks.reduction(reduction)
     temperature = _checks.temperature(temperature)
@@ -198,6 +198,8 @@ def linear_kd_loss(
         added = added if of_rows[1] is None else added * of_rows[1]
         added = added if code == 0 else added.sum()
     loss = loss + added
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(loss.dtype)
     loss = loss.reshape(rows) if code == 0 else loss / divisor
     if not return_parts:
         return loss
@@ -224,7 +226,7 @@ def _divisor(
     return (labels != ignore_index).sum().clamp(min=1)
 
 
-def _divergence(name: str, **numbers: float | None) -> tuple[LossSpec, tuple[Any, ...]]:
+def divergence_of(name: str, /, **numbers: float | None) -> tuple[LossSpec, tuple[Any, ...]]:
     """The loss of a name and its own numbers: those given, else its defaults."""
     spec = DIVERGENCES[_checks.choice("divergence", name, tuple(DIVERGENCES))]
     defaults = inspect.signature(spec.function).parameters
@@ -234,70 +236,3 @@ def _divergence(name: str, **numbers: float | None) -> tuple[LossSpec, tuple[Any
     given = {option: numbers.get(option) for option in spec.options}
     chosen = {k: defaults[k].default if v is None else v for k, v in given.items()}
     return spec, tuple([spec.options[k](k, value) for k, value in chosen.items()])
-
-
-class FusedLinearKDLoss(_Loss):
-    """Module form of :func:`kdkernels.linear_kd_loss`; see there.
-
-    ``FusedLinearKDLoss("jsd", beta=0.1)(student_hidden, lm_head.weight, teacher, labels)``. It
-    holds numbers and no weight.
-    """
-
-    def __init__(
-        self,
-        divergence: str = "kl",
-        temperature: float = 1.0,
-        *,
-        beta: float | None = None,
-        alpha: float | None = None,
-        forward_weight: float | None = None,
-        tail: str = "bucket",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        vocab: str | None = None,
-        chunk_tokens: int | None = None,
-        ignore_index: int | None = -100,
-        reduction: str = "mean",
-        loss_weight: float | Tensor = 1.0,
-        hard_weight: float = 0.0,
-        return_parts: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        held = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        _checks.reduction(reduction)
-        super().__init__(reduction=reduction)
-        numbers = {name: held[name] for name in ("beta", "alpha", "forward_weight")}
-        _divergence(divergence, **numbers)
-        held["temperature"] = _checks.temperature(temperature)
-        held["loss_weight"] = _checks.weight(loss_weight)
-        held["hard_weight"] = _checks.number("hard_weight", hard_weight)
-        chunk(chunk_tokens)
-        _checks.choice("tail", tail, TAILS)
-        if backend is not None:
-            _dispatch.known(backend)
-        self._held = held
-
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher: Teacher,
-        labels: Tensor | None = None,
-        *,
-        student_bias: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        num_items_in_batch: float | Tensor | None = None,
-    ) -> Any:
-        return linear_kd_loss(
-            student_hidden,
-            student_weight,
-            teacher,
-            labels,
-            student_bias=student_bias,
-            token_weight=token_weight,
-            num_items_in_batch=num_items_in_batch,
-            **self._held,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in self._held.items())

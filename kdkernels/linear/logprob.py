@@ -13,6 +13,7 @@ from .._dtypes import INTEGERS
 from .._head import Head
 from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
+from ..losses.topk_kd import MOST
 from ._inputs import as_linear_casts, chunk, plain_rows
 from ._logprob import LogprobCall
 
@@ -56,9 +57,9 @@ def linear_logprob(
         hidden: (..., H) hidden states after the final norm, at least two dimensions; float64,
             float32, float16 or bfloat16.
         weight: (V, H), of the same dtype and device.
-        ids: class indices in [0, V) of the shape of the rows, or with a last dimension K beside it:
-            K tokens a row, of which some may be the same. Any integer type. On a GPU an id out of
-            range gives NaN.
+        ids: class indices in [0, V) of the shape of the rows, or with a last dimension K of 1 to
+            1024 beside it: K tokens a row, of which some may be the same. Any integer type. On a
+            GPU an id out of range gives NaN.
         bias: (V,), or None.
         softcap: bound of the logits, > 0, or None.
         logit_scale: multiplies the logits before the softcap.
@@ -96,8 +97,9 @@ def linear_logprob(
 def _check_ids(ids: Any, hidden: Tensor, classes: int) -> None:
     _checks.tensor("ids", ids)
     rows = hidden.shape[:-1]
-    if ids.shape != rows and (ids.shape[:-1] != rows or not ids.shape[-1]):
-        raise _checks.fail("ids", f"of shape {tuple(rows)} or {(*rows, 'K')}", tuple(ids.shape))
+    if ids.shape != rows and (ids.shape[:-1] != rows or not 1 <= ids.shape[-1] <= MOST):
+        expected = f"of shape {tuple(rows)} or {(*rows, 'K')}, K from 1 to {MOST}"
+        raise _checks.fail("ids", expected.replace("'K'", "K"), tuple(ids.shape))
     if ids.dtype not in INTEGERS:
         raise _checks.fail_type("ids", "of an integer dtype", ids.dtype)
     if ids.device != hidden.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec
 
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch.nn.modules.loss import _Loss
 from .. import _checks, _dispatch, _group
 from .._rowwise import row_loss
 from ..reference._rows import weighted
-from ..registry import LossSpec
 
 P = ParamSpec("P")
+Check = Callable[[str, Any], Any]
+"""The checked value of an option, from its name and what was given."""
 
 
 def weighed(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -59,13 +60,13 @@ class LossModule(_Loss):
         return ", ".join(f"{key}={value!r}" for key, value in held.items())
 
 
-class _FromFunction(LossModule):
-    """A module whose constructor takes what its function takes besides tensors.
+class FromFunction(LossModule):
+    """A module whose constructor takes what its function takes besides tensors; ``bind`` says which
+    function that is (``registry.register`` calls it for the losses it has)."""
 
-    ``registry.register`` gives it ``_spec``; its function's signature says the rest.
-    """
-
-    _spec: ClassVar[LossSpec]
+    _function: ClassVar[Callable[..., Any]]
+    _checks_of: ClassVar[Mapping[str, Check]]
+    _bound: ClassVar[inspect.Signature]
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -75,15 +76,16 @@ class _FromFunction(LossModule):
             cls.__signature__ = inspect.Signature(own[1:])
 
     @classmethod
-    def bind(cls, spec: LossSpec) -> None:
-        """What ``registry.register`` calls with the loss's row."""
-        parameters = inspect.signature(spec.function).parameters.values()
-        cls._spec = spec
-        cls.__signature__ = inspect.Signature([p for p in parameters if p.name not in _TENSORS])
+    def bind(cls, function: Callable[..., Any], checks: Mapping[str, Check]) -> None:
+        """``checks`` are those of the function's own options."""
+        parameters = inspect.signature(function).parameters.values()
+        cls._function = staticmethod(function)
+        cls._checks_of = checks
+        cls._bound = inspect.Signature([p for p in parameters if p.name not in _TENSORS])
+        cls.__signature__ = cls._bound
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        spec = self._spec
-        bound = spec.module.__signature__.bind(*args, **options)  # type: ignore[attr-defined]
+        bound = self._bound.bind(*args, **options)
         bound.apply_defaults()
         given = bound.arguments
         self._names = tuple(given)
@@ -94,7 +96,7 @@ class _FromFunction(LossModule):
         )
         for name in self._names:
             if name not in ("reduction", "loss_weight", "backend"):
-                check = spec.options.get(name) or _CHECKS[name]
+                check = self._checks_of.get(name) or _CHECKS[name]
                 setattr(self, name, check(name, given[name]))
 
     def _held(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _temperature(name: str, value: Any) -> Any:
     return value if isinstance(value, Tensor) else _checks.temperature(value, name)
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+_CHECKS: dict[str, Check] = {
     "temperature": _temperature,
     "hard_weight": _checks.number,
     "return_parts": _checks.flag,
@@ -116,6 +118,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "process_group": lambda name, value: _group.check(value),
 }
 _TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher",
     "sampled_ids",
     "teacher_logprob",
     "teacher_ids",
@@ -125,7 +131,7 @@ _TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weigh
 }
 
 
-class TokenLoss(_FromFunction):
+class TokenLoss(FromFunction):
     """A loss of tokens: ``labels`` are a mask."""
 
     def forward(
@@ -137,7 +143,7 @@ class TokenLoss(_FromFunction):
         token_weight: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        return self._spec.function(
+        return self._function(
             student_logits,
             teacher_logits,
             labels=labels,
@@ -147,7 +153,7 @@ class TokenLoss(_FromFunction):
         )
 
 
-class SampledLoss(_FromFunction):
+class SampledLoss(FromFunction):
     """A loss of sampled tokens: their ids and log-probabilities are the teacher."""
 
     def forward(
@@ -160,7 +166,7 @@ class SampledLoss(_FromFunction):
         token_weight: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        return self._spec.function(
+        return self._function(
             student_logits,
             sampled_ids,
             teacher_logprob,
@@ -171,7 +177,7 @@ class SampledLoss(_FromFunction):
         )
 
 
-class SparseLoss(_FromFunction):
+class SparseLoss(FromFunction):
     """A loss of tokens against a sparse teacher: K ids a row with their log-probabilities."""
 
     def forward(
@@ -185,7 +191,7 @@ class SparseLoss(_FromFunction):
         token_weight: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Any:
-        return self._spec.function(
+        return self._function(
             student_logits,
             teacher_ids,
             teacher_logprobs,
@@ -197,7 +203,7 @@ class SparseLoss(_FromFunction):
         )
 
 
-class RowLoss(_FromFunction):
+class RowLoss(FromFunction):
     """A loss of classifiers, whose class indices are called ``target`` or ``labels``."""
 
     def forward(
@@ -210,7 +216,7 @@ class RowLoss(_FromFunction):
         token_weight: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        return self._spec.function(
+        return self._function(
             student_logits,
             teacher_logits,
             target=target,

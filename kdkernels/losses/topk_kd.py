@@ -155,7 +155,7 @@ def buckets(
     asks for it."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
-    marked = _topk.absent_marked(ids, logprobs)
+    marked = _topk.marked(ids, logprobs == -torch.inf)
     logprobs = logprobs.to(dtype)
     total = None
     if with_mass or tail == "drop" or (tail == "bucket" and log_rest is None):
