@@ -668,7 +668,6 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_logprob.py", "test_linear_logprob.py", "published or certain or inference",
-    ("narrow", "top, largest = small«.double()».max(", ""),
     ("others_of_all", "below.exp()«.scatter_(1, largest, 0.0)».sum(", ""),
     ("difference", "own.gather(1, q.largest) - total + «q.others * total»",
      "total - (1 - q.others) * total"),

@@ -89,7 +89,7 @@ def _first(ids: Tensor, places: Tensor) -> Tensor:
 
 
 class _Softmax(NamedTuple):
-    """Of small logits, in float64: where one class is certain, what the others leave has digits."""
+    """Of small logits: where one class is certain, what the others leave has its digits."""
 
     log: Tensor
     """(n, K + 1)"""
@@ -102,7 +102,7 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(small: Tensor) -> _Softmax:
-    top, largest = small.double().max(1, keepdim=True)
+    top, largest = small.max(1, keepdim=True)
     below = small - top
     others = below.exp().scatter_(1, largest, 0.0).sum(1, keepdim=True)
     log_sum = others.log1p()
