@@ -172,12 +172,14 @@ def student_job(
             "lr": args.lr,
             "evaluate_every": args.evaluate_every,
             "images": count,
+            "global_batch": args.global_batch_dist,
             "options": options,
             "backend": backend,
             "teacher": asdict(teaching(args, by)) if by else None,
         },
         teacher=teacher,
         evaluate_every=args.evaluate_every,
+        global_batch=args.global_batch_dist and world.size > 1,
     )
 
 

@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--backend", choices=["native", "triton", "reference"], help="of the losses; default: best")
     add("--amp", nargs="?", const="bf16", choices=["bf16", "fp16"], help="mixed precision")
+    add(
+        "--global-batch-dist",
+        action="store_true",
+        help="under torchrun: DIST's columns over the images of all processes, as of one batch",
+    )
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add(
         "--threads",

@@ -5,6 +5,7 @@
     python examples/distill_lm.py --text kjv.txt           # any English text, UTF-8
     python examples/distill_lm.py --methods ce kl kl:weight=1 jsd:beta=0.1 --seeds 0 1 2 3 4
     python examples/distill_lm.py --teacher topk           # from a cache of its 32 likeliest tokens
+    torchrun --nproc-per-node 4 examples/distill_lm.py     # the same steps on four processes
     python examples/distill_lm.py --validate --seeds 10 11 # to choose options
 
 A method is NAME[:OPTION=VALUE,...]. Results go to ``--output``: results.json, lm_curves.png and
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 try:
     import lm_data
@@ -34,6 +36,7 @@ try:
     import models
     from arguments import checked, threads
     from lm_methods import METHODS, Method
+    from world import World
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"distill_lm.py: {error}. The examples need:  pip install -e '.[examples]'"
@@ -136,9 +139,9 @@ TOPK_DIVERGENCES = ("kl", "reverse_kl", "jsd")
 class Comparison:
     """The teacher and the students of one command line."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        self.args, self.world = args, world
+        self.device = world.device
         self.methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
         self.taught = any(method.entry is not None for method in self.methods)
         self.corpus = lm_data.corpus(args.text, args.vocab_size, validate=args.validate)
@@ -175,6 +178,7 @@ class Comparison:
             backend=args.backend,
             settings={**settings, "options": dict(method.options)},
             teacher=teacher,
+            world=self.world,
         )
 
     def teacher(
@@ -189,6 +193,9 @@ class Comparison:
         name = f"top{args.top_k}-seed{seed}-temperature{temperature:g}"
         folder = args.output / "teacher-cache" / ("validation" if args.validate else "main") / name
         how = (args.context, args.top_k, temperature, folder, of)
+        if self.world.main:
+            lm_teachers.cached(network, stream, *how)
+        self.world.barrier()
         return lm_teachers.Teacher(network, "topk", lm_teachers.cached(network, stream, *how))
 
     def teacher_job(self) -> lm_engine.Job:
@@ -208,6 +215,7 @@ class Comparison:
             evaluate_every=args.evaluate_every,
             backend=None,
             settings=self.teacher_settings() | self.settings("evaluate_every"),
+            world=self.world,
         )
 
     def settings(self, *names: str) -> dict[str, Any]:
@@ -239,7 +247,8 @@ class Comparison:
         self.done += 1
         count = f"[{self.done:>{len(str(self.total))}}/{self.total}]"
         seconds = time.perf_counter() - begin
-        print(f"{count} {job.name:<36} {history.final:6.3f} nats  {seconds:6.1f} s", flush=True)
+        if self.world.main:
+            print(f"{count} {job.name:<36} {history.final:6.3f} nats  {seconds:6.1f} s", flush=True)
         return history
 
     def run(self) -> lm_report.Results:
@@ -267,7 +276,7 @@ class Comparison:
                 found[seed] = self.fit(job)
             jobs[method.label] = job
             results.options[method.label] = dict(method.options)
-        if args.times:
+        if args.times and self.world.main:
             results.times = lm_report.time_steps(jobs)
         return results
 
@@ -276,17 +285,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.methods = _methods(args.methods, args.teacher)
     threads(args.threads)
-    if args.fresh:
+    world = World.join(args.device)
+    if args.fresh and world.main:
         shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
+    world.barrier()
     try:
-        results = Comparison(args).run()
-        print(f"\n{lm_report.table(results)}")
-        lm_report.write(results, args.output)
-        lm_figure.write(results, args.output)
+        results = Comparison(args, world).run()
+        if world.main:
+            print(f"\n{lm_report.table(results)}")
+            lm_report.write(results, args.output)
+            lm_figure.write(results, args.output)
+            print(f"\nFigure and numbers: {args.output}/lm_curves.png, {args.output}/results.json")
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes")
+        if world.main:
+            print("\ninterrupted; the same command resumes")
         return 130
-    print(f"\nFigure and numbers: {args.output}/lm_curves.png, {args.output}/results.json")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

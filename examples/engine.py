@@ -46,6 +46,8 @@ class Job:
     """What the result depends on; a checkpoint made with other settings is refused."""
     teacher: ResNet | None = None
     evaluate_every: int = 1
+    global_batch: bool = False
+    """Whether DIST's columns are those of all processes' images."""
 
 
 @dataclass
@@ -88,8 +90,9 @@ class Distiller(nn.Module):
         loss = weight * F.cross_entropy(student.logits, target)
         if job.recipe.term is not None and teacher is not None:
             step = Step(
-                student, teacher, target, progress, job.options, job.backend, self.extra, images
-            )
+                student, teacher, target, progress, job.options, job.backend, self.extra, images,
+                dist.group.WORLD if job.global_batch else None,
+            )  # fmt: skip
             loss = loss + job.recipe.term(step)
         return loss
 

@@ -114,9 +114,10 @@ def _buckets(known: Tensor) -> Tensor:
     return torch.cat([known.float(), torch.log(-torch.expm1(mass))], -1)
 
 
-def _hard(method: Method, student: Tensor, labels: Tensor) -> Tensor:
-    loss = F.cross_entropy(student.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-    return method.options["ce"] * loss
+def _hard(method: Method, student: Tensor, labels: Tensor, items: Tensor | None) -> Tensor:
+    how: dict[str, Any] = {"ignore_index": IGNORED, "reduction": "mean" if items is None else "sum"}
+    loss = F.cross_entropy(student.flatten(0, -2), labels.flatten(), **how)
+    return method.options["ce"] * (loss if items is None else loss / items)
 
 
 def total(
@@ -125,21 +126,23 @@ def total(
     teacher: Tensor | TopKTeacher | LinearTeacher | None,
     labels: Tensor,
     backend: str | None = None,
+    items: Tensor | None = None,
 ) -> Tensor:
     """What a step minimises: here the library is called.
 
     The student is logits (sequences, tokens, vocabulary), read as they are, or beside a teacher's
     head the hidden states and the weight of its own. Labels are those of cross-entropy, and the
     divergence leaves out the same tokens. No divergence has T² in: KL of the library has, and it is
-    divided out.
+    divided out. ``items`` is what the sum over tokens is divided by, instead of their number.
     """
     o = method.options
     if method.entry is None or teacher is None:
-        return _hard(method, student, labels)
+        return _hard(method, student, labels, items)
     keywords: dict[str, Any] = {
         "temperature": o["temperature"],
         "loss_weight": o["weight"],
         "hard_weight": o["ce"],  # cross-entropy in the same pass
+        "num_items_in_batch": items,
         "backend": backend,
         **method.own(),
     }
@@ -161,11 +164,12 @@ def eager(
     teacher: Tensor | TopKTeacher | LinearTeacher | None,
     labels: Tensor,
     backend: str | None = None,
+    items: Tensor | None = None,
 ) -> Tensor:
     """The same number from PyTorch's operations, as most trainers write it."""
     if isinstance(teacher, LinearTeacher):
         student, teacher = F.linear(*student), teacher.logits()
-    o, loss = method.options, _hard(method, student, labels)
+    o, loss = method.options, _hard(method, student, labels, items)
     if method.entry is None or teacher is None:
         return loss
     mine = F.log_softmax(student / o["temperature"], -1)
@@ -175,4 +179,4 @@ def eager(
         other = F.log_softmax(teacher / o["temperature"], -1)
     counted = labels != IGNORED
     rows = method.entry.eager(mine, other, o)
-    return loss + o["weight"] * (rows * counted).sum() / counted.sum()
+    return loss + o["weight"] * (rows * counted).sum() / (counted.sum() if items is None else items)

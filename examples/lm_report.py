@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from lm_data import batches
 from lm_engine import History, Job
 from tables import grid, paired, spread, versions, write_json
+from world import World
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, Times]:
 
 
 def _contenders(job: Job) -> list[Callable[[], object]]:
-    """The step and the loss alone: the library's, then the eager one's."""
+    """The step and the loss alone: the library's, then the eager one's; on this process alone."""
+    job = replace(job, world=World(job.world.device))
     fixed = job.teacher is not None and job.teacher.fixed
     batch = next(batches(job.stream, job.context, job.batch, job.seed, 0, 1, fixed=fixed))
     inputs, labels, rows = batch
@@ -104,12 +106,13 @@ def _contenders(job: Job) -> list[Callable[[], object]]:
     student.requires_grad_()
 
     def step(loss_of: lm_engine.Loss) -> Callable[[], object]:
-        return lambda: lm_engine.train_step(job, optimizer, *batch, loss_of)
+        distiller = lm_engine.Distiller(job, loss_of)
+        return lambda: lm_engine.train_step(job, distiller, optimizer, *batch)
 
     def loss(loss_of: lm_engine.Loss) -> Callable[[], object]:
         def once() -> None:
             student.grad = job.model.tokens.weight.grad = None
-            loss_of(job.method, outputs, teacher, labels, job.backend).backward()
+            loss_of(job.method, outputs, teacher, labels, job.backend, None).backward()
 
         return once
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from models import Output
@@ -19,6 +20,9 @@ from kdkernels.functional import (
     tuple_matching_loss,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @dataclass(frozen=True)
 class Step:
@@ -33,6 +37,8 @@ class Step:
     backend: str | None
     extra: nn.Module | None
     images: Tensor | None = None
+    group: ProcessGroup | None = None
+    """Whose ranks' images together are the batch; None: this process's."""
 
 
 def kd(step: Step) -> Tensor:
@@ -93,6 +99,7 @@ def dist(step: Step) -> Tensor:
         o["gamma"],
         o["tau"],
         loss_weight=o["weight"] * _ramp(step),
+        process_group=step.group,
         backend=step.backend,
     )
 

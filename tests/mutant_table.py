@@ -667,7 +667,8 @@ _of(
     ("ids_unchecked", "    if «look»:", "False"),
 )  # fmt: skip
 _of(
-    "kdkernels/linear", "_logprob.py", "test_linear_logprob.py", "published or certain or inference",
+    "kdkernels/linear", "_logprob.py", "test_linear_logprob.py",
+    "published or certain or inference",
     ("others_of_all", "below.exp()«.scatter_(1, largest, 0.0)».sum(", ""),
     ("difference", "own.gather(1, q.largest) - total + «q.others * total»",
      "total - (1 - q.others) * total"),
