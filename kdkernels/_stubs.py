@@ -24,7 +24,7 @@ from .._group import ProcessGroup
 from .._rowwise import LossParts
 '''
 PACKAGES = {
-    losses: "from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss",
+    losses: "from ._base import LossModule, RowLoss, SampledLoss, SparseLoss, TokenLoss",
     linear: "from ._teachers import Teacher\nfrom .module import LinearLoss",
 }
 """What each stub imports besides."""
@@ -89,6 +89,12 @@ def text(package: ModuleType) -> str:
         lines += [f"    {p.name}: {p.annotation}" for p in parameters.values()]
         arguments = [f"        {line}" for line in _arguments(parameters.values(), {})]
         lines += ["    def __init__(", "        self,", *arguments, "    ) -> None: ..."]
+        if "forward" in vars(module):
+            forward = inspect.signature(module.forward)
+            taken = [p for p in forward.parameters.values() if p.name != "self"]
+            arguments = [f"        {line}" for line in _arguments(taken, {})]
+            returned = f"    ) -> {forward.return_annotation}: ..."
+            lines += ["    def forward(", "        self,", *arguments, returned]
     return "\n".join(lines) + "\n"
 
 

@@ -37,6 +37,7 @@ class LossSpec:
     gradient; ``smooth`` that the gradient has no jumps, and the value no term of first order near
     equality. ``options`` are the row losses' own options, each with the function that checks it, of
     which ``domains`` are the least and the largest values where they are not merely >= 0;
+    ``checks`` are of what the Module of another loss holds;
     ``ends`` are values of the first one at which the loss is another (pairs: the compiler compares
     a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
@@ -69,6 +70,7 @@ class LossSpec:
     needs_teacher_mass: bool = False
     smooth: bool = True
     options: Mapping[str, Callable[[str, Any], float]] = field(default_factory=dict)
+    checks: Mapping[str, Callable[[str, Any], Any]] = field(default_factory=dict)
     ends: tuple[tuple[float, End], ...] = ()
     rule: str = ""
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
@@ -127,6 +129,6 @@ def register(spec: LossSpec) -> LossSpec:
     for scripted in (spec.function, spec.module):  # torch.jit.script asks both for it
         scripted.__prepare_scriptable__ = _no_script  # type: ignore[union-attr]
     if hasattr(spec.module, "bind"):  # its constructor is what its function takes
-        spec.module.bind(spec.function, spec.options)
+        spec.module.bind(spec.function, {**spec.checks, **spec.options})
     SPECS[spec.name] = spec
     return spec

@@ -25,6 +25,7 @@ from cases import (
     option_names,
     value_and_grad,
 )
+from every import every_spec, example
 from inputs import make
 
 import kdkernels
@@ -232,3 +233,17 @@ def test_public_names(spec: LossSpec) -> None:
 def test_everything_exported_exists() -> None:
     for module in (kdkernels, kdkernels.functional):
         assert not [name for name in module.__all__ if not hasattr(module, name)]
+
+
+@every_spec()
+def test_a_changed_attribute_counts(spec: LossSpec) -> None:
+    """Schedules set attributes of a Module between steps."""
+    case = example(spec, torch.float64)
+    module = spec.module()
+    before = module(*case.tensors)
+    module.loss_weight = 3.0 * module.loss_weight
+    torch.testing.assert_close(module(*case.tensors), 3.0 * before)
+    assert "loss_weight" in repr(module)
+    module.reduction = "sum"
+    after = case.of(case.student, loss_weight=module.loss_weight, reduction="sum")
+    torch.testing.assert_close(module(*case.tensors), after)

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks
-from ..losses._base import FromFunction
+from ..losses._base import LossModule, number_temperature
 from ..losses.topk_kd import TAILS
 from ._inputs import chunk
 from ._teachers import VOCABULARIES, Teacher
 from .kd import DIVERGENCES, divergence_of, linear_kd_loss
 
 
-class LinearLoss(FromFunction):
+class LinearLoss(LossModule):
     """A loss on hidden states and an output layer, of which it holds nothing."""
 
     def forward(
@@ -71,7 +71,7 @@ FusedLinearKDLoss.bind(
     linear_kd_loss,
     {
         "divergence": lambda name, value: _checks.choice(name, value, tuple(DIVERGENCES)),
-        "temperature": lambda name, value: _checks.temperature(value, name),
+        "temperature": number_temperature,
         "beta": _given,
         "alpha": _given,
         "forward_weight": _given,

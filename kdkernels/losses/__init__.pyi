@@ -6,17 +6,9 @@ from torch import Tensor
 
 from .._group import ProcessGroup
 from .._rowwise import LossParts
-from ._base import RowLoss, SampledLoss, SparseLoss, TokenLoss
-from .attention import AttentionTransferLoss as AttentionTransferLoss
+from ._base import LossModule, RowLoss, SampledLoss, SparseLoss, TokenLoss
 from ._centers import ClassCenters as ClassCenters
-from .dist import DISTLoss as DISTLoss
-from .hint import HintLoss as HintLoss
-from .iekd import IEKDLoss as IEKDLoss
-from .refilled import LocalClassifierLoss as LocalClassifierLoss
-from .pkd import PKDLoss as PKDLoss
-from .rkd import RKDLoss as RKDLoss
 from .topk_kd import TopKMass as TopKMass
-from .refilled import TupleMatchingLoss as TupleMatchingLoss
 from .attention import attention_transfer_loss as attention_transfer_loss
 from ._centers import class_centers as class_centers
 from .dist import dist_loss as dist_loss
@@ -903,6 +895,52 @@ class AlphaBetaLoss(TokenLoss):
         backend: str | None = ...,
     ) -> None: ...
 
+class AttentionTransferLoss(LossModule):
+    p: float
+    reduction: str
+    loss_weight: float
+    backend: str | None
+    def __init__(
+        self,
+        p: float = ...,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+    ) -> Tensor: ...
+
+class DISTLoss(LossModule):
+    beta: float
+    gamma: float
+    tau: float
+    eps: float
+    reduction: str
+    loss_weight: float
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        beta: float = ...,
+        gamma: float = ...,
+        tau: float = ...,
+        *,
+        eps: float = ...,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        process_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+    ) -> Tensor: ...
+
 class DKDLoss(RowLoss):
     alpha: float
     beta: float
@@ -930,6 +968,47 @@ class DKDLoss(RowLoss):
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
+
+class HintLoss(LossModule):
+    reduction: str
+    loss_weight: float
+    backend: str | None
+    def __init__(
+        self,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+    ) -> Tensor: ...
+
+class IEKDLoss(LossModule):
+    inheritance_weight: float
+    exploration_weight: float
+    similarity: str
+    reduction: str
+    loss_weight: float
+    backend: str | None
+    def __init__(
+        self,
+        inheritance_weight: float = ...,
+        exploration_weight: float = ...,
+        *,
+        similarity: str = ...,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        inheritance_factor: Tensor,
+        exploration_factor: Tensor,
+        teacher_factor: Tensor,
+    ) -> Tensor: ...
 
 class JSDLoss(TokenLoss):
     beta: float
@@ -979,6 +1058,27 @@ class KDLoss(RowLoss):
         backend: str | None = ...,
     ) -> None: ...
 
+class LocalClassifierLoss(LossModule):
+    temperature: float
+    reduction: str
+    loss_weight: float
+    backend: str | None
+    def __init__(
+        self,
+        temperature: float = ...,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_embeddings: Tensor,
+        centers: Tensor,
+        target: Tensor,
+    ) -> Tensor: ...
+
 class MixedKLLoss(TokenLoss):
     forward_weight: float | Tensor
     temperature: float
@@ -1002,6 +1102,48 @@ class MixedKLLoss(TokenLoss):
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
+
+class PKDLoss(LossModule):
+    reduction: str
+    loss_weight: float
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        process_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+    ) -> Tensor: ...
+
+class RKDLoss(LossModule):
+    distance_weight: float
+    angle_weight: float
+    reduction: str
+    loss_weight: float
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        distance_weight: float = ...,
+        angle_weight: float = ...,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        process_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_embeddings: Tensor,
+        teacher_embeddings: Tensor,
+    ) -> Tensor: ...
 
 class ReverseKLLoss(TokenLoss):
     temperature: float
@@ -1146,3 +1288,27 @@ class TopKKDLoss(SparseLoss):
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
+
+class TupleMatchingLoss(LossModule):
+    temperature: float
+    margin: float
+    reduction: str
+    loss_weight: float
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        temperature: float = ...,
+        margin: float = ...,
+        *,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        process_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+    def forward(
+        self,
+        student_embeddings: Tensor,
+        teacher_embeddings: Tensor,
+        target: Tensor,
+    ) -> Tensor: ...

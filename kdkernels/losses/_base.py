@@ -43,26 +43,8 @@ def _weigh(function: Callable[..., Tensor], weight: Tensor, *args: Any, **option
 
 
 class LossModule(_Loss):
-    """A loss module: holds the keyword arguments of its function and nothing else."""
-
-    def __init__(
-        self, *, reduction: str, loss_weight: float, backend: str | None, by_row: bool = True
-    ) -> None:
-        (_checks.reduction if by_row else _checks.batch_reduction)(reduction)
-        super().__init__(reduction=reduction)
-        self.loss_weight = _checks.weight(loss_weight)
-        if backend is not None:
-            _dispatch.known(backend)
-        self.backend = backend
-
-    def extra_repr(self) -> str:
-        held = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        return ", ".join(f"{key}={value!r}" for key, value in held.items())
-
-
-class FromFunction(LossModule):
-    """A module whose constructor takes what its function takes besides tensors; ``bind`` says which
-    function that is (``registry.register`` calls it for the losses it has)."""
+    """A loss module: holds what its function takes besides the tensors of ``forward``, and nothing
+    else. ``bind`` says which function that is (``registry.register`` calls it)."""
 
     _function: ClassVar[Callable[..., Any]]
     _checks_of: ClassVar[Mapping[str, Check]]
@@ -78,29 +60,50 @@ class FromFunction(LossModule):
     @classmethod
     def bind(cls, function: Callable[..., Any], checks: Mapping[str, Check]) -> None:
         """``checks`` are those of the function's own options."""
+        given = inspect.signature(cls.forward).parameters
         parameters = inspect.signature(function).parameters.values()
         cls._function = staticmethod(function)
-        cls._checks_of = checks
-        cls._bound = inspect.Signature([p for p in parameters if p.name not in _TENSORS])
+        cls._checks_of = {**_CHECKS, **checks}
+        cls._bound = inspect.Signature([p for p in parameters if p.name not in given])
         cls.__signature__ = cls._bound
 
     def __init__(self, *args: Any, **options: Any) -> None:
         bound = self._bound.bind(*args, **options)
         bound.apply_defaults()
-        given = bound.arguments
+        given = {name: self._checks_of[name](name, x) for name, x in bound.arguments.items()}
+        super().__init__(reduction=given["reduction"])
         self._names = tuple(given)
-        super().__init__(
-            reduction=given["reduction"],
-            loss_weight=given["loss_weight"],
-            backend=given["backend"],
-        )
-        for name in self._names:
-            if name not in ("reduction", "loss_weight", "backend"):
-                check = self._checks_of.get(name) or _CHECKS[name]
-                setattr(self, name, check(name, given[name]))
+        for name, value in given.items():
+            setattr(self, name, value)
 
     def _held(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self._held().items())
+
+
+def _backend(name: str, value: Any) -> Any:
+    if value is not None:
+        _dispatch.known(value)
+    return value
+
+
+def number_temperature(name: str, value: Any) -> float:
+    """A temperature that may not be a tensor."""
+    return _checks.temperature(value, name)
+
+
+def by_row(name: str, value: Any) -> Any:
+    """A reduction of a loss that has one value a row."""
+    _checks.reduction(value)
+    return value
+
+
+def of_batch(name: str, value: Any) -> Any:
+    """A reduction of another loss."""
+    _checks.batch_reduction(value)
+    return value
 
 
 def _temperature(name: str, value: Any) -> Any:
@@ -109,6 +112,9 @@ def _temperature(name: str, value: Any) -> Any:
 
 
 _CHECKS: dict[str, Check] = {
+    "reduction": by_row,
+    "loss_weight": lambda name, value: _checks.weight(value),
+    "backend": _backend,
     "temperature": _temperature,
     "hard_weight": _checks.number,
     "return_parts": _checks.flag,
@@ -117,21 +123,9 @@ _CHECKS: dict[str, Check] = {
     "standardize": _checks.flag,
     "process_group": lambda name, value: _group.check(value),
 }
-_TENSORS = {"student_logits", "teacher_logits", "target", "labels", "token_weight"} | {
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "teacher",
-    "sampled_ids",
-    "teacher_logprob",
-    "teacher_ids",
-    "teacher_logprobs",
-    "log_rest",
-    "num_items_in_batch",  # which every step has anew
-}
 
 
-class TokenLoss(FromFunction):
+class TokenLoss(LossModule):
     """A loss of tokens: ``labels`` are a mask."""
 
     def forward(
@@ -153,7 +147,7 @@ class TokenLoss(FromFunction):
         )
 
 
-class SampledLoss(FromFunction):
+class SampledLoss(LossModule):
     """A loss of sampled tokens: their ids and log-probabilities are the teacher."""
 
     def forward(
@@ -177,7 +171,7 @@ class SampledLoss(FromFunction):
         )
 
 
-class SparseLoss(FromFunction):
+class SparseLoss(LossModule):
     """A loss of tokens against a sparse teacher: K ids a row with their log-probabilities."""
 
     def forward(
@@ -203,7 +197,7 @@ class SparseLoss(FromFunction):
         )
 
 
-class RowLoss(FromFunction):
+class RowLoss(LossModule):
     """A loss of classifiers, whose class indices are called ``target`` or ``labels``."""
 
     def forward(

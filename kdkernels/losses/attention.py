@@ -10,13 +10,13 @@ from .._dtensor import gathered
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, of_batch, weighed
 
 
-def _power(value: float) -> float:
-    value = _checks.number("p", value)
+def _power(name: str, value: float) -> float:
+    value = _checks.number(name, value)
     if value < 1.0:
-        raise _checks.fail("p", ">= 1", value)
+        raise _checks.fail(name, ">= 1", value)
     return value
 
 
@@ -56,7 +56,7 @@ def attention_transfer_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
-    p = _power(p)
+    p = _power("p", p)
     _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
     student = _embedding.maps("student_features", student_features)
@@ -84,28 +84,9 @@ def attention_transfer_loss(
 class AttentionTransferLoss(LossModule):
     """Module form of :func:`kdkernels.functional.attention_transfer_loss`; see there."""
 
-    def __init__(
-        self,
-        p: float = 2.0,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.p = _power(p)
-
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return attention_transfer_loss(
-            student_features,
-            teacher_features,
-            self.p,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
-        )
+        result: Tensor = self._function(student_features, teacher_features, **self._held())
+        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -116,6 +97,7 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 ATTENTION = register(
     LossSpec(
         name="attention",
+        checks={"reduction": of_batch, "p": _power},
         title="AT",
         paper="Zagoruyko & Komodakis, ICLR 2017 (1612.03928)",
         formula="mean (Q_S − Q_T)², Q = n(mean_c |F_c|^p)",

@@ -10,7 +10,7 @@ from .._correlation import correlation_loss
 from .._group import ProcessGroup
 from ..reference.dist import dist as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, number_temperature, of_batch, weighed
 
 
 @weighed
@@ -126,45 +126,21 @@ class DISTLoss(LossModule):
     ``DISTLoss(beta=1.0, gamma=1.0, tau=1.0)(student_logits, teacher_logits)``
     """
 
-    def __init__(
-        self,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        tau: float = 1.0,
-        *,
-        eps: float = 1e-8,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        process_group: ProcessGroup | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.beta = _checks.non_negative("beta", beta)
-        self.gamma = _checks.non_negative("gamma", gamma)
-        self.tau = _checks.temperature(tau, "tau")
-        self.eps = _checks.non_negative("eps", eps)
-        self.process_group = _group.check(process_group)
-
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return dist_loss(
-            student_logits,
-            teacher_logits,
-            self.beta,
-            self.gamma,
-            self.tau,
-            eps=self.eps,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            process_group=self.process_group,
-            backend=self.backend,
-        )
+        result: Tensor = self._function(student_logits, teacher_logits, **self._held())
+        return result
 
 
 DIST = register(
     LossSpec(
         name="dist",
+        checks={
+            "reduction": of_batch,
+            "beta": _checks.non_negative,
+            "gamma": _checks.non_negative,
+            "tau": number_temperature,
+            "eps": _checks.non_negative,
+        },
         title="DIST",
         paper="Huang et al., NeurIPS 2022 (2205.10536)",
         function=dist_loss,

@@ -9,7 +9,7 @@ from .. import _checks, _embedding
 from .._dtensor import gathered
 from ..reference.hint import hint as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, of_batch, weighed
 
 _RANKS = {2: "(B, D)", 3: "(B, S, D)", 4: "(B, C, H, W)"}
 
@@ -65,25 +65,9 @@ def hint_loss(
 class HintLoss(LossModule):
     """Module form of :func:`kdkernels.functional.hint_loss`; see there."""
 
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return hint_loss(
-            student_features,
-            teacher_features,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
-        )
+        result: Tensor = self._function(student_features, teacher_features, **self._held())
+        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -94,6 +78,7 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 HINT = register(
     LossSpec(
         name="hint",
+        checks={"reduction": of_batch},
         title="FitNet hint",
         paper="Romero et al., ICLR 2015 (1412.6550)",
         formula="mean (S − T)²",

@@ -11,7 +11,7 @@ from .._dispatch import choose
 from .._dtensor import gathered
 from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, of_batch, weighed
 
 _RANKS = {2: "(B, D)", 3: "(B, N, D)", 4: "(B, C, H, W)"}
 
@@ -115,37 +115,14 @@ class IEKDLoss(LossModule):
     ``IEKDLoss(50.0, 50.0)(inheritance_factor, exploration_factor, teacher_factor)``
     """
 
-    def __init__(
-        self,
-        inheritance_weight: float = 50.0,
-        exploration_weight: float = 50.0,
-        *,
-        similarity: str = "l1",
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.inheritance_weight = _checks.non_negative("inheritance_weight", inheritance_weight)
-        self.exploration_weight = _checks.non_negative("exploration_weight", exploration_weight)
-        self.similarity = _checks.choice("similarity", similarity, SIMILARITIES)
-
     def forward(
         self, inheritance_factor: Tensor, exploration_factor: Tensor, teacher_factor: Tensor
     ) -> Tensor:
-        return iekd_loss(
-            inheritance_factor,
-            exploration_factor,
-            teacher_factor,
-            self.inheritance_weight,
-            self.exploration_weight,
-            similarity=self.similarity,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
+        held = self._held()
+        result: Tensor = self._function(
+            inheritance_factor, exploration_factor, teacher_factor, **held
         )
+        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -156,6 +133,12 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 IEKD = register(
     LossSpec(
         name="iekd",
+        checks={
+            "reduction": of_batch,
+            "inheritance_weight": _checks.non_negative,
+            "exploration_weight": _checks.non_negative,
+            "similarity": lambda name, value: _checks.choice(name, value, SIMILARITIES),
+        },
         title="IE-KD",
         paper="Huang et al., CVPR 2021 (2107.00181)",
         function=iekd_loss,

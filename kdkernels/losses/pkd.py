@@ -13,7 +13,7 @@ from .._group import ProcessGroup
 from ..composed.pkd import pkd as composed
 from ..reference.pkd import EPS, pkd as reference, resize
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, of_batch, weighed
 
 
 @gathered
@@ -101,28 +101,9 @@ def _of_group(student: Tensor, teacher: Tensor, group: ProcessGroup, reduction: 
 class PKDLoss(LossModule):
     """Module form of :func:`kdkernels.functional.pkd_loss`; see there."""
 
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        process_group: ProcessGroup | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.process_group = _group.check(process_group)
-
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return pkd_loss(
-            student_features,
-            teacher_features,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            process_group=self.process_group,
-            backend=self.backend,
-        )
+        result: Tensor = self._function(student_features, teacher_features, **self._held())
+        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -133,6 +114,7 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 PKD = register(
     LossSpec(
         name="pkd",
+        checks={"reduction": of_batch},
         title="PKD",
         paper="Cao et al., NeurIPS 2022 (2207.02039)",
         formula="½ · mean (n(S) − n(T))² = mean_c (1 − ρ_c)·(M − 1)/M",

@@ -16,7 +16,7 @@ from .._group import ProcessGroup
 from .._rowwise import row_loss
 from ..reference import refilled as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, number_temperature, of_batch, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
 from ._tuples import semihard_tuples as semihard_tuples
 from .kd import KD_OF_TOKENS
@@ -132,37 +132,12 @@ class TupleMatchingLoss(LossModule):
     ``TupleMatchingLoss(temperature=4.0)(student_embeddings, teacher_embeddings, target)``
     """
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        margin: float = 0.2,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 1000.0,
-        process_group: ProcessGroup | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.process_group = _group.check(process_group)
-        self.temperature = _checks.temperature(temperature)
-        self.margin = _checks.non_negative("margin", margin)
-
     def forward(
         self, student_embeddings: Tensor, teacher_embeddings: Tensor, target: Tensor
     ) -> Tensor:
-        return tuple_matching_loss(
-            student_embeddings,
-            teacher_embeddings,
-            target,
-            self.temperature,
-            self.margin,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            process_group=self.process_group,
-            backend=self.backend,
-        )
+        held = self._held()
+        result: Tensor = self._function(student_embeddings, teacher_embeddings, target, **held)
+        return result
 
 
 @gathered
@@ -251,30 +226,12 @@ class LocalClassifierLoss(LossModule):
     ``LocalClassifierLoss(temperature=2.0)(student_logits, teacher_embeddings, centers, target)``
     """
 
-    def __init__(
-        self,
-        temperature: float = 2.0,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 100.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(reduction=reduction, loss_weight=loss_weight, backend=backend)
-        self.temperature = _checks.temperature(temperature)
-
     def forward(
         self, student_logits: Tensor, teacher_embeddings: Tensor, centers: Tensor, target: Tensor
     ) -> Tensor:
-        return local_classifier_loss(
-            student_logits,
-            teacher_embeddings,
-            centers,
-            target,
-            self.temperature,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
-        )
+        held = self._held()
+        result: Tensor = self._function(student_logits, teacher_embeddings, centers, target, **held)
+        return result
 
 
 def _tuple_inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -293,6 +250,11 @@ def _classifier_inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[
 TUPLE_MATCHING = register(
     LossSpec(
         name="tuple_matching",
+        checks={
+            "reduction": of_batch,
+            "temperature": number_temperature,
+            "margin": _checks.non_negative,
+        },
         title="REFILLED, stage 1",
         paper=PAPER,
         function=tuple_matching_loss,
@@ -313,6 +275,7 @@ TUPLE_MATCHING = register(
 LOCAL_CLASSIFIER = register(
     LossSpec(
         name="local_classifier",
+        checks={"temperature": number_temperature},
         title="REFILLED, stage 2",
         paper=PAPER,
         function=local_classifier_loss,

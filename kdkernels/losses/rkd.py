@@ -13,7 +13,7 @@ from .._dtensor import gathered
 from .._group import ProcessGroup
 from ..reference.rkd import rkd as reference
 from ..registry import LossSpec, register
-from ._base import LossModule, weighed
+from ._base import LossModule, of_batch, weighed
 
 
 @gathered
@@ -107,34 +107,9 @@ def rkd_loss(
 class RKDLoss(LossModule):
     """Module form of :func:`kdkernels.functional.rkd_loss`; see there."""
 
-    def __init__(
-        self,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
-        *,
-        reduction: str = "mean",
-        loss_weight: float = 1.0,
-        process_group: ProcessGroup | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, loss_weight=loss_weight, backend=backend, by_row=False
-        )
-        self.process_group = _group.check(process_group)
-        self.distance_weight = _checks.non_negative("distance_weight", distance_weight)
-        self.angle_weight = _checks.non_negative("angle_weight", angle_weight)
-
     def forward(self, student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-        return rkd_loss(
-            student_embeddings,
-            teacher_embeddings,
-            self.distance_weight,
-            self.angle_weight,
-            reduction=self.reduction,
-            loss_weight=self.loss_weight,
-            process_group=self.process_group,
-            backend=self.backend,
-        )
+        result: Tensor = self._function(student_embeddings, teacher_embeddings, **self._held())
+        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -145,6 +120,11 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 RKD = register(
     LossSpec(
         name="rkd",
+        checks={
+            "reduction": of_batch,
+            "distance_weight": _checks.non_negative,
+            "angle_weight": _checks.non_negative,
+        },
         title="RKD",
         paper="Park et al., CVPR 2019 (1904.05068)",
         formula="λ_D · mean h(Δd/μ) + λ_A · mean h(Δ angle)",
