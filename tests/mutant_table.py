@@ -572,6 +572,7 @@ _of(
     ("rest_of_none", "base = «torch.where(base == -torch.inf, 0.0, base)»", "base"),
     ("one_draw_a_row", "torch.minimum(«draws[part]» * total, below)",
      "draws[part][:, :1] + 0 * draws[part]"),
+    ("edge_of_the_one_before", "points, right=«True»", "False"),
     ("counts_as_one", "torch.ones_like(draws[part]))", "torch.ones_like(draws[part]) / n)"),
     ("shifted_rows", "            start += part.shape[:-1].numel()\n", ""),
 )  # fmt: skip

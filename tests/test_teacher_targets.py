@@ -230,6 +230,32 @@ def test_sampled_draws_no_impossible_id() -> None:
     assert set(present.tolist()) == {2, 4}
 
 
+def test_a_draw_on_the_edge_takes_the_id_that_begins_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An id has the draws from its edge on: 0 belongs to the first possible one."""
+    edges = torch.tensor([[0.0, 0.5, 1.0 - 2**-53]], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: edges)
+    teacher = sampled(torch.tensor([[-INF, 0.0, 0.0, -INF]]), 3)
+    assert teacher.ids.tolist() == [[1, 2, 0]]
+    torch.testing.assert_close(teacher.logprobs.exp(), torch.tensor([[1 / 3, 2 / 3, 0.0]]))
+
+
+@pytest.mark.parametrize("layout", ["columns", "every other", "shifted"])
+def test_sampled_of_strided_logits(layout: str) -> None:
+    logits = draw(6, 11, 30).float()
+    strided = {
+        "columns": lambda: logits.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "every other": lambda: logits.repeat_interleave(2, -1)[..., ::2],
+        "shifted": lambda: torch.cat([logits, logits], 1)[:, :11],
+    }[layout]()
+    assert not strided.is_contiguous() and torch.equal(strided, logits)
+    one, two = (
+        sampled(x, 8, generator=torch.Generator().manual_seed(0)) for x in (logits, strided)
+    )
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.logprobs, two.logprobs)
+
+
 def test_sampled_takes_the_generator() -> None:
     logits = draw(4, 30).bfloat16()
     one, two, three = (
