@@ -35,7 +35,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -54,7 +54,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -73,7 +73,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -92,7 +92,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -115,7 +115,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -138,7 +138,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -161,7 +161,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -180,7 +180,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -199,7 +199,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -218,7 +218,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -239,7 +239,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -260,7 +260,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -280,7 +280,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -298,7 +298,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -316,7 +316,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -332,7 +332,7 @@ def jsd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -351,7 +351,7 @@ def kd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -370,7 +370,7 @@ def kd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -391,7 +391,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -409,7 +409,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -427,7 +427,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -444,7 +444,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -461,7 +461,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -478,7 +478,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -550,7 +550,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -568,7 +568,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -586,7 +586,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -604,7 +604,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -622,7 +622,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -640,7 +640,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -772,7 +772,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -789,7 +789,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -806,7 +806,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -822,7 +822,7 @@ def tv_loss(
 class AEKTLoss(RowLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     kappa: float
     ratio_max: float
     ignore_index: int | None
@@ -837,7 +837,7 @@ class AEKTLoss(RowLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         kappa: float = ...,
         ratio_max: float = ...,
         *,
@@ -854,7 +854,7 @@ class AEKTLoss(RowLoss):
 class AcceptanceLoss(TokenLoss):
     kind: str
     eta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -866,7 +866,7 @@ class AcceptanceLoss(TokenLoss):
         self,
         kind: str = ...,
         eta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -880,7 +880,7 @@ class AcceptanceLoss(TokenLoss):
 class AlphaBetaLoss(TokenLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -892,7 +892,7 @@ class AlphaBetaLoss(TokenLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -906,7 +906,7 @@ class AlphaBetaLoss(TokenLoss):
 class DKDLoss(RowLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -919,7 +919,7 @@ class DKDLoss(RowLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -933,7 +933,7 @@ class DKDLoss(RowLoss):
 
 class JSDLoss(TokenLoss):
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -944,7 +944,7 @@ class JSDLoss(TokenLoss):
     def __init__(
         self,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -956,7 +956,7 @@ class JSDLoss(TokenLoss):
     ) -> None: ...
 
 class KDLoss(RowLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -967,7 +967,7 @@ class KDLoss(RowLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -981,7 +981,7 @@ class KDLoss(RowLoss):
 
 class MixedKLLoss(TokenLoss):
     forward_weight: float | Tensor
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -992,7 +992,7 @@ class MixedKLLoss(TokenLoss):
     def __init__(
         self,
         forward_weight: float | Tensor = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1004,7 +1004,7 @@ class MixedKLLoss(TokenLoss):
     ) -> None: ...
 
 class ReverseKLLoss(TokenLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1014,7 +1014,7 @@ class ReverseKLLoss(TokenLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1049,7 +1049,7 @@ class SampledKLLoss(SampledLoss):
 
 class SkewKLLoss(TokenLoss):
     alpha: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1060,7 +1060,7 @@ class SkewKLLoss(TokenLoss):
     def __init__(
         self,
         alpha: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1073,7 +1073,7 @@ class SkewKLLoss(TokenLoss):
 
 class SkewReverseKLLoss(TokenLoss):
     alpha: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1084,7 +1084,7 @@ class SkewReverseKLLoss(TokenLoss):
     def __init__(
         self,
         alpha: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1096,7 +1096,7 @@ class SkewReverseKLLoss(TokenLoss):
     ) -> None: ...
 
 class TVLoss(TokenLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1106,7 +1106,7 @@ class TVLoss(TokenLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
