@@ -193,7 +193,11 @@ def _absent(rival: str, spec: LossSpec, device: str) -> bool:
 
 
 def measured(options: argparse.Namespace) -> Iterator[tuple[Target, dict[str, float]]]:
-    chosen = [t for t in TARGETS[options.device] if options.only in (None, t.workload.name)]
+    chosen = [
+        target
+        for target in TARGETS[options.device]
+        if options.only in (None, target.workload.name) and options.loss in (None, target.loss)
+    ]
     for (workload, loss, dtype), targets in groups(chosen).items():
         spec = SPECS[loss]
         targets = [t for t in targets if not _absent(t.rival, spec, options.device)]
@@ -219,6 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="WORKLOAD", choices=BY_NAME, help="one workload's targets"
     )
+    parser.add_argument("--loss", metavar="LOSS", choices=SPECS, help="one loss's targets")
     parser.add_argument("--budget", type=float, default=2.5, help="seconds of timing a group")
     return parser.parse_args(arguments)
 
