@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for spec in SPECS.values()
         if suits(workload, spec)
         for mode in MODES
-        if mode == "forward_backward" or not (quick or dtype != torch.float32)
+        if mode == "forward_backward" or (workload.forward and not quick and dtype == torch.float32)
         for name in (HALF_CONTENDERS if dtype != torch.float32 else names(spec, workload))
     ]
     metafunc.parametrize(("spec", "workload", "dtype", "mode", "contender"), cases)

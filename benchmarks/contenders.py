@@ -37,8 +37,10 @@ def own(spec: LossSpec) -> tuple[str, ...]:
 
 
 def contenders(spec: LossSpec, workload: Workload) -> tuple[str, ...]:
-    """Who takes part for a loss at a workload."""
-    return ("eager", "compile", *own(spec), *(("floor",) if workload.floor else ()))
+    """Who takes part for a loss at a workload. The eager forms know no mask: with one the kernels
+    are compared with themselves without it."""
+    rivals = ("eager", "compile") if workload.ignored is None else ()
+    return (*rivals, *own(spec), *(("floor",) if workload.floor else ()))
 
 
 def why_not(name: str, spec: LossSpec, device: str) -> list[str]:

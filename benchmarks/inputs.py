@@ -23,13 +23,16 @@ def _pair(shape: tuple[int, ...], generator: Generator) -> tuple[Tensor, Tensor]
 
 
 def _usual(spec: LossSpec, workload: Workload, generator: Generator) -> Inputs:
-    """Student and teacher of one shape, and class indices if the loss reads them."""
+    """Student and teacher of one shape, and class indices if the loss or the workload has them."""
     shape = workload.shape
     student, teacher = _pair(shape, generator)
-    if not spec.needs_target:
+    if not spec.needs_target and workload.ignored is None:
         return (student,), (teacher,)
     rows = shape[:1] if workload.features else (shape[0], *shape[2:])
     target = torch.randint(workload.classes or shape[1], rows, generator=generator)
+    if workload.ignored:
+        order = torch.randperm(target.numel(), generator=generator)
+        target.view(-1)[order[: round(workload.ignored * target.numel())]] = -100
     return (student,), (teacher, target)
 
 

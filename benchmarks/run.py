@@ -1,6 +1,6 @@
 """``python -m benchmarks.run``: run the suite; write JSON, a table of ratios and a plot.
 
-python -m benchmarks.run                      everything, about 12 minutes on two cores
+python -m benchmarks.run                      everything, about 30 minutes on two cores
 python -m benchmarks.run --quick              a few workloads, two to three minutes
 python -m benchmarks.run --render FILE.json   only draw the table and the plot again
 """

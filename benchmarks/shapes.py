@@ -20,7 +20,8 @@ class Workload:
     ``classes`` is the number of classes where that is not dim 1, ``width`` the width of the
     teacher's embeddings where that is not the student's. ``floor`` says that reading and writing
     tensors of this shape is what a perfect kernel would have to do, and not pairs or triples of
-    rows.
+    rows. ``ignored`` is the share of rows whose label is -100; without it the losses that can do
+    without labels get none. ``forward`` says that it is timed without gradients too.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Workload:
     classes: int | None = None
     width: int | None = None
     floor: bool = True
+    ignored: float | None = None
+    forward: bool = True
 
     @property
     def elements(self) -> int:
@@ -41,12 +44,17 @@ class Workload:
     @property
     def size(self) -> str:
         size = "x".join(map(str, self.shape))
+        if self.ignored is not None:
+            size += f", {self.ignored:.0%} ignored"
         return f"{size}, {self.classes} classes" if self.classes else size
 
     @property
     def label(self) -> str:
         return f"{self.title} {self.size}"
 
+
+TOKENS = ("reverse_kl", "mixed_kl", "skew_kl", "jsd", "tv")
+"""Losses of the large workloads of tokens: one for each rule and path of the kernels."""
 
 WORKLOADS = (
     Workload("cifar100_b64", "CIFAR-100", (64, 100), quick=True),
@@ -56,6 +64,19 @@ WORKLOADS = (
     Workload("imagenet21k", "ImageNet-21k", (256, 21841)),
     Workload("llm_32k", "LLM", (256, 32000), quick=True, half=True),
     Workload("llm_128k", "LLM", (128, 128256)),
+    *(
+        Workload(
+            f"tokens_{name}", "Tokens", (rows, classes), half=True, losses=TOKENS, forward=False,
+        )
+        for name, rows, classes in (("32k", 1024, 32000), ("128k", 512, 128256))
+    ),
+    *(
+        Workload(
+            f"tokens_{name}_masked", "Tokens", (rows, classes), half=True, losses=TOKENS,
+            ignored=0.5, forward=False,
+        )
+        for name, rows, classes in (("32k", 1024, 32000), ("128k", 512, 128256))
+    ),
     Workload("segmentation", "Segmentation", (8, 150, 64, 64)),
     Workload("factors", "Factors", (128, 64, 8, 8), True, features=True, losses=("iekd",)),
     *(
@@ -82,7 +103,8 @@ def suits(workload: Workload, spec: LossSpec) -> bool:
     """Whether a loss is timed at a workload; each loss of the registry is at one at least."""
     of_logits = spec.family != "embedding"
     if of_logits or not workload.features:
-        return of_logits and not workload.features
+        named = not workload.losses or spec.name in workload.losses
+        return of_logits and not workload.features and named
     assert spec.inputs is not None
     if workload.losses or spec.name in _NAMED:
         return spec.name in workload.losses

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contenders, measure, report, run, targets, teacher_cache
+from benchmarks import contenders, measure, report, run, targets, teacher_cache, token_rivals
 from benchmarks.eager import EAGER, eager
 from benchmarks.problem import Problem, Refused
 from benchmarks.results import compare, trim
@@ -28,7 +28,8 @@ TINY = Workload("tiny", "tiny", (6, 11))
 TINY_IMAGE = Workload("tiny_image", "tiny image", (2, 5, 3, 4))
 SHAPES = {
     "64x100", "256x100", "256x1000", "1024x1000", "256x21841", "256x32000", "128x128256",
-    "8x150x64x64",
+    "8x150x64x64", "1024x32000", "1024x32000, 50% ignored", "512x128256",
+    "512x128256, 50% ignored",
 }  # fmt: skip
 FEATURES = {
     ("iekd", "128x64x8x8"), ("tuple_matching", "256x128, 10 classes"),
@@ -81,9 +82,10 @@ def test_each_loss_has_a_workload_of_its_kind(spec: LossSpec) -> None:
     assert places and all(w.features == (spec.family == "embedding") for w in places)
     for workload in places:
         names = contenders.contenders(spec, workload)
-        assert names[:2] == ("eager", "compile")
+        others = ("eager", "compile") if workload.ignored is None else ()
+        assert names[: len(others)] == others
         assert ("floor" in names) == workload.floor
-        assert set(names[2:]) - {"floor"} == set(contenders.own(spec))
+        assert set(names[len(others) :]) - {"floor"} == set(contenders.own(spec))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
@@ -330,6 +332,47 @@ def test_targets_are_judged() -> None:
         ("aekt", "256x1000", 12), ("aekt", "1024x1000", 12), ("iekd", "128x64x8x8", 5),
         ("tuple_matching", "256x128, 10 classes", 5), ("tuple_matching", "256x128, 100 classes", 5),
     }  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        of_tokens = {
+            (t.loss, t.rival, t.bound)
+            for t in targets.TARGETS["cpu"]
+            if t.workload.size == "1024x32000" and t.dtype == dtype
+        }
+        assert of_tokens >= {
+            *(("reverse_kl", *x) for x in (("eager", 8), ("compile", 3), ("masked", 0.55))),
+            *(("mixed_kl", *x) for x in (("eager", 8), ("compile", 3), ("masked", 0.55))),
+            *(("skew_kl", *x) for x in (("eager", 8), ("compile", 3), ("masked", 0.55))),
+            *(("jsd", *x) for x in (("eager", 15), ("compile", 4), ("masked", 0.55))),
+            *(("tv", *x) for x in (("eager", 5), ("compile", 2), ("masked", 0.55))),
+            *(("jsd", *x) for x in (("hard_1", 1.15), ("hard_2", 1.3), ("hard_3", 1.6))),
+            ("jsd", "beside", 2), ("reverse_kl", "beside", 2),
+        }  # fmt: skip
+    assert all(t.rival in targets.PAIRS.keys() & targets.WHAT.keys()
+               for table in targets.TARGETS.values() for t in table)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
+def test_what_the_losses_of_tokens_are_compared_with(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, place = SPECS[loss], Workload("tiny", "tiny", (6, 11))
+    half = Workload("tiny_masked", "tiny", (6, 11), ignored=0.5)
+    monkeypatch.setitem(BY_NAME, "tiny_masked", half)
+    names = {name for pair in token_rivals.PAIRS.values() for name in pair}
+    bodies = token_rivals.bodies(spec, place, torch.float64, "cpu", "reference", names)
+    assert bodies.keys() == names - {"ours"}
+    ignored = bodies["masked"][1].constants[1] == -100
+    assert ignored.sum() == 3
+    values = {name: function(*problem.inputs) for name, (function, problem) in bodies.items()}
+    student, teacher, labels = bodies["beside"][1].inputs
+    hard = 0.5 * torch.nn.functional.cross_entropy(student, labels)
+    for t in token_rivals.TEMPERATURES:
+        alone = spec.function(student, teacher, temperature=t)
+        torch.testing.assert_close(values[f"alone_{t:g}"], alone)
+        torch.testing.assert_close(values[f"hard_{t:g}"], alone + hard)
+    torch.testing.assert_close(values["beside"], values["hard_1"])
+    kept = [x.detach()[~ignored] for x in bodies["masked"][1].inputs[:2]]
+    torch.testing.assert_close(values["masked"].detach(), spec.function(*kept))
 
 
 def test_the_suite_runs_and_reports(tmp_path: Path) -> None:

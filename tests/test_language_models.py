@@ -344,9 +344,23 @@ def beside_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Te
     return trl(0.5)(student, teacher, labels) + W * hard
 
 
+def liger_jsd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """beta P log P + (1 - beta) Q log Q - M log M of the rows that count, over their number."""
+    x, y = (F.log_softmax(z[labels != IGNORED], -1) for z in (student, teacher))
+    m = BETA * y.exp() + (1 - BETA) * x.exp()
+    return (BETA * y.exp() * y + (1 - BETA) * x.exp() * x - m * m.log()).sum() / len(x)
+
+
+def liger_tvd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    x, y = (F.softmax(z[labels != IGNORED], -1) for z in (student, teacher))
+    return 0.5 * (x - y).abs().sum() / len(x)
+
+
 WRITTEN: dict[str, tuple[Callable[..., Tensor], float]] = {
     "TRL's `generalized_jsd_loss(s, t, labels, beta)`": (trl(BETA), 0.0),
     "TRL's `generalized_jsd_loss(s, t, labels, beta, num": (trl(BETA, ITEMS), 0.0),
+    "Liger's `LigerJSD": (liger_jsd, 0.0),
+    "Liger's `LigerTVDLoss": (liger_tvd, 0.0),
     "torchtune's `ForwardKLLoss`": (torchtune_forward, 1.0),
     "torchtune's `ReverseKLLoss`": (torchtune_symmetric(0.0), 0.0),
     "torchtune's `SymmetricKLLoss": (torchtune_symmetric(RATIO), RATIO),
@@ -377,6 +391,7 @@ def test_the_row_of_readme_is_their_loss(start: str) -> None:
     (code,) = (code for left, code in _rows().items() if left.startswith(start))
     theirs, entropy = WRITTEN[start]
     s, t, labels = _tokens()
+    s.requires_grad_()
     names = {
         "s": s,
         "t": t,
@@ -391,3 +406,5 @@ def test_the_row_of_readme_is_their_loss(start: str) -> None:
     ours = eval(code, {**vars(functional), **names, "n": ITEMS})
     expected = theirs(s, t, labels) - entropy * _entropy(t, labels)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+    gradients = (torch.autograd.grad(loss, s)[0] for loss in (ours, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)

@@ -13,19 +13,21 @@ import pytest
 from kdkernels import _stubs
 
 WRONG = """
-from kdkernels import FusedLinearKDLoss, JSDLoss, KDLoss, linear_kd_loss
+from kdkernels import DISTLoss, FusedLinearKDLoss, JSDLoss, KDLoss, linear_kd_loss
 from kdkernels.functional import kd_loss
 import torch
 KDLoss(temperatur=3.0)
 JSDLoss(beta="0.5")
 kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), reducton="mean")
-ok: float = KDLoss(4.0, loss_weight=torch.ones(())).temperature
+ok: float | torch.Tensor = KDLoss(4.0, loss_weight=torch.ones(())).temperature
 s, t = torch.zeros(2, 3), torch.zeros(2, 3)
 kd_loss(s, t).backward()
 kd_loss(s, t, return_parts=True)[1].entropy.mean()
 kd_loss(s, t, return_parts=True).backward()
 FusedLinearKDLoss("jsd", betta=0.1)
 linear_kd_loss(s, t, s, return_parts=True)[1].hard
+kd_loss(s, t, temperature=torch.ones(2)), JSDLoss(temperature=torch.ones(2))
+DISTLoss(tau=torch.ones(2))
 """
 
 
@@ -46,4 +48,4 @@ def test_wrong_arguments_are_seen(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=root,
     )  # fmt: skip
     lines = sorted({int(x.split(":")[1]) for x in run.stdout.splitlines() if ": error:" in x})
-    assert lines == [5, 6, 7, 12, 13], run.stdout + run.stderr
+    assert lines == [5, 6, 7, 12, 13, 16], run.stdout + run.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -23,6 +24,15 @@ def _inputs(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     target = target.clamp(min=1)
     target[2] = target[5] = -100
     return student, teacher, target
+
+
+@row_losses
+def test_the_annotation_says_so(spec: LossSpec) -> None:
+    """A type checker refuses no call that runs."""
+    (annotation,) = (p.annotation for n, p in signature(spec.function).parameters.items()
+                     if n == "temperature")  # fmt: skip
+    assert annotation == "float | Tensor"
+    assert signature(spec.module).parameters["temperature"].annotation == annotation
 
 
 def _heats(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from cases import Case, each, reductions, same_bits, value_and_grad
+from cases import LOSSES, Case, each, reductions, same_bits, value_and_grad
 from inputs import make
 from torch import Tensor
 
@@ -71,6 +71,34 @@ def test_the_number_of_threads_does_not_change_a_bit(case: Case) -> None:
                 results.append(value_and_grad(case, *batch, reduction=reduction))
             for other in results[1:]:
                 assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("_restore_threads")
+@each(
+    [spec for spec in LOSSES if spec.name in ("kd", "dkd", "jsd")],
+    dense=(False, True),
+    keep=lambda case, dense: case.backend == "native" and case.device == "cpu",
+)
+def test_rows_that_are_dealt_are_those_of_small_batches(case: Case, dense: bool) -> None:
+    """Of a large problem each thread takes the next rows; whose mask is a run ends early."""
+    rows, classes = (9 * 331, 353) if dense else (67, 17000)
+    student, teacher, target = make("gaussian", rows, classes)
+    target[: rows // 2] = -100
+
+    def gradient(part: slice) -> Tensor:
+        s, t, y = student[part], teacher[part], target[part]
+        if dense:
+            s, t = (x.t().contiguous()[None, ..., None] for x in (s, t))
+            y = y[None, :, None]
+        _, slope = value_and_grad(case, s, t, target=y, reduction="sum")
+        return slope[0, ..., 0].t() if dense else slope
+
+    torch.set_num_threads(1)
+    expected = torch.cat([gradient(slice(i, i + rows // 8)) for i in range(0, rows, rows // 8)])
+    assert (expected[rows // 2 :] != 0).any(1).all()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert same_bits(gradient(slice(None)), expected)
 
 
 @pytest.mark.usefixtures("_restore_threads")

@@ -19,6 +19,8 @@ KDK_FN int64_t padded(int64_t classes) {
 constexpr int64_t kPipelined = 512;      // most classes for which rows go through the stages abreast
 constexpr int kAbreast = 3;
 constexpr int64_t kFetched = 4096;       // fewest classes for which the next row is fetched ahead
+constexpr int64_t kDealt = 1 << 19;      // classes that a thread takes at a time of a large problem
+constexpr int64_t kShares = 16;          // fewest parts that a large problem is dealt in
 
 // A thread's scratch, `count` values each, for `sets` rows at once.
 template <class R>
@@ -136,9 +138,14 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     state.coefficient = factors.value * factors.upstream;
     state.hard_coefficient = factors.hard * factors.upstream;
     state.inverse_temperature = factors.inverse_temperature;
-    if (classes >= kFetched && row + 1 < end) {
-      state.ahead_s = {address(problem.student, row + 1), element_bytes(problem.student.type)};
-      state.ahead_t = {address(problem.teacher, row + 1), element_bytes(problem.teacher.type)};
+    if (classes >= kFetched) {
+      int64_t next = row + 1;  // what is ignored is not fetched either
+      while (next < end && ignored(next)) ++next;
+      state.ahead_s = state.ahead_t = {};
+      if (next < end) {
+        state.ahead_s = {address(problem.student, next), element_bytes(problem.student.type)};
+        state.ahead_t = {address(problem.teacher, next), element_bytes(problem.teacher.type)};
+      }
     }
     scratch.give(state, set);
     if constexpr (kGradient && std::is_same_v<G, R>)
@@ -250,26 +257,56 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
   }
 }
 
+// A thread takes rows begin to end, in units of `unit` rows.
+template <class Rule, class R>
+void take_rows(const RowProblem& problem, int64_t unit, int64_t first, int64_t last) {
+  const int64_t begin = first * unit;
+  const int64_t end = last * unit < problem.rows ? last * unit : problem.rows;
+  if (unit == 1) rows_by_class<Rule, R>(problem, begin, end);
+  else rows_by_row<Rule, R>(problem, begin, end);
+}
+
 template <class Rule, class R>
 void run_rows(const RowProblem& problem, cpu::ParallelFor parallel_for) {
   struct Context {
     const RowProblem& problem;
-    int64_t unit;  // rows that a task takes together
+    int64_t unit;   // rows that a task takes together
+    int64_t units;
+    int64_t share;  // units that are dealt at a time, or 0
+    int64_t next;   // unit to be dealt
   };
   const Rows& student = problem.student;
   const bool by_row = student.class_stride != 1 && student.stride[student.dims - 1] == 1 &&
                       problem.classes <= kLaneClasses;
-  Context context{problem, by_row ? kLanes<R> : 1};
-  const int64_t units = (problem.rows + context.unit - 1) / context.unit;
-  const int64_t grain = kGrain / (problem.classes * context.unit) + 1;
+  const int64_t unit = by_row ? kLanes<R> : 1;
+  Context context{problem, unit, (problem.rows + unit - 1) / unit, 0, 0};
+  // Ignored rows come in runs and cores are shared, so equal parts of a large problem would end at
+  // different times: whoever is done takes the next rows.
+  if (problem.rows * problem.classes >= 2 * kDealt) {
+    const int64_t most = kDealt / (problem.classes * unit), part = context.units / kShares;
+    context.share = most < part ? most : part;
+    if (context.share < 1) context.share = 1;
+  }
+  if (!context.share) {
+    const int64_t grain = kGrain / (problem.classes * unit) + 1;
+    return parallel_for(
+        context.units, grain,
+        [](void* opaque, int64_t first, int64_t last) {
+          const Context& c = *static_cast<const Context*>(opaque);
+          take_rows<Rule, R>(c.problem, c.unit, first, last);
+        },
+        &context);
+  }
   parallel_for(
-      units, grain,
-      [](void* opaque, int64_t first, int64_t last) {
-        const Context& c = *static_cast<const Context*>(opaque);
-        const int64_t begin = first * c.unit;
-        const int64_t end = last * c.unit < c.problem.rows ? last * c.unit : c.problem.rows;
-        if (c.unit == 1) rows_by_class<Rule, R>(c.problem, begin, end);
-        else rows_by_row<Rule, R>(c.problem, begin, end);
+      (context.units + context.share - 1) / context.share, 1,
+      [](void* opaque, int64_t, int64_t) {
+        Context& c = *static_cast<Context*>(opaque);
+        for (;;) {
+          const int64_t first = __atomic_fetch_add(&c.next, c.share, __ATOMIC_RELAXED);
+          if (first >= c.units) return;
+          const int64_t last = first + c.share < c.units ? first + c.share : c.units;
+          take_rows<Rule, R>(c.problem, c.unit, first, last);
+        }
       },
       &context);
 }

@@ -27,7 +27,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -46,7 +46,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -65,7 +65,7 @@ def acceptance_loss(
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -84,7 +84,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -107,7 +107,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -130,7 +130,7 @@ def aekt_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     kappa: float = ...,
     ratio_max: float = ...,
     *,
@@ -153,7 +153,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -172,7 +172,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -191,7 +191,7 @@ def alpha_beta_loss(
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -210,7 +210,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -231,7 +231,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -252,7 +252,7 @@ def dkd_loss(
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     labels: Tensor | None = ...,
     ignore_index: int | None = ...,
@@ -272,7 +272,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -290,7 +290,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -308,7 +308,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     beta: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -324,7 +324,7 @@ def jsd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -343,7 +343,7 @@ def kd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -362,7 +362,7 @@ def kd_loss(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
@@ -383,7 +383,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -401,7 +401,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -419,7 +419,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -436,7 +436,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -453,7 +453,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -470,7 +470,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -542,7 +542,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -560,7 +560,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -578,7 +578,7 @@ def skew_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -596,7 +596,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -614,7 +614,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -632,7 +632,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
     alpha: float = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -650,7 +650,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
@@ -673,7 +673,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
@@ -696,7 +696,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
@@ -719,7 +719,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
@@ -742,7 +742,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
@@ -764,7 +764,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -781,7 +781,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -798,7 +798,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = ...,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     *,
     ignore_index: int | None = ...,
     reduction: str = ...,
@@ -814,7 +814,7 @@ def tv_loss(
 class AEKTLoss(RowLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     kappa: float
     ratio_max: float
     ignore_index: int | None
@@ -829,7 +829,7 @@ class AEKTLoss(RowLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         kappa: float = ...,
         ratio_max: float = ...,
         *,
@@ -846,7 +846,7 @@ class AEKTLoss(RowLoss):
 class AcceptanceLoss(TokenLoss):
     kind: str
     eta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -858,7 +858,7 @@ class AcceptanceLoss(TokenLoss):
         self,
         kind: str = ...,
         eta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -872,7 +872,7 @@ class AcceptanceLoss(TokenLoss):
 class AlphaBetaLoss(TokenLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -884,7 +884,7 @@ class AlphaBetaLoss(TokenLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -944,7 +944,7 @@ class DISTLoss(LossModule):
 class DKDLoss(RowLoss):
     alpha: float
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -957,7 +957,7 @@ class DKDLoss(RowLoss):
         self,
         alpha: float = ...,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1012,7 +1012,7 @@ class IEKDLoss(LossModule):
 
 class JSDLoss(TokenLoss):
     beta: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1023,7 +1023,7 @@ class JSDLoss(TokenLoss):
     def __init__(
         self,
         beta: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1035,7 +1035,7 @@ class JSDLoss(TokenLoss):
     ) -> None: ...
 
 class KDLoss(RowLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1046,7 +1046,7 @@ class KDLoss(RowLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1081,7 +1081,7 @@ class LocalClassifierLoss(LossModule):
 
 class MixedKLLoss(TokenLoss):
     forward_weight: float | Tensor
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1092,7 +1092,7 @@ class MixedKLLoss(TokenLoss):
     def __init__(
         self,
         forward_weight: float | Tensor = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1146,7 +1146,7 @@ class RKDLoss(LossModule):
     ) -> Tensor: ...
 
 class ReverseKLLoss(TokenLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1156,7 +1156,7 @@ class ReverseKLLoss(TokenLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1191,7 +1191,7 @@ class SampledKLLoss(SampledLoss):
 
 class SkewKLLoss(TokenLoss):
     alpha: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1202,7 +1202,7 @@ class SkewKLLoss(TokenLoss):
     def __init__(
         self,
         alpha: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1215,7 +1215,7 @@ class SkewKLLoss(TokenLoss):
 
 class SkewReverseKLLoss(TokenLoss):
     alpha: float
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1226,7 +1226,7 @@ class SkewReverseKLLoss(TokenLoss):
     def __init__(
         self,
         alpha: float = ...,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1238,7 +1238,7 @@ class SkewReverseKLLoss(TokenLoss):
     ) -> None: ...
 
 class TVLoss(TokenLoss):
-    temperature: float
+    temperature: float | Tensor
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1248,7 +1248,7 @@ class TVLoss(TokenLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         ignore_index: int | None = ...,
         reduction: str = ...,
@@ -1260,7 +1260,7 @@ class TVLoss(TokenLoss):
     ) -> None: ...
 
 class TopKKDLoss(SparseLoss):
-    temperature: float
+    temperature: float | Tensor
     divergence: str
     beta: float
     tail: str
@@ -1274,7 +1274,7 @@ class TopKKDLoss(SparseLoss):
     backend: str | None
     def __init__(
         self,
-        temperature: float = ...,
+        temperature: float | Tensor = ...,
         *,
         divergence: str = ...,
         beta: float = ...,

@@ -29,7 +29,7 @@ def acceptance_loss(
     labels: Tensor | None = None,
     kind: str = "log",
     eta: float = 3.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Negative log acceptance rate of a draft, or KL and total variation mixed by that rate.

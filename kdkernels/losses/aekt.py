@@ -23,7 +23,7 @@ def aekt_loss(
     target: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     kappa: float = 1.0,
     ratio_max: float = 10.0,
     *,

@@ -23,7 +23,7 @@ def alpha_beta_loss(
     labels: Tensor | None = None,
     alpha: float = 0.2,
     beta: float = 0.7,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""A family between KL (``alpha=1, beta=0``) and reverse KL (``alpha=0, beta=1``).

@@ -23,7 +23,7 @@ def dkd_loss(
     target: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     *,
     labels: Tensor | None = None,
     **common: Unpack[RowOptions],

@@ -24,7 +24,7 @@ def jsd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence, between KL (``beta=0``) and reverse KL (``beta=1``).

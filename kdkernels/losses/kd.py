@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     *,
     target: Tensor | None = None,
     labels: Tensor | None = None,

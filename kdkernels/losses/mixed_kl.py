@@ -26,7 +26,7 @@ def mixed_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     forward_weight: float | Tensor = 0.5,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Kullback-Leibler divergence in both directions, weighted.
@@ -65,7 +65,7 @@ def _by_token(
     teacher: Tensor,
     labels: Tensor | None,
     weight: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     common: TokenOptions,
 ) -> Tensor:
     class_dim = _checks.logits(student, teacher)

@@ -20,7 +20,7 @@ def reverse_kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Kullback-Leibler divergence from student to teacher, which seeks the teacher's modes.

@@ -24,7 +24,7 @@ def skew_reverse_kl_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     alpha: float = 0.1,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Divergence of the student from a mixture of both, which is finite whatever either excludes.

@@ -46,7 +46,7 @@ def topk_kd_loss(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     labels: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     divergence: str = "kl",
     beta: float = 0.5,

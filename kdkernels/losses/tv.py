@@ -20,7 +20,7 @@ def tv_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],
 ) -> Tensor:
     r"""Total variation distance, which is one minus the acceptance rate of speculative decoding.
