@@ -13,6 +13,7 @@ from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._group import ProcessGroup
 from ._rowrun import run
+from ._shapes import ClassesAt
 from ._tracing import keepable, plain
 from .reference._rows import weighted
 from .registry import LossSpec
@@ -36,6 +37,7 @@ class RowOptions(TokenOptions, total=False):
     """Likewise, of the losses of classifiers."""
 
     standardize: bool
+    class_dim: int | None
 
 
 class LossParts(NamedTuple):
@@ -68,6 +70,7 @@ def row_loss(
     num_items_in_batch: float | Tensor | None = None,
     return_parts: bool = False,
     standardize: bool = False,
+    class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Any:
@@ -75,6 +78,21 @@ def row_loss(
 
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
+    if class_dim is not None:
+        _of_classifiers(spec, "class_dim")
+        shape = ClassesAt(class_dim, student, teacher)
+        given = row_loss(
+            spec, shape.logits(student), shape.logits(teacher),
+            shape.of_rows(spec.target_name, target), options,
+            shape.of_rows("temperature", temperature),
+            ignore_index=ignore_index, reduction=reduction, loss_weight=loss_weight,
+            hard_weight=hard_weight, token_weight=shape.of_rows("token_weight", token_weight),
+            num_items_in_batch=num_items_in_batch, return_parts=return_parts,
+            standardize=standardize, process_group=process_group, backend=backend,
+        )  # fmt: skip
+        if isinstance(given, Tensor):
+            return shape.back(given)
+        return shape.back(given[0]), LossParts(*(shape.back(x) for x in given[1]))
     code = _checks.reduction(reduction)
     if process_group is not None:
         reduction = by_group(process_group, reduction, num_items_in_batch, student, teacher)
@@ -90,8 +108,7 @@ def row_loss(
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     if standardize is not False:
-        if spec.target_name == "labels":  # a loss of tokens
-            raise TypeError(f"{spec.name}_loss() got an unexpected keyword argument 'standardize'")
+        _of_classifiers(spec, "standardize")
         standardize = _checks.flag("standardize", standardize)
     if return_parts is not False:
         return_parts = _checks.flag("return_parts", return_parts)
@@ -191,6 +208,11 @@ def row_loss(
         values = _weigh(values, None if factor is None else factor.detach(), divisor)
         result = result, LossParts(values[0], values[1], parts[2])
     return over_ranks(result, process_group, student, class_dim, target, index)
+
+
+def _of_classifiers(spec: LossSpec, keyword: str) -> None:
+    if spec.target_name == "labels":  # a loss of tokens
+        raise TypeError(f"{spec.name}_loss() got an unexpected keyword argument {keyword!r}")
 
 
 def by_group(group: Any, reduction: str, items: Any, *logits: Any) -> str:

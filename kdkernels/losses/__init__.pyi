@@ -97,6 +97,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -120,6 +121,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
@@ -143,6 +145,7 @@ def aekt_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
@@ -221,6 +224,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -242,6 +246,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
@@ -263,6 +268,7 @@ def dkd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
@@ -336,6 +342,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -355,6 +362,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
@@ -374,6 +382,7 @@ def kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     standardize: bool = ...,
+    class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
@@ -823,6 +832,7 @@ class AEKTLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
     def __init__(
@@ -839,6 +849,7 @@ class AEKTLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -921,6 +932,7 @@ class DISTLoss(LossModule):
     eps: float
     reduction: str
     loss_weight: float
+    class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
     def __init__(
@@ -932,6 +944,7 @@ class DISTLoss(LossModule):
         eps: float = ...,
         reduction: str = ...,
         loss_weight: float = ...,
+        class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -951,6 +964,7 @@ class DKDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
     def __init__(
@@ -965,6 +979,7 @@ class DKDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
@@ -1042,6 +1057,7 @@ class KDLoss(RowLoss):
     hard_weight: float
     return_parts: bool
     standardize: bool
+    class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
     def __init__(
@@ -1054,6 +1070,7 @@ class KDLoss(RowLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         standardize: bool = ...,
+        class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...

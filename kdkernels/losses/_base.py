@@ -121,6 +121,7 @@ _CHECKS: dict[str, Check] = {
     "return_mass": _checks.flag,
     "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
     "standardize": _checks.flag,
+    "class_dim": lambda name, value: None if value is None else _checks.integer(name, value),
     "process_group": lambda name, value: _group.check(value),
 }
 
@@ -246,6 +247,9 @@ _ARGUMENTS = {
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
         ``(x - mean) / (std + 1e-7)`` first.""",
+    "class_dim": """the dimension of the classes in logits of any shape, such as 1 for (N, C, L) and
+        (N, C, D, H, W), 0 for (C,); targets and weights have that shape without it. None: 1 of
+        (N, C) and (N, C, H, W), the last of (B, S, V).""",
     "process_group": """``'mean'`` is over the rows of all ranks of this torch.distributed group, on
         which one number is summed, without the host. The loss is W times the rank's sum over that
         number of rows, with W ranks: the average over the ranks of the losses is the mean, and that

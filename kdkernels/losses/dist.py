@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks, _group, _moments, _reduce
 from .._correlation import correlation_loss
 from .._group import ProcessGroup
+from .._shapes import ClassesAt
 from ..reference.dist import dist as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, number_temperature, of_batch, weighed
@@ -24,6 +25,7 @@ def dist_loss(
     eps: float = 1e-8,
     reduction: str = "mean",
     loss_weight: float = 1.0,
+    class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -58,6 +60,8 @@ def dist_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) as published; ``'sum'`` sums 1 - rho over rows
             and over classes. The loss couples the rows, so there is no ``'none'``.
         loss_weight: multiplies the loss inside the kernel.
+        class_dim: the dimension of the classes in logits of any shape, such as 1 for (N, C, L) and
+            (N, C, D, H, W); all others are rows. None: as above.
         process_group: the batch is that of all ranks of this group, whose rows may differ in number
             and be none. Each rank gives float64 moments of its columns, 8 (5 C + 2) bytes, in one
             collective; the backward pass has none. The column term runs on torch operations. The
@@ -78,6 +82,9 @@ def dist_loss(
         "eps": _checks.non_negative("eps", eps),
         "loss_weight": _checks.number("loss_weight", loss_weight),
     }
+    if class_dim is not None:
+        shape = ClassesAt(class_dim, student_logits, teacher_logits)
+        student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
     if process_group is not None:
         return _of_group(
             student_logits, teacher_logits, process_group, reduction, backend, **numbers
