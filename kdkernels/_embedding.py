@@ -88,11 +88,11 @@ def labels(value: Any, samples: int, device: torch.device) -> Tensor:
     return value.to(torch.int64).contiguous()
 
 
-def in_range(target: Tensor, classes: int) -> None:
+def in_range(target: Tensor, classes: int, ignored: int = _checks.NO_INDEX) -> None:
     """Check the values of CPU targets; on a GPU this would synchronise."""
     if target.device.type != "cpu" or traced(target) or transformed():
         return
-    bad = (target < 0) | (target >= classes)
+    bad = ((target < 0) | (target >= classes)) & (target != ignored)
     if bad.any():
         raise _checks.fail("target", f"in [0, {classes})", int(target[bad][0]))
 

@@ -10,6 +10,7 @@ from test_embedding_losses import tuple_matching
 from kdkernels import functional as K
 from kdkernels._ops import operator_name
 from kdkernels.losses import ClassCenters
+from kdkernels.reference import refilled as reference
 
 
 @pytest.mark.parametrize("margin", (0.0, 0.05, 0.2, 2.0))
@@ -144,6 +145,43 @@ def test_absent_classes_get_exactly_no_gradient(present: list[int], dtype: torch
     other = z.detach().clone()
     other[:, absent] = 77.0
     assert torch.equal(K.local_classifier_loss(other, teacher, centers, y), loss)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_samples_of_the_local_classifier(reduction: str, backend: str | None) -> None:
+    """Deleting them changes nothing; what they hold is not looked at; their class is not local."""
+    z, teacher, centers = draw(10, 8).requires_grad_(), draw(10, 5), draw(8, 5)
+    whole = labels(10, 8)
+    ignored = int(whole[3])
+    for index in (ignored, -100):
+        y = torch.where(whole == ignored, index, whole)
+        counted = y != index
+        assert 0 < counted.sum() < 10
+        with torch.no_grad():
+            dirty = torch.where(counted[:, None], teacher, float("nan"))
+        options = {"reduction": reduction, "backend": backend}
+        loss = K.local_classifier_loss(z, dirty, centers, y, ignore_index=index, **options)
+        kept = K.local_classifier_loss(
+            z[counted], teacher[counted], centers, y[counted], ignore_index=None, **options
+        )
+        if reduction == "none":
+            assert not loss[~counted].any()
+            torch.testing.assert_close(loss[counted], kept)
+        else:
+            torch.testing.assert_close(loss, kept)
+        (gradient,), (wanted,) = gradients(loss.sum(), z), gradients(kept.sum(), z)
+        torch.testing.assert_close(gradient, wanted)
+        assert not gradient[~counted].any()
+        specified = reference.local_classifier(
+            z, torch.where(counted[:, None], teacher, 0.0), centers, y, ignore_index=index,
+            reduction=reduction,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, 100.0 * specified)
+    none = K.local_classifier_loss(z, teacher, centers, torch.full((10,), -100), backend=backend)
+    assert none == 0 and not gradients(none, z)[0].any()
+    with pytest.raises(ValueError, match=r"target must be in \[0, 8\), got -100"):
+        K.local_classifier_loss(z, teacher, centers, torch.full((10,), -100), ignore_index=None)
 
 
 def test_class_centers_are_exact_and_in_any_order() -> None:

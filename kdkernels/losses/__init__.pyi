@@ -1077,6 +1077,7 @@ class KDLoss(RowLoss):
 
 class LocalClassifierLoss(LossModule):
     temperature: float
+    ignore_index: int | None
     reduction: str
     loss_weight: float
     backend: str | None
@@ -1084,6 +1085,7 @@ class LocalClassifierLoss(LossModule):
         self,
         temperature: float = ...,
         *,
+        ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float = ...,
         backend: str | None = ...,

@@ -149,6 +149,7 @@ def local_classifier_loss(
     target: Tensor,
     temperature: float = 2.0,
     *,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     loss_weight: float = 100.0,
     backend: str | None = None,
@@ -176,6 +177,8 @@ def local_classifier_loss(
         centers: (C, D), L2-normalised; a constant.
         target: (B,) class indices in [0, C).
         temperature: T > 0.
+        ignore_index: samples of this label take part in nothing, not in K' either, and contribute
+            exact zeros, even if they hold NaN; they do not count in the mean. None ignores none.
         reduction: ``'mean'`` (alias ``'batchmean'``), ``'sum'`` or ``'none'`` (one value a sample).
         loss_weight: multiplies the loss inside the kernel (published: 100).
         backend: as for :func:`kd_loss`; None chooses.
@@ -201,9 +204,13 @@ def local_classifier_loss(
         _embedding.beside(name, value, student_logits)
         _checks.constant(name, value)
     target = _embedding.labels(target, samples, student_logits.device)
-    _embedding.in_range(target, classes)
+    ignored = _checks.NO_INDEX
+    if ignore_index is not None:
+        ignored = _checks.integer("ignore_index", ignore_index)
+    counted = target != ignored
+    _embedding.in_range(target, classes, ignored)
     present = torch.arange(classes, device=target.device) == target.unsqueeze(1)
-    absent = ~present.any(0)
+    absent = ~(present & counted.unsqueeze(1)).any(0)
     embeddings, centers, _ = _embedding.promote(teacher_embeddings, centers, student_logits)
     with _embedding.full_precision(student_logits.device):
         teacher_logits = (embeddings @ centers.T).masked_fill(absent, -torch.inf)
@@ -211,7 +218,7 @@ def local_classifier_loss(
         KD_OF_TOKENS,
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),
-        None,
+        counted,
         (),
         temperature,
         reduction=reduction,

@@ -105,11 +105,16 @@ def local_classifier(
     target: Tensor,
     *,
     temperature: float = 2.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Stage 2: (B, C) logits x (B, D) embeddings x (C, D) centres -> scalar, or (B,) for 'none'."""
-    local = target.unique()
-    rows = kd(student[:, local], (teacher @ centers.T)[:, local], temperature=temperature)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = target != ignore_index
+    local = target[counted].unique()
+    logits = teacher[counted] @ centers.T
+    rows = kd(student[counted][:, local], logits[:, local], temperature=temperature)
     if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(len(target), 1)
+        return student.new_zeros(len(target), dtype=rows.dtype).masked_scatter(counted, rows)
+    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
