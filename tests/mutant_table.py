@@ -753,3 +753,16 @@ _of(
      "torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1))"),
     ("mass_of_the_ignored", "torch.where(«valid», x, 0.0) for x in (own, mass)", "valid | True"),
 )  # fmt: skip
+_of(
+    "kdkernels", "_shapes.py", "test_class_dim.py", "equals or parts or errors",
+    ("classes_elsewhere", "x = x.movedim(self._dim, «1»)", "-1"),
+    ("last_is_not_last", "self._last = «self._dim == rank - 1»", "False"),
+    ("rows_unchecked", "if «x.shape != self.rows»:", "False"),
+    ("rows_stay_flat", "return x.reshape(self.rows) if «x.dim()» else x", "False"),
+    ("no_rows", "if «0 in self.rows»:", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "refilled.py", "test_embedding_refilled.py", "ignored",
+    ("ignored_are_local", "absent = ~(present« & counted.unsqueeze(1)»)", ""),
+    ("ignored_in_range", "_embedding.in_range(target, classes, «ignored»)", "-1"),
+)  # fmt: skip
