@@ -51,7 +51,7 @@ reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/
 test: $(VENV)/.installed  ## run the tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -rfEs --benchmark-disable tests $(PYTEST_ARGS)
 
-mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes; ten minutes
+mutants: $(VENV)/.installed  ## check that the tests notice small wrong changes; three quarters of an hour
 	$(PY) tests/mutants.py --jobs $(JOBS) $(MUTANTS_ARGS)
 
 peers: $(VENV)-peers/.installed  ## run README's "Coming from ..." against the toolkits it names
