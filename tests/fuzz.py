@@ -401,7 +401,10 @@ def alone(case: Case, valid: Any) -> None:
 def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Tensor) -> None:
     spec = case.spec
     formula = formulas.BATCHES[spec.name]
-    options = {k: v for k, v in case.plain.items() if k not in ("backend", "ignore_index")}
+    left = {"backend"}
+    if "ignore_index" not in inspect.signature(formula).parameters:
+        left.add("ignore_index")
+    options = {k: v for k, v in case.plain.items() if k not in left}
     reduction = options["reduction"]
     options["reduction"] = "mean" if reduction == "batchmean" else reduction
     names = [*gradients]

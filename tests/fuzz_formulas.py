@@ -537,13 +537,14 @@ def tuple_matching(s: Tensor, t: Tensor, target: Tensor, *, temperature: Any, ma
 
 
 def local_classifier(s: Tensor, t: Tensor, centers: Tensor, target: Tensor, *, temperature: Any,
-                     reduction: str, loss_weight: Any) -> Tensor:  # fmt: skip
-    present = torch.unique(target.long())
-    taught = (t @ centers.T)[:, present]
-    rows = loss_weight * near_kl(taught / temperature, s[:, present] / temperature)
+                     ignore_index: int, reduction: str, loss_weight: Any) -> Tensor:  # fmt: skip
+    counted = target.long() != ignore_index
+    present = torch.unique(target.long()[counted])
+    taught = (t[counted] @ centers.T)[:, present]
+    rows = loss_weight * near_kl(taught / temperature, s[counted][:, present] / temperature)
     if reduction == "none":
-        return rows
-    return rows.sum() / (1 if reduction == "sum" else max(len(s), 1))
+        return torch.zeros(len(s), dtype=rows.dtype).masked_scatter(counted, rows)
+    return rows.sum() / (1 if reduction == "sum" else max(len(rows), 1))
 
 
 def sampled_kl(s: Tensor, ids: Tensor, logprob: Tensor, *, estimator: str, reduction: str,
