@@ -152,17 +152,13 @@ def times(
         if name != "floor":
             problem.check(name, function, "forward_backward")
         bodies[label] = measure.step(function, problem, "forward_backward", floor=name == "floor")
-    own = token_rivals.bodies(spec, workload, dtype, device, backend_of(ours), names)
+    function = contenders.build(ours, full)
+    own = token_rivals.bodies(spec, workload, dtype, device, function, names)
     for label, (loss, problem) in own.items():
         if label in ("masked", "alone_1"):  # the others are no answer of the problem
             problem.check(label, loss, "forward_backward")
         bodies[label] = measure.step(loss, problem, "forward_backward")
     return measure.interleaved(bodies, device, options.budget)
-
-
-def backend_of(name: str) -> str | None:
-    """The argument of a call that runs this contender."""
-    return None if name == contenders.COMPOSED else name
 
 
 def judge(target: Target, taken: dict[str, float]) -> tuple[float | None, bool]:

@@ -40,12 +40,11 @@ def bodies(
     workload: Workload,
     dtype: torch.dtype,
     device: str,
-    backend: str | None,
+    ours: Callable[..., Tensor],
     names: set[str],
 ) -> Bodies:
-    """The functions of the named times, each with the tensors that it takes."""
+    """The functions of the named times, made of the loss ``ours``, each with its tensors."""
     found: Bodies = {}
-    ours = functools.partial(spec.function, backend=backend)
     if "masked" in names:
         found["masked"] = ours, Problem(spec, masked(workload), dtype, device)
     options = {f"hard_{t:g}": (t, HARD_WEIGHT) for t in TEMPERATURES}

@@ -81,9 +81,6 @@ def not_allocated(name: str) -> ValueError:
     return fail(name, "a Tensor with memory", "one whose storage was freed")
 
 
-SHAPES = "(N, C), (B, S, V) or (N, C, H, W)"
-
-
 def logits(student: Tensor, teacher: Tensor) -> int:
     """Check a pair of logits and return the dimension that holds the classes.
 
@@ -110,7 +107,7 @@ def logits(student: Tensor, teacher: Tensor) -> int:
     elif rank == 4:
         class_dim = 1
     else:
-        raise fail("student_logits", SHAPES, f"shape {tuple(shape)}")
+        raise fail("student_logits", "(N, C), (B, S, V) or (N, C, H, W)", f"shape {tuple(shape)}")
     if shape[class_dim] < 2:
         raise fail("student_logits", TWO_CLASSES, f"shape {tuple(shape)}")
     if student.dtype not in FLOATS:

@@ -33,13 +33,13 @@ class ClassesAt:
         self._dim = dim % rank
         self._last = self._dim == rank - 1
         self.rows = student.shape[: self._dim] + student.shape[self._dim + 1 :]
-        self._flat = (-1,) if self._last or rank == 2 else (self.rows[0], -1, 1)
-        if 0 in self.rows:  # of which reshape can infer nothing
-            self._flat = (0,) if len(self._flat) == 1 else (self.rows[0], self.rows[1:].numel(), 1)
+        self._flat: tuple[int, ...] = (self.rows.numel(),)
+        if not self._last and rank > 2:
+            self._flat = (self.rows[0], self.rows[1:].numel(), 1)
 
     def logits(self, x: Tensor) -> Tensor:
         if self._last:
-            return x.reshape(self.rows.numel(), x.shape[-1])
+            return x.reshape(*self._flat, x.shape[-1])
         x = x.movedim(self._dim, 1)
         return x if x.dim() == 2 else x.flatten(2).unsqueeze(-1)
 

@@ -759,7 +759,7 @@ _of(
     ("last_is_not_last", "self._last = «self._dim == rank - 1»", "False"),
     ("rows_unchecked", "if «x.shape != self.rows»:", "False"),
     ("rows_stay_flat", "return x.reshape(self.rows) if «x.dim()» else x", "False"),
-    ("no_rows", "if «0 in self.rows»:", "False"),
+    ("positions_are_rows", "if «not self._last and rank > 2»:", "False"),
 )  # fmt: skip
 _of(
     "kdkernels/losses", "refilled.py", "test_embedding_refilled.py", "ignored",

@@ -67,6 +67,18 @@ def rows_at(x: Tensor, at: Any, out: Tensor | None = None) -> Tensor:
     return torch.index_select(flat, 0, at, out=out[: at.numel()])
 
 
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, needs: tuple[bool, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``Gradients.result`` gives, without values; ``dtype`` is that of weight and bias."""
+    of_hidden, of_weight, of_bias = needs
+    return (
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        hidden.new_empty(weight.shape if of_weight else 0, dtype=dtype),
+        hidden.new_empty(weight.shape[0] if of_bias else 0, dtype=dtype),
+    )
+
+
 class Gradients:
     """The gradients of hidden states, weight and bias, summed over the chunks in the working dtype.
 

@@ -18,7 +18,7 @@ from .._calls import NO_ID, TopKCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
 from .._ops import TAGS, library, no_double_backward, once
-from ._chunks import Gradients, Rows, default_tokens
+from ._chunks import Gradients, Rows, default_tokens, empty_gradients
 
 ENTROPY = 3
 """The row of ``_topk``'s numbers."""
@@ -161,12 +161,7 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *_: Any) -> tu
 def _fake_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    of_hidden, of_weight, of_bias = rest[-3:]
-    return (
-        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
-        hidden.new_empty(weight.shape if of_weight else 0),
-        hidden.new_empty(weight.shape[0] if of_bias else 0),
-    )
+    return empty_gradients(hidden, weight, rest[-3:], weight.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

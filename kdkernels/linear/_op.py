@@ -12,6 +12,7 @@ from .._autograd import save, saved, under_vmap
 from .._calls import traceable
 from .._dtypes import working_dtype
 from .._ops import TAGS, library, no_double_backward, once
+from ._chunks import empty_gradients
 from ._rows import SCHEMA, LinearCall, linear_rows
 
 _FIELDS = len(LinearCall._fields)
@@ -24,15 +25,12 @@ def _fake(
     teacher: list[Tensor], *call_and_needs: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     call = LinearCall(*call_and_needs[:_FIELDS])
-    of_hidden, of_weight, of_bias = call_and_needs[_FIELDS:]
-    own, work = working_dtype(hidden), working_dtype(hidden, teacher[0])
+    work = working_dtype(hidden, teacher[0])
     count = hidden.shape[0]
     return (
         hidden.new_empty(count, dtype=work),
         hidden.new_empty((3, count) if call.parts else 0, dtype=work),
-        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
-        hidden.new_empty(weight.shape if of_weight else 0, dtype=own),
-        hidden.new_empty(weight.shape[0] if of_bias else 0, dtype=own),
+        *empty_gradients(hidden, weight, call_and_needs[_FIELDS:], working_dtype(hidden)),
     )
 
 

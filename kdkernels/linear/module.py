@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks
-from ..losses._base import LossModule, number_temperature
+from ..losses._base import LossModule, number_temperature, optional
 from ..losses.topk_kd import TAILS
 from ._inputs import chunk
 from ._teachers import VOCABULARIES, Teacher
@@ -59,10 +59,6 @@ def _given(name: str, value: Any) -> Any:
     return value
 
 
-def _vocab(name: str, value: Any) -> Any:
-    return None if value is None else _checks.choice(name, value, VOCABULARIES)
-
-
 def _chunk_tokens(name: str, value: Any) -> Any:
     return chunk(value) or None
 
@@ -76,9 +72,9 @@ FusedLinearKDLoss.bind(
         "alpha": _given,
         "forward_weight": _given,
         "tail": lambda name, value: _checks.choice(name, value, TAILS),
-        "softcap": lambda name, value: None if value is None else _checks.positive(name, value),
+        "softcap": optional(_checks.positive),
         "logit_scale": _checks.number,
-        "vocab": _vocab,
+        "vocab": optional(lambda name, value: _checks.choice(name, value, VOCABULARIES)),
         "chunk_tokens": _chunk_tokens,
     },
 )

@@ -83,9 +83,13 @@ class LossModule(_Loss):
         return ", ".join(f"{key}={value!r}" for key, value in self._held().items())
 
 
+def optional(check: Check) -> Check:
+    """Of an option that may be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
 def _backend(name: str, value: Any) -> Any:
-    if value is not None:
-        _dispatch.known(value)
+    _dispatch.known(value)
     return value
 
 
@@ -114,14 +118,14 @@ def _temperature(name: str, value: Any) -> Any:
 _CHECKS: dict[str, Check] = {
     "reduction": by_row,
     "loss_weight": lambda name, value: _checks.weight(value),
-    "backend": _backend,
+    "backend": optional(_backend),
     "temperature": _temperature,
     "hard_weight": _checks.number,
     "return_parts": _checks.flag,
     "return_mass": _checks.flag,
-    "ignore_index": lambda name, value: None if value is None else _checks.integer(name, value),
+    "ignore_index": optional(_checks.integer),
     "standardize": _checks.flag,
-    "class_dim": lambda name, value: None if value is None else _checks.integer(name, value),
+    "class_dim": optional(_checks.integer),
     "process_group": lambda name, value: _group.check(value),
 }
 

@@ -134,8 +134,7 @@ class DISTLoss(LossModule):
     """
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        result: Tensor = self._function(student_logits, teacher_logits, **self._held())
-        return result
+        return self._function(student_logits, teacher_logits, **self._held())
 
 
 DIST = register(

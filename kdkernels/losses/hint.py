@@ -66,8 +66,7 @@ class HintLoss(LossModule):
     """Module form of :func:`kdkernels.functional.hint_loss`; see there."""
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        result: Tensor = self._function(student_features, teacher_features, **self._held())
-        return result
+        return self._function(student_features, teacher_features, **self._held())
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -118,11 +118,9 @@ class IEKDLoss(LossModule):
     def forward(
         self, inheritance_factor: Tensor, exploration_factor: Tensor, teacher_factor: Tensor
     ) -> Tensor:
-        held = self._held()
-        result: Tensor = self._function(
-            inheritance_factor, exploration_factor, teacher_factor, **held
+        return self._function(
+            inheritance_factor, exploration_factor, teacher_factor, **self._held()
         )
-        return result
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -135,9 +135,7 @@ class TupleMatchingLoss(LossModule):
     def forward(
         self, student_embeddings: Tensor, teacher_embeddings: Tensor, target: Tensor
     ) -> Tensor:
-        held = self._held()
-        result: Tensor = self._function(student_embeddings, teacher_embeddings, target, **held)
-        return result
+        return self._function(student_embeddings, teacher_embeddings, target, **self._held())
 
 
 @gathered
@@ -218,9 +216,10 @@ def local_classifier_loss(
         KD_OF_TOKENS,
         student_logits.masked_fill(absent, -torch.inf),
         teacher_logits.detach(),
-        counted,
+        target,
         (),
         temperature,
+        ignore_index=ignore_index,
         reduction=reduction,
         loss_weight=loss_weight,
         backend=backend,
@@ -236,9 +235,7 @@ class LocalClassifierLoss(LossModule):
     def forward(
         self, student_logits: Tensor, teacher_embeddings: Tensor, centers: Tensor, target: Tensor
     ) -> Tensor:
-        held = self._held()
-        result: Tensor = self._function(student_logits, teacher_embeddings, centers, target, **held)
-        return result
+        return self._function(student_logits, teacher_embeddings, centers, target, **self._held())
 
 
 def _tuple_inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -108,8 +108,7 @@ class RKDLoss(LossModule):
     """Module form of :func:`kdkernels.functional.rkd_loss`; see there."""
 
     def forward(self, student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-        result: Tensor = self._function(student_embeddings, teacher_embeddings, **self._held())
-        return result
+        return self._function(student_embeddings, teacher_embeddings, **self._held())
 
 
 def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
