@@ -93,7 +93,7 @@ def interleaved(bodies: Mapping[str, Step], device: str, budget: float) -> dict[
     iterations, expected = {}, 0.0
     for name, body in bodies.items():
         iterations[name], took = calibrate(body, device)
-        expected += took * iterations[name]
+        expected += took * (iterations[name] + 1)
     rounds = max(7, min(300, int(budget / expected)))
     times: dict[str, list[float]] = {name: [] for name in bodies}
     names = list(bodies)

@@ -152,6 +152,7 @@ def student_job(
     backend = args.backend if method.recipe.term is not None else None
     setup = SETUPS[args.dataset].splits[split]
     length = {"epochs": args.epochs or setup.epochs, "batch": args.batch or setup.batch}
+    global_batch = args.global_batch_dist and world.size > 1
     return Job(
         name="-".join(["student", method.label, *([by] if by else []), f"seed{seed}"]),
         recipe=method.recipe,
@@ -172,14 +173,14 @@ def student_job(
             "lr": args.lr,
             "evaluate_every": args.evaluate_every,
             "images": count,
-            "global_batch": args.global_batch_dist,
             "options": options,
             "backend": backend,
             "teacher": asdict(teaching(args, by)) if by else None,
+            **({"global_batch": True} if global_batch else {}),
         },
         teacher=teacher,
         evaluate_every=args.evaluate_every,
-        global_batch=args.global_batch_dist and world.size > 1,
+        global_batch=global_batch,
     )
 
 

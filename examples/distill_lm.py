@@ -5,7 +5,7 @@
     python examples/distill_lm.py --text kjv.txt           # any English text, UTF-8
     python examples/distill_lm.py --methods ce kl kl:weight=1 jsd:beta=0.1 --seeds 0 1 2 3 4
     python examples/distill_lm.py --teacher topk           # from a cache of its 32 likeliest tokens
-    torchrun --nproc-per-node 4 examples/distill_lm.py     # the same steps on four processes
+    torchrun --nproc-per-node 4 examples/distill_lm.py     # four processes, the same steps
     python examples/distill_lm.py --validate --seeds 10 11 # to choose options
 
 A method is NAME[:OPTION=VALUE,...]. Results go to ``--output``: results.json, lm_curves.png and
@@ -225,7 +225,10 @@ class Comparison:
 
     def teacher_settings(self) -> dict[str, Any]:
         names = ("teacher_size", "teacher_steps", "teacher_batch", "teacher_lr", "dropout")
-        return self.settings(*names)
+        settings = self.settings(*names)
+        if self.args.dropout and self.world.size > 1:  # each process draws masks of its own
+            settings["processes"] = self.world.size
+        return settings
 
     def build(self, size: str, seed: int, dropout: float = 0.0) -> lm_models.Decoder:
         args = self.args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
 
     def prepared(job: Job) -> Callable[[], None]:
         images, target = next(iter(job.data.epoch(job.batch, job.seed, 0)))
-        distiller = Distiller(job).to(images.device).train()
+        # One process measures: a loss of all ranks would wait for the others.
+        distiller = Distiller(replace(job, global_batch=False)).to(images.device).train()
         trained = [p for p in distiller.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, nesterov=True)
 

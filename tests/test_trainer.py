@@ -232,8 +232,8 @@ def test_two_processes(tmp_path: Path) -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-addr", "127.0.0.1", "--master-port", str(port)),
         *(str(EXAMPLES / "distill.py"), *TINY, "--seeds", "0"),
-        *("--methods", "kd", "iekd", "iedml", "refilled"),
-        *("--output", str(tmp_path)),
+        *("--methods", "kd", "dist", "iekd", "iedml", "refilled"),
+        *("--global-batch-dist", "--output", str(tmp_path)),
     ]
     root = str(EXAMPLES.parent)
     environment = os.environ | {
