@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor, _group, _temperature
+from . import _checks, _dtensor, _ensemble, _group, _temperature
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
+from ._ensemble import TeacherLogits
 from ._group import ProcessGroup
 from ._rowrun import run
 from ._shapes import ClassesAt
@@ -57,7 +58,7 @@ _OF_ROWS = ("target", "token_weight", "hard_token_weight", "temperature")
 def row_loss(
     spec: LossSpec,
     student: Tensor,
-    teacher: Tensor,
+    teacher: TeacherLogits,
     target: Tensor | None,
     options: tuple[Any, ...],
     temperature: float | Tensor,
@@ -78,6 +79,8 @@ def row_loss(
 
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
+    if not isinstance(teacher, Tensor):
+        teacher = _ensemble.single(teacher, student, temperature, class_dim, standardize)
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
@@ -92,7 +95,7 @@ def row_loss(
         )  # fmt: skip
         if isinstance(given, Tensor):
             return shape.back(given)
-        return shape.back(given[0]), LossParts(*(shape.back(x) for x in given[1]))
+        return shape.back(given[0]), LossParts(*map(shape.back, given[1]))
     code = _checks.reduction(reduction)
     if process_group is not None:
         reduction = by_group(process_group, reduction, num_items_in_batch, student, teacher)

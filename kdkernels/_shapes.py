@@ -30,9 +30,9 @@ class ClassesAt:
         if teacher.shape != student.shape:
             expected = f"of the student's shape {tuple(student.shape)}"
             raise _checks.fail("teacher_logits", expected, tuple(teacher.shape))
-        self._dim = dim % rank
-        self._last = self._dim == rank - 1
-        self.rows = student.shape[: self._dim] + student.shape[self._dim + 1 :]
+        self.dim = dim % rank
+        self._last = self.dim == rank - 1
+        self.rows = student.shape[: self.dim] + student.shape[self.dim + 1 :]
         self._flat: tuple[int, ...] = (self.rows.numel(),)
         if not self._last and rank > 2:
             self._flat = (self.rows[0], self.rows[1:].numel(), 1)
@@ -40,12 +40,12 @@ class ClassesAt:
     def logits(self, x: Tensor) -> Tensor:
         if self._last:
             return x.reshape(*self._flat, x.shape[-1])
-        x = x.movedim(self._dim, 1)
+        x = x.movedim(self.dim, 1)
         return x if x.dim() == 2 else x.flatten(2).unsqueeze(-1)
 
     def of_rows(self, name: str, x: Any) -> Any:
         """One number a row, from the shape of the rows; what is no such tensor as it is."""
-        if not isinstance(x, Tensor) or (not x.dim() and (self.rows or name == "temperature")):
+        if not isinstance(x, Tensor) or (name == "temperature" and not x.dim()):
             return x
         if x.shape != self.rows:
             raise _checks.fail(name, f"of shape {tuple(self.rows)}", tuple(x.shape))

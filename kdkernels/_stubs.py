@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._ensemble import TeacherLogits
 from .._group import ProcessGroup
 from .._rowwise import LossParts
 '''

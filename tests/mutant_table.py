@@ -755,8 +755,8 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_shapes.py", "test_class_dim.py", "equals or parts or errors",
-    ("classes_elsewhere", "x = x.movedim(self._dim, «1»)", "-1"),
-    ("last_is_not_last", "self._last = «self._dim == rank - 1»", "False"),
+    ("classes_elsewhere", "x = x.movedim(self.dim, «1»)", "-1"),
+    ("last_is_not_last", "self._last = «self.dim == rank - 1»", "False"),
     ("rows_unchecked", "if «x.shape != self.rows»:", "False"),
     ("rows_stay_flat", "return x.reshape(self.rows) if «x.dim()» else x", "False"),
     ("positions_are_rows", "if «not self._last and rank > 2»:", "False"),
@@ -765,4 +765,12 @@ _of(
     "kdkernels/losses", "refilled.py", "test_embedding_refilled.py", "ignored",
     ("ignored_are_local", "absent = ~(present« & counted.unsqueeze(1)»)", ""),
     ("ignored_in_range", "_embedding.in_range(target, classes, «ignored»)", "-1"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_ensemble.py", "test_ensemble.py", "mean or half or temperatures or class_dim",
+    ("mean_of_logits", "torch.log_softmax(x.to(kind) / heat, class_dim)", "x.to(kind) / heat"),
+    ("cold_mean", "return total« * heat»", ""),
+    ("numbers_as_logarithms", "«math.log(w / largest)» for w", "w"),
+    ("weights_as_logarithms", "working_dtype(*members))«.log()»", ""),
+    ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
 )  # fmt: skip

@@ -247,3 +247,11 @@ def test_a_changed_attribute_counts(spec: LossSpec) -> None:
     module.reduction = "sum"
     after = case.of(case.student, loss_weight=module.loss_weight, reduction="sum")
     torch.testing.assert_close(module(*case.tensors), after)
+
+
+@all_losses
+def test_a_wrong_keyword_names_the_module(spec: LossSpec) -> None:
+    with pytest.raises(TypeError, match=rf"^{spec.module.__name__}\(\) got an unexpected keyword"):
+        spec.module(temprature=2.0)
+    with pytest.raises(TypeError, match=rf"^{spec.module.__name__}\(\) too many positional"):
+        spec.module(*[1.0] * 20)

@@ -114,6 +114,8 @@ def test_errors(spec: LossSpec) -> None:
     if spec.by_row:
         with pytest.raises(ValueError, match=r"^token_weight must be of shape \(2, 5\), got"):
             spec.function(*inputs, class_dim=1, token_weight=torch.ones(10))
+        with pytest.raises(ValueError, match=r"^token_weight must be of shape \(2, 5\), got \(\)"):
+            spec.function(*inputs, class_dim=1, token_weight=torch.ones(()))
 
 
 def test_losses_of_tokens_have_their_classes_last() -> None:

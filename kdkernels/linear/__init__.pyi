@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._ensemble import TeacherLogits
 from .._group import ProcessGroup
 from .._rowwise import LossParts
 from ._teachers import Teacher

@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .._ensemble import TeacherLogits
 from .._group import ProcessGroup
 from .._rowwise import LossParts
 from ._base import LossModule, RowLoss, SampledLoss, SparseLoss, TokenLoss
@@ -23,7 +24,7 @@ from .refilled import tuple_matching_loss as tuple_matching_loss
 @overload
 def acceptance_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
@@ -42,7 +43,7 @@ def acceptance_loss(
 @overload
 def acceptance_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
@@ -61,7 +62,7 @@ def acceptance_loss(
 @overload
 def acceptance_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     kind: str = ...,
     eta: float = ...,
@@ -80,7 +81,7 @@ def acceptance_loss(
 @overload
 def aekt_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -104,7 +105,7 @@ def aekt_loss(
 @overload
 def aekt_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -128,7 +129,7 @@ def aekt_loss(
 @overload
 def aekt_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -152,7 +153,7 @@ def aekt_loss(
 @overload
 def alpha_beta_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -171,7 +172,7 @@ def alpha_beta_loss(
 @overload
 def alpha_beta_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -190,7 +191,7 @@ def alpha_beta_loss(
 @overload
 def alpha_beta_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -209,7 +210,7 @@ def alpha_beta_loss(
 @overload
 def dkd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -231,7 +232,7 @@ def dkd_loss(
 @overload
 def dkd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -253,7 +254,7 @@ def dkd_loss(
 @overload
 def dkd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = ...,
     alpha: float = ...,
     beta: float = ...,
@@ -275,7 +276,7 @@ def dkd_loss(
 @overload
 def jsd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     beta: float = ...,
     temperature: float | Tensor = ...,
@@ -293,7 +294,7 @@ def jsd_loss(
 @overload
 def jsd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     beta: float = ...,
     temperature: float | Tensor = ...,
@@ -311,7 +312,7 @@ def jsd_loss(
 @overload
 def jsd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     beta: float = ...,
     temperature: float | Tensor = ...,
@@ -329,7 +330,7 @@ def jsd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
@@ -349,7 +350,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
@@ -369,7 +370,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     temperature: float | Tensor = ...,
     *,
     target: Tensor | None = ...,
@@ -389,7 +390,7 @@ def kd_loss(
 @overload
 def mixed_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
     temperature: float | Tensor = ...,
@@ -407,7 +408,7 @@ def mixed_kl_loss(
 @overload
 def mixed_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
     temperature: float | Tensor = ...,
@@ -425,7 +426,7 @@ def mixed_kl_loss(
 @overload
 def mixed_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     forward_weight: float | Tensor = ...,
     temperature: float | Tensor = ...,
@@ -443,7 +444,7 @@ def mixed_kl_loss(
 @overload
 def reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -460,7 +461,7 @@ def reverse_kl_loss(
 @overload
 def reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -477,7 +478,7 @@ def reverse_kl_loss(
 @overload
 def reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -548,7 +549,7 @@ def sampled_kl_loss(
 @overload
 def skew_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -566,7 +567,7 @@ def skew_kl_loss(
 @overload
 def skew_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -584,7 +585,7 @@ def skew_kl_loss(
 @overload
 def skew_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -602,7 +603,7 @@ def skew_kl_loss(
 @overload
 def skew_reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -620,7 +621,7 @@ def skew_reverse_kl_loss(
 @overload
 def skew_reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -638,7 +639,7 @@ def skew_reverse_kl_loss(
 @overload
 def skew_reverse_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     alpha: float = ...,
     temperature: float | Tensor = ...,
@@ -771,7 +772,7 @@ def topk_kd_loss(
 @overload
 def tv_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -788,7 +789,7 @@ def tv_loss(
 @overload
 def tv_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -805,7 +806,7 @@ def tv_loss(
 @overload
 def tv_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = ...,
     temperature: float | Tensor = ...,
     *,
@@ -951,7 +952,7 @@ class DISTLoss(LossModule):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherLogits,
     ) -> Tensor: ...
 
 class DKDLoss(RowLoss):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from .. import _checks, _dispatch, _group
+from .._ensemble import TeacherLogits
 from .._rowwise import row_loss
 from ..reference._rows import weighted
 
@@ -68,16 +69,18 @@ class LossModule(_Loss):
         cls.__signature__ = cls._bound
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        bound = self._bound.bind(*args, **options)
+        try:
+            bound = self._bound.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}() {error}") from None
         bound.apply_defaults()
         given = {name: self._checks_of[name](name, x) for name, x in bound.arguments.items()}
         super().__init__(reduction=given["reduction"])
-        self._names = tuple(given)
         for name, value in given.items():
             setattr(self, name, value)
 
     def _held(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._names}
+        return {name: getattr(self, name) for name in self._bound.parameters}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self._held().items())
@@ -136,7 +139,7 @@ class TokenLoss(LossModule):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherLogits,
         labels: Tensor | None = None,
         *,
         token_weight: Tensor | None = None,
@@ -208,7 +211,7 @@ class RowLoss(LossModule):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: TeacherLogits,
         target: Tensor | None = None,
         *,
         labels: Tensor | None = None,
@@ -230,7 +233,8 @@ class RowLoss(LossModule):
 _ARGUMENTS = {
     "student_logits": """(N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
         float16 or bfloat16; any strides.""",
-    "teacher_logits": "same shape and device; own dtype and strides; a constant.",
+    "teacher_logits": """same shape and device; own dtype and strides; a constant. Of several,
+        a list or :class:`kdkernels.teacher.EnsembleTeacher`, the probabilities are averaged.""",
     "temperature": """T > 0, in units of the logits; a number, or a tensor, 0-d or of the shape of
         the rows, which nothing reads on the host of a GPU. KD gives a learned one (CTKD) its
         gradient; elsewhere it is a constant.""",

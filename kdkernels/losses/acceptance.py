@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._ensemble import TeacherLogits
 from .._rowwise import TokenOptions, row_loss
 from ..reference.acceptance import LEAST, acceptance as reference, mixture
 from ..registry import LossSpec, register
@@ -25,7 +26,7 @@ KINDS = ("log", "hybrid")
 @row_function(TokenOptions)
 def acceptance_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     kind: str = "log",
     eta: float = 3.0,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import _checks
+from .._ensemble import TeacherLogits
 from .._rowwise import RowOptions, row_loss
 from ..reference.aekt import aekt as reference
 from ..registry import LossSpec, register
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @row_function(RowOptions)
 def aekt_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     target: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 8.0,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import _checks
+from .._ensemble import TeacherLogits
 from .._rowwise import TokenOptions, row_loss
 from ..reference.alpha_beta import alpha_beta as reference
 from ..registry import LossSpec, register
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @row_function(TokenOptions)
 def alpha_beta_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     alpha: float = 0.2,
     beta: float = 0.7,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks, _group, _moments, _reduce
 from .._correlation import correlation_loss
+from .._ensemble import TeacherLogits, single
 from .._group import ProcessGroup
 from .._shapes import ClassesAt
 from ..reference.dist import dist as reference
@@ -17,7 +18,7 @@ from ._base import LossModule, number_temperature, of_batch, weighed
 @weighed
 def dist_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     beta: float = 1.0,
     gamma: float = 1.0,
     tau: float = 1.0,
@@ -52,7 +53,8 @@ def dist_loss(
     Args:
         student_logits: (N, C), (B, S, V) with classes last, or (N, C, H, W); float64, float32,
             float16 or bfloat16; any strides.
-        teacher_logits: same shape and device; own dtype and strides; a constant.
+        teacher_logits: same shape and device; own dtype and strides; a constant. Of several, in a
+            list or in :class:`kdkernels.teacher.EnsembleTeacher`, the probabilities are averaged.
         beta: weight of the inter-class (row) term.
         gamma: weight of the intra-class (column) term.
         tau: temperature > 0.
@@ -82,6 +84,8 @@ def dist_loss(
         "eps": _checks.non_negative("eps", eps),
         "loss_weight": _checks.number("loss_weight", loss_weight),
     }
+    if not isinstance(teacher_logits, Tensor):
+        teacher_logits = single(teacher_logits, student_logits, numbers["tau"], class_dim)
     if class_dim is not None:
         shape = ClassesAt(class_dim, student_logits, teacher_logits)
         student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
@@ -133,7 +137,7 @@ class DISTLoss(LossModule):
     ``DISTLoss(beta=1.0, gamma=1.0, tau=1.0)(student_logits, teacher_logits)``
     """
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: TeacherLogits) -> Tensor:
         return self._function(student_logits, teacher_logits, **self._held())
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import _checks
+from .._ensemble import TeacherLogits
 from .._rowwise import TokenOptions, row_loss
 from ..reference.mixture import jsd as reference
 from ..registry import End, LossSpec, register
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @row_function(TokenOptions)
 def jsd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import _checks
+from .._ensemble import TeacherLogits
 from .._rowwise import RowOptions, row_loss
 from ..reference.kd import kd as reference, kd_by_temperature
 from ..registry import LossSpec, register
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @row_function(RowOptions)
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     temperature: float | Tensor = 4.0,
     *,
     target: Tensor | None = None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._dtypes import working_dtype
+from .._ensemble import TeacherLogits, single
 from .._rowwise import TokenOptions, by_group, joined, over_ranks, row_loss
 from ..reference.mixed_kl import mixed_kl as reference
 from ..registry import End, LossSpec, register
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @row_function(TokenOptions)
 def mixed_kl_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     forward_weight: float | Tensor = 0.5,
     temperature: float | Tensor = 1.0,
@@ -62,12 +63,14 @@ def mixed_kl_loss(
 
 def _by_token(
     student: Tensor,
-    teacher: Tensor,
+    teacher: TeacherLogits,
     labels: Tensor | None,
     weight: Tensor,
     temperature: float | Tensor,
     common: TokenOptions,
 ) -> Tensor:
+    if not isinstance(teacher, Tensor):
+        teacher = single(teacher, student, temperature, None)
     class_dim = _checks.logits(student, teacher)
     _checks.token_weight(weight, student, class_dim, "forward_weight")
     given = common.pop("token_weight", None)

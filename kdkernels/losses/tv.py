@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .._ensemble import TeacherLogits
 from .._rowwise import TokenOptions, row_loss
 from ..reference.tv import tv as reference
 from ..registry import LossSpec, register
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @row_function(TokenOptions)
 def tv_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: TeacherLogits,
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     **common: Unpack[TokenOptions],

@@ -5,6 +5,7 @@
 Nothing here imports safetensors until a cache is written or opened.
 """
 
+from .._ensemble import EnsembleTeacher as EnsembleTeacher
 from .batches import (
     CachedSequence as CachedSequence,
     TeacherBatch as TeacherBatch,
@@ -20,6 +21,7 @@ from .writer import CacheWriter as CacheWriter
 __all__ = [
     "CacheWriter",
     "CachedSequence",
+    "EnsembleTeacher",
     "LinearTeacher",
     "TeacherBatch",
     "TeacherCache",
