@@ -929,6 +929,7 @@ class DISTLoss(LossModule):
     beta: float
     gamma: float
     tau: float
+    ignore_index: int | None
     eps: float
     reduction: str
     loss_weight: float
@@ -941,6 +942,7 @@ class DISTLoss(LossModule):
         gamma: float = ...,
         tau: float = ...,
         *,
+        ignore_index: int | None = ...,
         eps: float = ...,
         reduction: str = ...,
         loss_weight: float = ...,
@@ -952,6 +954,7 @@ class DISTLoss(LossModule):
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
+        labels: Tensor | None = ...,
     ) -> Tensor: ...
 
 class DKDLoss(RowLoss):
