@@ -150,7 +150,7 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
-    ("norm_zero", "«lost | (norm_a == R(0)) ? R(0) :» on_a", ""),
+    ("norm_zero", "of_q = «lost | (norm_a == R(0)) ? R(0) : on_a»;", "on_a"),
     ("eps_lost", "norm_a * norm_b + eps", "norm_a * norm_b"),
     ("own_term", "of_p = lost ? R(0) : «-inverse»;", "inverse"),
 )  # fmt: skip
