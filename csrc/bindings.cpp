@@ -56,13 +56,14 @@ void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient
 }
 
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
-                 std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
-                 int64_t classes, const py::tuple& given) {
+                 std::uintptr_t counted, std::uintptr_t loss, int student_type, int teacher_type,
+                 int64_t rows, int64_t classes, const py::tuple& given) {
   const CorrelationCall call = correlation_call(given);
   const Pair pair{student, teacher, gradient, student_type, teacher_type};
   CorrelationProblem problem{};
   pair.fill(problem, rows, classes);
   call.fill(problem);
+  problem.counted = reinterpret_cast<const uint8_t*>(counted);
   run(pair, problem, kernels(call.rule), call.reduction, loss);
 }
 

@@ -116,8 +116,9 @@ inline const void* row_numbers(const char* name, const std::optional<Tensor>& x,
                                int64_t rows) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous() && x->numel() == rows, name,
-                  type == ScalarType::Long ? " must be contiguous int64, one for each row"
-                                           : " must be contiguous, one for each row, of the loss's dtype");
+                  type == ScalarType::Long   ? " must be contiguous int64, one for each row"
+                  : type == ScalarType::Bool ? " must be contiguous bools, one for each row"
+                                             : " must be contiguous, one for each row, of the loss's dtype");
   require_memory(*x, name);
   return x->const_data_ptr();
 }
@@ -144,7 +145,9 @@ inline RowProblem row_problem(const RowCall& call, const Tensor& student, const 
 }
 
 inline CorrelationProblem correlation_problem(const CorrelationCall& call, const Tensor& student,
-                                              const Tensor& teacher, const Logits& logits) {
+                                              const Tensor& teacher,
+                                              const std::optional<Tensor>& counted,
+                                              const Logits& logits) {
   CorrelationProblem problem{};
   problem.student = rows_of(student, call.class_dim, student.const_data_ptr());
   problem.teacher = rows_of(teacher, call.class_dim, teacher.const_data_ptr());
@@ -152,6 +155,8 @@ inline CorrelationProblem correlation_problem(const CorrelationCall& call, const
   problem.rows = logits.rows;
   problem.classes = logits.classes;
   call.fill(problem);
+  problem.counted = static_cast<const uint8_t*>(
+      row_numbers("counted", counted, ScalarType::Bool, logits.rows));
   return problem;
 }
 

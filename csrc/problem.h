@@ -72,11 +72,14 @@ struct RowProblem {
 
 struct CorrelationProblem {
   Rows student, teacher, gradient;
-  void* loss;       // value of each row, then of each class, in the working type
+  const uint8_t* counted;  // whether each row counts, or null where all do
+  void* loss;              // value of each row, then of each class, in the working type
   int64_t rows, classes;
   double inter, intra;  // coefficients of the sums over rows and over classes
   double tau, eps;
   Options options;
+
+  KDK_FN bool counts(int64_t row) const { return !counted || counted[row]; }
 };
 
 struct FactorProblem {  // rows are samples, classes their elements

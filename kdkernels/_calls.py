@@ -156,7 +156,8 @@ ROW = Family(
 )
 """``token_weight`` multiplies a row's divergence, ``hard_token_weight`` its cross-entropy;
 ``row_temperature`` counts instead of the number."""
-CORRELATION = Family("correlation", ("student",), ("teacher",), CorrelationCall)
+CORRELATION = Family("correlation", ("student",), ("teacher", "counted?"), CorrelationCall)
+"""``counted`` says of each row, in one dimension, whether it takes part in anything."""
 FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCall)
 TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)
 TOPK = Family("topk", ("student",), ("ids", "target?", "row_temperature?"), TopKCall)

@@ -67,7 +67,8 @@ def beside_cuda(spec: LossSpec, student: Tensor, backend: str | None) -> str:
     """What runs a call that compiled CUDA kernels would have to run and cannot."""
     requested = _requested if backend is None else backend
     if requested is not None:
-        reasons = "compiled CUDA kernels give neither hard_weight nor return_parts"
+        lacks = "give neither hard_weight nor return_parts" if spec.by_row else "ignore no rows"
+        reasons = f"compiled CUDA kernels {lacks}"
         raise _unable(spec, requested, reasons)
     return "reference" if why_not(spec, "triton", student) else "triton"
 

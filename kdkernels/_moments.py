@@ -23,16 +23,25 @@ class Moments(NamedTuple):
 
 
 def merged(
-    student: Tensor, teacher: Tensor, over: tuple[int, ...], extra: Tensor, group: ProcessGroup
+    student: Tensor,
+    teacher: Tensor,
+    over: tuple[int, ...],
+    extra: Tensor,
+    group: ProcessGroup,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """The sum of ``extra``, 0-d, and the moments over the dimensions ``over``, of all ranks.
 
-    One collective of 5 C + 2 numbers a rank. Only what is this rank's keeps its graph.
+    One collective of 5 C + 2 numbers a rank. Only what is this rank's keeps its graph. ``counted``
+    says which rows of matrices take part, (rows, 1); the others must be finite, and their gradients
+    are left to the caller.
     """
     width = next(size for dim, size in enumerate(student.shape) if dim not in over)
-    count = student.numel() // width
-    first = torch.stack([torch.full_like(extra, count, dtype=torch.float64), extra.double()])
-    own = torch.cat([first, _apply(student, teacher, over, count).flatten()])
+    count = torch.full_like(extra, student.numel() // width, dtype=torch.float64)
+    if counted is not None:
+        count = counted.sum(dtype=torch.float64)
+    first = torch.stack([count, extra.double()])
+    own = torch.cat([first, _apply(student, teacher, over, count, counted).flatten()])
     ranks = _group.stacked(own, group)
     counts, extras = ranks[:, 0], ranks[:, 1]
     means, squares = ranks[:, 2:].view(-1, 5, width).split([2, 3], 1)
@@ -54,10 +63,13 @@ class _Own(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, over: Any, count: int) -> Tensor:
-        (mean_s, s), (mean_t, t) = (_centred(x, over, count) for x in (student, teacher))
-        ctx.save_for_backward(s, t)
-        ctx.over, ctx.count = over, count
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, over: Any, count: Tensor, counted: Tensor | None
+    ) -> Tensor:
+        count = count.clamp(min=1)
+        (mean_s, s), (mean_t, t) = (_centred(x, over, count, counted) for x in (student, teacher))
+        ctx.save_for_backward(s, t, count)
+        ctx.over = over
         product = torch.empty_like(s)
         pairs = (s, s), (t, t), (s, t)
         sums = [torch.mul(x, y, out=product).sum(over).double() for x, y in pairs]
@@ -66,27 +78,35 @@ class _Own(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        s, t = ctx.saved_tensors
+        s, t, count = ctx.saved_tensors
         shape = [1 if dim in ctx.over else -1 for dim in range(s.dim())]
         mean, _, square, _, cross = (x.to(s.dtype).view(shape) for x in upstream)
-        gradient = torch.addcmul(mean / max(ctx.count, 1), s, 2 * square)
-        return gradient.addcmul_(t, cross), None, None, None
+        gradient = torch.addcmul(mean / count, s, 2 * square)
+        return gradient.addcmul_(t, cross), None, None, None, None
 
 
 _apply: Callable[..., Tensor] = _Own.apply
 
 
-def _centred(x: Tensor, over: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
-    """The means of the columns, float64, and the values less their means."""
-    if count == 0:
+def _centred(
+    x: Tensor, over: tuple[int, ...], count: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The means of the columns, float64, and the values less their means; 0 for what is ignored."""
+    if x.numel() == 0:
         return x.double().sum(over), x.clone()
     origin = x
     for dim in over:
         origin = origin.narrow(dim, 0, 1)
+    if counted is not None:
+        origin = x.index_select(0, counted.long().argmax(0))
     # From the first value: a constant column's mean is that constant, its moment exactly 0.
     x = x - origin
+    if counted is not None:
+        x *= counted
     mean = x.sum(over, keepdim=True) / count
     x -= mean
+    if counted is not None:
+        x *= counted
     return (mean.double() + origin).flatten(), x
 
 

@@ -255,11 +255,16 @@ def row(
 
 
 def correlation(
-    student: Tensor, teacher: Tensor, call: CorrelationCall, need_gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    call: CorrelationCall,
+    need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``kdkernels::correlation``, past the operator machinery where the tensors are plain."""
     if not _addressable(student, teacher, call.class_dim):
-        return torch.ops.kdkernels.correlation.default(student, teacher, *call, need_gradient)
+        operator = torch.ops.kdkernels.correlation.default
+        return operator(student, teacher, counted, *call, need_gradient)
     loss = _empty_loss(student, working_dtype(student, teacher))
     gradient = torch.empty_like(student) if need_gradient else None
     classes = student.shape[-1]
@@ -268,6 +273,7 @@ def correlation(
         student.data_ptr(),
         teacher.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
+        _address("counted", counted),
         loss.data_ptr(),
         _CODES[student.dtype],
         _CODES[teacher.dtype],

@@ -378,18 +378,30 @@ def _correlation_options(call: _calls.CorrelationCall) -> dict[str, Any]:
     return {**named, "class_dim": call.class_dim, "reduction": call.reduction}
 
 
-def _correlation(student: Tensor, teacher: Tensor, call: _calls.CorrelationCall, need: bool) -> Any:
+def _correlation(
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    call: _calls.CorrelationCall,
+    need: bool,
+) -> Any:
     if student.numel() == 0:
         return _nothing(student, teacher, call)
+    assert counted is None  # Triton's
     options = _correlation_options(call)
     return correlation_loss(call.rule, student, teacher, **options, need_gradient=need)[:2]
 
 
 def _correlation_backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, call: _calls.CorrelationCall
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    call: _calls.CorrelationCall,
 ) -> Tensor:
     if student.numel() == 0:
         return torch.empty_like(student)
+    assert counted is None
     upstream = upstream.to(working_dtype(student, teacher)).contiguous()
     options = _correlation_options(call)
     gradient = correlation_loss(call.rule, student, teacher, upstream=upstream, **options)[1]

@@ -437,12 +437,16 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         return value.detach().numpy().reshape(-1), arrays
 
     wide = lambda x: np.asarray(x, formulas.WIDE)  # noqa: E731
-    if spec.family == "correlation" and any(
-        formulas.bad_rows(flat(case.tensors[n])).any() for n in ("student_logits", "teacher_logits")
-    ):
-        bad = formulas.bad_rows(flat(case.tensors["student_logits"])) | formulas.bad_rows(
-            flat(case.tensors["teacher_logits"])
-        )
+    bad = counted = np.zeros(0, np.bool_)
+    if spec.family == "correlation":
+        s, t = (flat(case.tensors[n]) for n in ("student_logits", "teacher_logits"))
+        counted = np.ones(len(s), np.bool_)
+        if "labels" in case.tensors:
+            counted = case.tensors["labels"].flatten().long().numpy() != options["ignore_index"]
+            if (flat(gradients["student_logits"])[~counted] != 0).any():
+                raise Wrong("an ignored row has a gradient")
+        bad = counted & (formulas.bad_rows(s) | formulas.bad_rows(t))
+    if bad.any():
         if not loss.isnan() or not np.isnan(flat(gradients["student_logits"])[bad]).all():
             raise Wrong(f"a bad row, and the loss is {loss}")
         return
@@ -478,7 +482,8 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         terms = scale * float(upstream.abs().amax()) if upstream.numel() else 0.0
         far = options["tau"] if spec.family == "correlation" else max(spread(x), 1e-30)
         far = min(options["temperature"], 1.0) if spec.family == "sparse" else far
-        noise += working * terms / max(len(truth), 1) / 4 / far
+        rows = int(counted.sum()) if spec.family == "correlation" else len(truth)
+        noise += working * terms / max(rows, 1) / 4 / far
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
 
 

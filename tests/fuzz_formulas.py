@@ -406,8 +406,11 @@ ROWS: dict[str, Callable[..., Rows]] = {
 # Losses of a batch: tensors in float64, options -> 0-d value, for autograd.
 
 
-def dist(s: Tensor, t: Tensor, *, beta: Any, gamma: Any, tau: Any, eps: Any, reduction: str,
-         loss_weight: Any, move: Any = None, floor: float = 1e-28) -> Tensor:  # fmt: skip
+def dist(s: Tensor, t: Tensor, labels: Tensor | None = None, *, ignore_index: int, beta: Any,
+         gamma: Any, tau: Any, eps: Any, reduction: str, loss_weight: Any, move: Any = None,
+         floor: float = 1e-28) -> Tensor:  # fmt: skip
+    if labels is not None:
+        s, t = (x[labels.flatten().long() != ignore_index] for x in (s, t))
     if len(s) == 0:
         return s.sum()
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))

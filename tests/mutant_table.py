@@ -150,7 +150,7 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/rules", "dist.h", "test_golden.py test_contract.py test_losses.py", "native and dist",
-    ("norm_zero", "«lost | (norm_a == R(0)) ? R(0) :» on_a", ""),
+    ("norm_zero", "of_q = «lost | (norm_a == R(0)) ? R(0) : on_a»;", "on_a"),
     ("eps_lost", "norm_a * norm_b + eps", "norm_a * norm_b"),
     ("own_term", "of_p = lost ? R(0) : «-inverse»;", "inverse"),
 )  # fmt: skip
@@ -265,6 +265,10 @@ _of(
      "test_errors.py", "native"),
     ("columns_by_rows", "problem.intra /= double(«problem.classes»);", "problem.rows",
      "test_golden.py test_losses.py", "native and dist"),
+    ("mean_of_all_rows", "problem.inter /= double(«counted»);", "problem.rows",
+     "test_dist_ignored.py", "native and equals"),
+    ("columns_of_nothing", "if («!counted») problem.intra = 0.0;", "false",
+     "test_dist_ignored.py", "native and equals"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "correlation.h", "test_losses.py", "native and dist",
@@ -273,7 +277,15 @@ _of(
     ("rest_of_gradient", "if constexpr (kPart) «g = mask_rest(mode, g);»", ""),
     ("softmax_derivative", "load<R>(pull + at) - centre", "load<R>(pull + at)"),
     ("column_weight", "c.columns[i + lane] = of_p * «R(problem.intra)»;", "R(1)"),
-    ("last_chunk", "left < c.chunk_rows ? left : c.chunk_rows", "c.chunk_rows"),
+    ("ignored_chunk_counts", "merge(total, m, double(before), «double(c.counts[chunk])»);",
+     "double(c.chunk_rows)", "test_dist_ignored.py", "native and equals"),
+    ("columns_of_the_ignored",
+     "merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, «counted»,", "count",
+     "test_dist_ignored.py", "native and equals"),
+    ("gradient_of_the_ignored", "for (int64_t i = 0; i < problem.classes; ++i) «q[i] = R(0);»",
+     "", "test_dist_ignored.py", "native and equals"),
+    ("first_of_a_group", "if («first == step») continue;", "first",
+     "test_dist_ignored.py", "native and equals"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "embedding_factor.h", "test_embedding_losses.py test_embedding_laws.py", "native",
@@ -411,10 +423,16 @@ _of(
 _of(
     "kdkernels/triton", "column_kernels.py", "test_triton_launch.py test_losses.py", "dist",
     ("merge_without_means", "chunk_qp «+ q * p * count»", ""),
+    ("columns_of_nothing", "weight = «tl.where(total > 0, weight, 0.0)»", "weight",
+     "test_dist_ignored.py", "triton and equals"),
+    ("tile_of_the_ignored", "number = tl.sum(«exists».to(tl.int64))", "(row < stop)",
+     "test_dist_ignored.py", "triton and equals"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "cross_kernels.py", "test_losses.py", "triton and dist",
     ("softmax_derivative", "q * (g «- along») * factor", ""),
+    ("loss_of_the_ignored", "«tl.where(counts, value * weight, 0.0)»", "value * weight",
+     "test_dist_ignored.py", "triton and equals"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "layout.py", "test_losses.py", "triton and layouts",
@@ -542,8 +560,10 @@ _of(
 _of(
     "kdkernels", "_moments.py", "test_group.py", "every",
     ("means_alike", "whole = squares.sum(0) «+ (weights * between).sum(0)»", ""),
+    ("ignored_in_columns", "if counted is not None:\n        «x *= counted\n    mean»",
+     "pass\n    mean"),
     ("mean_unweighted", "(weights * apart).sum(0) / «total.clamp(min=1)»", "len(counts)"),
-    ("means_still", "torch.addcmul(«mean / max(ctx.count, 1)», s, 2 * square)", "0 * mean"),
+    ("means_still", "torch.addcmul(«mean / count», s, 2 * square)", "0 * mean"),
 )  # fmt: skip
 _of(
     "kdkernels", "_rowwise.py", "test_group.py", "every",
@@ -737,6 +757,12 @@ _of(
      "end = tl.sum((ordered < «start + BLOCK»).to(tl.int32))\n            apart", "start"),
     ("ids_as_the_rest", "out = tl.where(«apart», own, share) / heat", "apart & False"),
     ("ignored_gradient", "out = tl.where(«live», out, 0.0)", "live | True"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "dist.py", "test_dist_ignored.py", "reference and equals",
+    ("ignored_values", "inter = «torch.where(counted, inter, 0.0)»", "inter"),
+    ("columns_of_nothing", "intra = «torch.where(counted.any(), intra, 0.0)»", "intra"),
+    ("columns_of_all_rows", "intra = 1 - pearson(q, p, 0, eps«, mask»)", ""),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "topk.py", "test_topk_rows.py", "reference",

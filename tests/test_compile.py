@@ -146,7 +146,8 @@ def _operators(
     student, teacher = LAYOUTS[layout](student), LAYOUTS[layout](teacher)
     student = student.detach().requires_grad_()
     dim = class_dim(student)
-    rest: list[Any] = [case.spec.rule, [4.0, 8.0, 2.0, 1e-8], None, dim]
+    counted = torch.arange(12, device=case.device) % 3 > 0
+    rest: list[Any] = [counted, case.spec.rule, [4.0, 8.0, 2.0, 1e-8], None, dim]
     family = "correlation"
     if case.spec.by_row:
         target[1] = -100

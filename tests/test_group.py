@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import LOSSES
 from every import GROUPED, example
 from inputs import make
 from ranks import needs_processes, run_on_ranks
@@ -30,7 +31,7 @@ CUTS = {
 }
 """Where the batch is cut into the ranks' shards, as fractions of its rows."""
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
-OF_MASKS = [spec for spec in GROUPED if spec.by_row and spec.family != "sampled"]
+OF_MASKS = [spec for spec in GROUPED if spec in LOSSES or spec.family == "sparse"]
 
 
 class Shards:

@@ -80,10 +80,11 @@ def _inputs(triton: Any, torch: Any, architecture: int) -> Any:
                 args = (torch.ones(()), x, x, target, *nothing[1:], standard)
                 yield f"dkd-standardize-{label}", row.backward, args
             if classes != 8192 or dtype is torch.bfloat16:
-                yield f"dist-{label}", correlation.forward, (x, x, dist, True)
+                yield f"dist-{label}", correlation.forward, (x, x, None, dist, True)
+                yield f"dist-ignored-{label}", correlation.forward, (x, x, target > 0, dist, True)
     x, target = pair(torch.bfloat16, 2, 19, 16, 32)
     yield "dkd-dense", row.forward, (x, x, target, *nothing[1:], dkd, True)
-    yield "dist-dense", correlation.forward, (x, x, dist, True)
+    yield "dist-dense", correlation.forward, (x, x, None, dist, True)
     for dtype in wide if full else wide[::2]:
         for width in (100, 8192, 100_000) if full else (100_000,):
             x = torch.empty(64, width, dtype=dtype)
@@ -143,6 +144,7 @@ def _compile_all(architecture: int) -> None:
                 continue
             if isinstance(value, torch.Tensor):
                 short = str(value.dtype).replace("torch.", "").replace("bfloat", "bf")
+                short = short.replace("bool", "i1")
                 signature[name] = "*" + short.replace("float", "fp").replace("int", "i")
             elif isinstance(value, float):
                 signature[name] = parameter.annotation_type

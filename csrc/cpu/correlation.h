@@ -5,7 +5,7 @@
 // (raw moments would cancel in columns that hardly vary). (2) Columns: chunks merged in order,
 // relation and coefficients. (3) Rows again: gradient. Nothing of size N x C is kept but the
 // gradient, which holds the student's softmax in between; the result does not depend on the number
-// of threads.
+// of threads. Rows that do not count are left out: their gradients are zeros.
 #pragma once
 
 #include "convert.h"
@@ -34,6 +34,7 @@ struct CorrelationContext {
   RowTerms<R>* rows;
   R* moments;  // [chunks][kMoments][stride]
   R* columns;  // [4][stride]: of_p, of_q, mean p, mean q
+  int64_t* counts;  // [chunks]: rows that count
 
   // Whether the student's softmax stays in the gradient between the first and the last phase.
   KDK_FN bool keeps_softmax() const {
@@ -41,23 +42,27 @@ struct CorrelationContext {
   }
 };
 
-// Rows -> tile[r][class], in the working type; `lanes` is scratch for rows whose classes are far
-// apart.
+// Rows -> tile[r][class], in the working type; what does not count may be left out. `lanes` is scratch for
+// rows whose classes are far apart.
 template <class R>
-void read_tile(const Rows& x, int64_t row, int64_t count, int64_t classes, R* tile, int64_t stride,
+void read_tile(const CorrelationContext<R>& c, const Rows& x, int64_t row, int64_t count, R* tile,
                R* lanes) {
   constexpr int kW = kLanes<R>;
+  const int64_t classes = c.problem.classes, stride = c.stride;
   const bool gather = x.class_stride != 1 && x.stride[x.dims - 1] == 1;
-  for (int64_t r = 0; r < count;) {
-    if (gather && count - r >= kW) {
-      read_lanes(x, row + r, kW, classes, lanes);
-      for (int lane = 0; lane < kW; ++lane)
-        for (int64_t c = 0; c < classes; ++c) tile[(r + lane) * stride + c] = lanes[c * kW + lane];
-      r += kW;
-    } else {
+  int64_t step;
+  for (int64_t r = 0; r < count; r += step) {
+    step = gather && count - r >= kW ? kW : 1;
+    int64_t first = 0;
+    while (first < step && !c.problem.counts(row + r + first)) ++first;
+    if (first == step) continue;
+    if (step == 1) {
       read_row(x, row + r, classes, tile + r * stride);
-      ++r;
+      continue;
     }
+    read_lanes(x, row + r, kW, classes, lanes);
+    for (int lane = 0; lane < kW; ++lane)
+      for (int64_t i = 0; i < classes; ++i) tile[(r + lane) * stride + i] = lanes[i * kW + lane];
   }
 }
 
@@ -223,34 +228,41 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
   const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
   const bool kept = c.keeps_softmax();
   R* const loss = static_cast<R*>(problem.loss);
+  R* const moments = c.moments + chunk * kMoments * c.stride;
   const R* softmax[kMostTile];
+  int64_t before = 0;
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
-    // The softmaxes overwrite the logits where those had to be gathered into the tile.
-    if (!direct_s)
-      read_tile(problem.student, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
-    if (!direct_t)
-      read_tile(problem.teacher, row, count, problem.classes, tiles.second, c.stride, tiles.lanes);
+    // The softmaxes, side by side, overwrite the logits where those had to be gathered into the tile.
+    if (!direct_s) read_tile(c, problem.student, row, count, tiles.first, tiles.lanes);
+    if (!direct_t) read_tile(c, problem.teacher, row, count, tiles.second, tiles.lanes);
+    int64_t counted = 0;
     for (int64_t r = 0; r < count; ++r) {
-      R* q = tiles.first + r * c.stride;
-      R* p = tiles.second + r * c.stride;
-      const R* s = q;
-      const R* t = p;
+      if (!problem.counts(row + r)) {
+        loss[row + r] = R(0);
+        continue;
+      }
+      const R* s = tiles.first + r * c.stride;
+      const R* t = tiles.second + r * c.stride;
+      R* q = tiles.first + counted * c.stride;
+      R* p = tiles.second + counted * c.stride;
       if (direct_s)
         s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
       if (direct_t)
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
       if (kept) q = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
-      softmax[r] = q;
+      softmax[counted++] = q;
       RowTerms<R> terms;
       loss[row + r] = relate_row<Rule, R>(problem, s, t, q, p, terms) * R(problem.inter);
       terms.of_p *= R(problem.inter);
       terms.of_q *= R(problem.inter);
       c.rows[row + r] = terms;
     }
-    merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, count, row - begin,
-                  c.moments + chunk * kMoments * c.stride);
+    if (!counted) continue;
+    merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, counted, before, moments);
+    before += counted;
   }
+  c.counts[chunk] = before;
 }
 
 template <class Rule, class R>
@@ -258,16 +270,14 @@ void relate_columns(const CorrelationContext<R>& c, int64_t begin, int64_t end) 
   const CorrelationProblem& problem = c.problem;
   R* const loss = static_cast<R*>(problem.loss) + problem.rows;
   for (int64_t i = begin; i < end; i += kLanes<R>) {
-    Vec<R> total[kMoments];
-    load_moments<R>(c.moments, c.stride, i, total);
-    int64_t before = c.chunk_rows;
-    for (int64_t chunk = 1; chunk < c.chunks; ++chunk) {
+    Vec<R> total[kMoments] = {};
+    int64_t before = 0;
+    for (int64_t chunk = 0; chunk < c.chunks; ++chunk) {
+      if (!c.counts[chunk]) continue;
       Vec<R> m[kMoments];
       load_moments<R>(c.moments + chunk * kMoments * c.stride, c.stride, i, m);
-      const int64_t left = problem.rows - before;
-      const int64_t count = left < c.chunk_rows ? left : c.chunk_rows;
-      merge(total, m, double(before), double(count));
-      before += count;
+      merge(total, m, double(before), double(c.counts[chunk]));
+      before += c.counts[chunk];
     }
     const int64_t lanes = end - i < kLanes<R> ? end - i : kLanes<R>;
     for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -342,20 +352,26 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
   const bool kept = c.keeps_softmax();
   const bool direct_s = kept || direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
   const int64_t last = problem.rows - 1;
+  const auto gradient_of = [&](int64_t row) {
+    return static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row);
+  };
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
-    if (!direct_s)
-      read_tile(problem.student, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
-    if (!direct_t)
-      read_tile(problem.teacher, row, count, problem.classes, tiles.second, c.stride, tiles.lanes);
+    if (!direct_s) read_tile(c, problem.student, row, count, tiles.first, tiles.lanes);
+    if (!direct_t) read_tile(c, problem.teacher, row, count, tiles.second, tiles.lanes);
     for (int64_t r = 0; r < count; ++r) {
       R* q = tiles.first + r * c.stride;
+      if (!problem.counts(row + r)) {
+        if (kept) q = gradient_of(row + r);
+        for (int64_t i = 0; i < problem.classes; ++i) q[i] = R(0);
+        continue;
+      }
       R* pull = direct_t ? tiles.second : tiles.second + r * c.stride;
       const R* t = pull;
       if (direct_t)
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
       if (kept) {
-        R* gradient = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
+        R* gradient = gradient_of(row + r);
         const int64_t ahead = row + r < last ? problem.classes : 0;
         differentiate_row<true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient, ahead);
         continue;
@@ -379,9 +395,10 @@ void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor paralle
   const int64_t chunk_rows = (rows + chunks - 1) / chunks;
   chunks = (rows + chunk_rows - 1) / chunk_rows;
   const int tile = classes <= 4096 ? kMostTile : classes <= 65536 ? 8 : 4;
-  cpu::Buffer buffer(sizeof(RowTerms<R>) * rows +
-                     sizeof(R) * stride * (chunks * kMoments + 4));
-  CorrelationContext<R> context{problem, chunks, chunk_rows, stride, tile, nullptr, nullptr, nullptr};
+  cpu::Buffer buffer(sizeof(RowTerms<R>) * rows + sizeof(R) * stride * (chunks * kMoments + 4));
+  int64_t counts[kMostChunks];
+  CorrelationContext<R> context{problem, chunks, chunk_rows, stride, tile, nullptr, nullptr, nullptr,
+                                counts};
   context.moments = static_cast<R*>(buffer.data);
   context.columns = context.moments + stride * chunks * kMoments;
   context.rows = reinterpret_cast<RowTerms<R>*>(context.columns + 4 * stride);

@@ -119,8 +119,11 @@ double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64
     throw std::invalid_argument("reduction must be 'mean' or 'sum', got 'none'");
   if (problem.rows == 0) return 0.0;
   expect_writes(problem);
-  if (reduction == kMean) {
-    problem.inter /= double(problem.rows);
+  int64_t counted = 0;
+  for (int64_t row = 0; row < problem.rows; ++row) counted += problem.counts(row);
+  if (!counted) problem.intra = 0.0;  // columns of nothing
+  if (reduction == kMean && counted) {
+    problem.inter /= double(counted);
     problem.intra /= double(problem.classes);
   }
   const Buffer values((problem.rows + problem.classes) * (wide ? 8 : 4));

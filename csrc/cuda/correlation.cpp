@@ -105,6 +105,8 @@ int64_t workspace_bytes(const CorrelationRun& run, const CorrelationPlan& plan) 
 void run_correlation(const std::string& name, const CorrelationRun& run,
                      const CorrelationPlan& plan, char* workspace, void* stream) {
   const CorrelationRule& rule = find(name);
+  if (run.problem.counted)
+    throw std::invalid_argument("counted must be None for compiled CUDA kernels, got a Tensor");
   const Layout at = layout(run, plan);
   CorrelationTask task{};
   task.problem = run.problem;

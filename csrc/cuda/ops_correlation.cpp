@@ -14,10 +14,10 @@ namespace {
 
 // The loss into `total`, and the gradient where one is given.
 void run(const CorrelationCall& call, const Tensor& student, const Tensor& teacher,
-         const Logits& logits, const Tensor* upstream, Tensor& total, Tensor* gradient,
-         const Context& context) {
+         const std::optional<Tensor>& counted, const Logits& logits, const Tensor* upstream,
+         Tensor& total, Tensor* gradient, const Context& context) {
   STD_TORCH_CHECK(call.reduction != kNone, "reduction must be 'mean' or 'sum', got 'none'");
-  CorrelationProblem problem = correlation_problem(call, student, teacher, logits);
+  CorrelationProblem problem = correlation_problem(call, student, teacher, counted, logits);
   if (gradient)
     problem.gradient = rows_of(*gradient, call.class_dim, gradient->mutable_data_ptr());
   const CorrelationRun work{problem, upstream ? upstream->const_data_ptr() : nullptr,
@@ -29,9 +29,9 @@ void run(const CorrelationCall& call, const Tensor& student, const Tensor& teach
 }
 
 std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teacher,
-                                       std::string rule, std::vector<double> numbers,
-                                       std::optional<Tensor> symbolic, int64_t class_dim,
-                                       int64_t reduction, bool need_gradient) {
+                                       std::optional<Tensor> counted, std::string rule,
+                                       std::vector<double> numbers, std::optional<Tensor> symbolic,
+                                       int64_t class_dim, int64_t reduction, bool need_gradient) {
   const CorrelationCall call{rule, numbers_of(numbers, symbolic), class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher});
@@ -39,13 +39,15 @@ std::tuple<Tensor, Tensor> correlation(const Tensor& student, const Tensor& teac
   if (logits.rows == 0)
     return {torch::stable::new_zeros(student, {}, logits.loss_type()), gradient};
   Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());
-  run(call, student, teacher, logits, nullptr, loss, need_gradient ? &gradient : nullptr, context);
+  run(call, student, teacher, counted, logits, nullptr, loss, need_gradient ? &gradient : nullptr,
+      context);
   return {loss, gradient};
 }
 
 Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                            std::string rule, std::vector<double> numbers,
-                            std::optional<Tensor> symbolic, int64_t class_dim, int64_t reduction) {
+                            std::optional<Tensor> counted, std::string rule,
+                            std::vector<double> numbers, std::optional<Tensor> symbolic,
+                            int64_t class_dim, int64_t reduction) {
   const CorrelationCall call{rule, numbers_of(numbers, symbolic), class_dim, reduction};
   const Logits logits = check(student, teacher, class_dim);
   const Context context(student, {&teacher, &upstream});
@@ -54,7 +56,7 @@ Tensor correlation_backward(const Tensor& upstream, const Tensor& student, const
   STD_TORCH_CHECK(upstream.numel() == 1, "upstream must be one number");
   const Tensor factor = factors(upstream, logits.loss_type());
   Tensor loss = torch::stable::new_empty(student, {}, logits.loss_type());  // not wanted
-  run(call, student, teacher, logits, &factor, loss, &gradient, context);
+  run(call, student, teacher, counted, logits, &factor, loss, &gradient, context);
   return gradient;
 }
 

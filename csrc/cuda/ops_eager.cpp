@@ -62,13 +62,15 @@ void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient
 }
 
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
-                 std::uintptr_t loss, int student_type, int teacher_type, int64_t rows,
-                 int64_t classes, const py::tuple& given, int device, std::uintptr_t stream) {
+                 std::uintptr_t counted, std::uintptr_t loss, int student_type, int teacher_type,
+                 int64_t rows, int64_t classes, const py::tuple& given, int device,
+                 std::uintptr_t stream) {
   const CorrelationCall call = correlation_call(given);
   CorrelationRun run{};
   CorrelationProblem& problem = run.problem;
   Pair{student, teacher, gradient, student_type, teacher_type}.fill(problem, rows, classes);
   call.fill(problem);
+  problem.counted = reinterpret_cast<const uint8_t*>(counted);
   run.reduction = call.reduction;
   run.total = reinterpret_cast<void*>(loss);
   const py::gil_scoped_release release;

@@ -930,6 +930,7 @@ class DISTLoss(LossModule):
     beta: float
     gamma: float
     tau: float
+    ignore_index: int | None
     eps: float
     reduction: str
     loss_weight: float
@@ -942,6 +943,7 @@ class DISTLoss(LossModule):
         gamma: float = ...,
         tau: float = ...,
         *,
+        ignore_index: int | None = ...,
         eps: float = ...,
         reduction: str = ...,
         loss_weight: float = ...,
@@ -953,6 +955,7 @@ class DISTLoss(LossModule):
         self,
         student_logits: Tensor,
         teacher_logits: TeacherLogits,
+        labels: Tensor | None = ...,
     ) -> Tensor: ...
 
 class DKDLoss(RowLoss):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _group, _moments, _reduce
-from .._correlation import correlation_loss
+from .._correlation import correlation_loss, counted_rows
 from .._ensemble import TeacherLogits, single
 from .._group import ProcessGroup
 from .._shapes import ClassesAt
@@ -23,6 +23,8 @@ def dist_loss(
     gamma: float = 1.0,
     tau: float = 1.0,
     *,
+    labels: Tensor | None = None,
+    ignore_index: int | None = -100,
     eps: float = 1e-8,
     reduction: str = "mean",
     loss_weight: float = 1.0,
@@ -58,6 +60,11 @@ def dist_loss(
         beta: weight of the inter-class (row) term.
         gamma: weight of the intra-class (column) term.
         tau: temperature > 0.
+        labels: optional, only a mask: class indices of the shape of the rows, (N,), (B, S) or
+            (N, H, W), of which ``ignore_index`` is ignored, or bools, of which True counts. Ignored
+            rows are as if they were not there, in the columns too, and get exact zeros, even if
+            they hold NaN. Compiled CUDA kernels have no labels: GPUs take Triton's there.
+        ignore_index: rows with this label are ignored; None ignores none.
         eps: added to the product of the norms, as in the authors' code; >= 0.
         reduction: ``'mean'`` (alias ``'batchmean'``) as published; ``'sum'`` sums 1 - rho over rows
             and over classes. The loss couples the rows, so there is no ``'none'``.
@@ -89,18 +96,23 @@ def dist_loss(
     if class_dim is not None:
         shape = ClassesAt(class_dim, student_logits, teacher_logits)
         student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
+        labels = shape.of_rows("labels", labels)
     if process_group is not None:
         return _of_group(
-            student_logits, teacher_logits, process_group, reduction, backend, **numbers
-        )
+            student_logits, teacher_logits, labels, ignore_index, process_group, reduction,
+            backend, **numbers,
+        )  # fmt: skip
     return correlation_loss(
-        DIST, student_logits, teacher_logits, reduction=reduction, backend=backend, **numbers
-    )
+        DIST, student_logits, teacher_logits, labels=labels, ignore_index=ignore_index,
+        reduction=reduction, backend=backend, **numbers,
+    )  # fmt: skip
 
 
 def _of_group(
     student: Tensor,
     teacher: Tensor,
+    labels: Tensor | None,
+    ignore_index: int | None,
     group: ProcessGroup,
     reduction: str,
     backend: str | None,
@@ -115,13 +127,17 @@ def _of_group(
     _group.check_call(group, student, teacher)
     mean = _checks.batch_reduction(reduction) == _checks.REDUCTIONS["mean"]
     class_dim = _checks.logits(student, teacher)
+    counted = counted_rows(DIST, student, labels, class_dim, ignore_index)
     s, t = (_reduce.as_rows(x, class_dim) for x in _reduce.promote(student, teacher))
     by_rows = correlation_loss(
-        DIST, s, t, beta=beta, gamma=0.0, tau=tau, eps=eps,
+        DIST, s, t, labels=counted, ignore_index=None, beta=beta, gamma=0.0, tau=tau, eps=eps,
         reduction="sum", loss_weight=loss_weight, backend=backend,
     )  # fmt: skip
+    if counted is not None:
+        counted = counted.unsqueeze(1)
+        s, t = (torch.where(counted, x, 0.0) for x in (s, t))
     q, p = (torch.softmax(x / tau, 1) for x in (s, t))
-    inter, moments = _moments.merged(q, p, (0,), by_rows, group)
+    inter, moments = _moments.merged(q, p, (0,), by_rows, group, counted)
     rho = _moments.correlation(moments, eps, s.dtype)
     columns = torch.where(moments.rows > 0, 1 - rho, 0.0)
     intra = columns.mean() if mean else columns.sum()
@@ -134,11 +150,14 @@ def _of_group(
 class DISTLoss(LossModule):
     """Module form of :func:`kdkernels.functional.dist_loss`; see there.
 
-    ``DISTLoss(beta=1.0, gamma=1.0, tau=1.0)(student_logits, teacher_logits)``
+    ``DISTLoss(beta=1.0, gamma=1.0, tau=1.0)(student_logits, teacher_logits, labels)``, where the
+    labels, optional, say which rows are ignored.
     """
 
-    def forward(self, student_logits: Tensor, teacher_logits: TeacherLogits) -> Tensor:
-        return self._function(student_logits, teacher_logits, **self._held())
+    def forward(
+        self, student_logits: Tensor, teacher_logits: TeacherLogits, labels: Tensor | None = None
+    ) -> Tensor:
+        return self._function(student_logits, teacher_logits, labels=labels, **self._held())
 
 
 DIST = register(
@@ -160,6 +179,8 @@ DIST = register(
         formula="β·τ²·(1 − mean ρ of rows) + γ·τ²·(1 − mean ρ of columns)",
         temperature="τ² in, on both terms",
         reduction="mean over rows and over classes",
+        takes_target=True,
+        target_name="labels",
         eps="1e-8, added to the product of the norms",
         samples=(
             {},

@@ -9,7 +9,8 @@
 eps is added to the *product* of the norms, as in the authors' code. The gradient flows through the
 student's means and norms; the derivative of a norm at 0 is taken as 0. A constant row or column
 has the correlation 0, whatever eps is. With reduction 'sum' the two
-means are sums. No rows: 0.
+means are sums. Rows that are not counted are as if they were not there, in columns too, and have
+the gradient 0, whatever they hold. No rows: 0.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ import torch
 from torch import Tensor
 
 
-def pearson(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
-    """Pearson correlation along ``dim``."""
-    # From the first one: the mean of a constant is that constant, the norm exactly 0.
-    a, b = (x - x.narrow(dim, 0, 1).detach() for x in (a, b))
-    a = a - a.mean(dim, keepdim=True)
-    b = b - b.mean(dim, keepdim=True)
+def pearson(a: Tensor, b: Tensor, dim: int, eps: float, counted: Tensor | None = None) -> Tensor:
+    """Pearson correlation along ``dim``; of what a mask counts, which broadcasts to ``a``."""
+
+    def centred(x: Tensor) -> Tensor:
+        # From the first one: the mean of a constant is that constant, the norm exactly 0.
+        if counted is None:
+            x = x - x.narrow(dim, 0, 1).detach()
+            return x - x.mean(dim, keepdim=True)
+        x = x - x.index_select(dim, counted.long().argmax(dim)).detach()
+        count = counted.sum(dim, keepdim=True).clamp(min=1)
+        mean = torch.where(counted, x, 0.0).sum(dim, keepdim=True) / count
+        return torch.where(counted, x - mean, 0.0)
+
+    a, b = centred(a), centred(b)
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     total = norms + eps
     none = total < 1024 * torch.finfo(total.dtype).tiny
@@ -33,6 +42,7 @@ def pearson(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
 def dist(
     student: Tensor,
     teacher: Tensor,
+    counted: Tensor | None = None,
     *,
     beta: float = 1.0,
     gamma: float = 1.0,
@@ -40,13 +50,22 @@ def dist(
     eps: float = 1e-8,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of a whole batch: (rows, classes) x (rows, classes) -> scalar."""
+    """The loss of a batch: (rows, classes) x (rows, classes) -> scalar; ``counted`` is (rows,)."""
     if student.shape[0] == 0:
         return student.sum()
+    mask = None
+    if counted is not None:
+        mask = counted.unsqueeze(1)
+        student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
     q = torch.softmax(student / tau, -1)
     p = torch.softmax(teacher / tau, -1)
     inter = 1 - pearson(q, p, 1, eps)
-    intra = 1 - pearson(q, p, 0, eps)
+    intra = 1 - pearson(q, p, 0, eps, mask)
+    rows: int | Tensor = inter.shape[0]
+    if counted is not None:
+        inter = torch.where(counted, inter, 0.0)
+        intra = torch.where(counted.any(), intra, 0.0)
+        rows = counted.sum().clamp(min=1)
     if reduction == "sum":
         return tau**2 * (beta * inter.sum() + gamma * intra.sum())
-    return tau**2 * (beta * inter.mean() + gamma * intra.mean())
+    return tau**2 * (beta * inter.sum() / rows + gamma * intra.mean())

@@ -39,6 +39,14 @@ def block_columns(start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_that_count(row, exists, counted_ptr):
+    """Of rows that exist those that a mask counts, where there is one."""
+    if counted_ptr is not None:
+        exists = exists & (tl.load(counted_ptr + row, mask=exists, other=0) != 0)
+    return exists
+
+
+@triton.jit
 def load_logits(row_ptr, columns, stride, inside, ACC: tl.constexpr):
     """A block of logits; -inf, a class without probability, where there is none."""
     return tl.load(row_ptr + columns * stride, mask=inside, other=-float("inf")).to(ACC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import VARYING, block_columns, load_logits, row_offset, softmax
+from .blocks import VARYING, block_columns, load_logits, row_offset, rows_that_count, softmax
 
 
 @triton.jit
@@ -29,8 +29,10 @@ def centre(q, p, inside, count):
 def column_kernel(
     student_ptr,  # (rows, classes), strided
     teacher_ptr,  # (rows, classes), strided
+    counted_ptr,  # (rows,) bools: which rows take part, or None for all
     statistics_ptr,  # (6, rows)
     partial_ptr,  # (5, chunks, classes): mean of q, of p, inner products qq, pp, qp
+    counts_ptr,  # (chunks,): rows that count
     rows,
     classes,
     inner,
@@ -62,9 +64,10 @@ def column_kernel(
     qq = tl.zeros([1, BLOCK], ACC)
     pp = tl.zeros([1, BLOCK], ACC)
     qp = tl.zeros([1, BLOCK], ACC)
+    counted = tl.zeros([], tl.int64)
     for tile in range(begin, stop, ROWS):
         row = (tile + tl.arange(0, ROWS).to(tl.int64))[:, None]
-        exists = row < stop
+        exists = rows_that_count(row, row < stop, counted_ptr)
         inside = exists & (columns < classes)
         student_max = tl.load(statistics_ptr + row, mask=exists, other=0.0)
         student_sum = tl.load(statistics_ptr + step + row, mask=exists, other=1.0)
@@ -81,18 +84,21 @@ def column_kernel(
         q = softmax(student, student_max, student_sum, k)
         p = softmax(teacher, teacher_max, teacher_sum, k)
 
-        count = tl.full([], tl.minimum(stop - tile, ROWS), ACC)
-        before = tl.full([], tile - begin, ACC)
-        tile_q, tile_p, tile_qq, tile_pp, tile_qp = centre(q, p, inside, count)
+        number = tl.sum(exists.to(tl.int64))
+        count = number.to(ACC)
+        before = counted.to(ACC)
+        tile_q, tile_p, tile_qq, tile_pp, tile_qp = centre(q, p, inside, tl.maximum(count, 1.0))
         q_delta = tile_q - q_mean
         p_delta = tile_p - p_mean
-        share = count / (before + count)
+        share = count / tl.maximum(before + count, 1.0)
         q_mean += q_delta * share
         p_mean += p_delta * share
         qq += tile_qq + q_delta * q_delta * (before * share)
         pp += tile_pp + p_delta * p_delta * (before * share)
         qp += tile_qp + q_delta * p_delta * (before * share)
+        counted += number
 
+    tl.store(counts_ptr + chunk, counted)  # the same by all blocks of columns
     step = tl.full([], chunks, tl.int64) * classes
     partial_ptr += chunk * classes + columns
     inside = columns < classes
@@ -106,11 +112,12 @@ def column_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     partial_ptr,  # (5, chunks, classes), from column_kernel
+    count_ptr,  # (), the rows that count, or None for all
+    counts_ptr,  # (chunks,), from column_kernel
     loss_ptr,  # (classes,)
     statistics_ptr,  # (4, classes): mean of q, of p; coefficients of q, of p
     rows,
     classes,
-    chunk_rows,
     chunks,
     weight: tl.float64,
     eps: tl.float64,
@@ -122,6 +129,10 @@ def combine_kernel(
     columns = block_columns(tl.program_id(0).to(tl.int64) * BLOCK, BLOCK)
     weight = tl.full([], weight, ACC)
     total = tl.full([], rows, tl.int64)
+    if count_ptr is not None:
+        total = tl.load(count_ptr)
+        weight = tl.where(total > 0, weight, 0.0)  # columns of nothing
+        total = tl.maximum(total, 1)
     step = tl.full([], chunks, tl.int64) * classes
 
     # The chunks' means first, then their inner products about the common means.
@@ -130,7 +141,8 @@ def combine_kernel(
     for start in range(0, chunks, ROWS):
         chunk = (start + tl.arange(0, ROWS).to(tl.int64))[:, None]
         inside = (chunk < chunks) & (columns < classes)
-        share = tl.minimum(total - chunk * chunk_rows, chunk_rows).to(ACC) / total.to(ACC)
+        count = tl.load(counts_ptr + chunk, mask=chunk < chunks, other=0).to(ACC)
+        share = count / total.to(ACC)
         source = partial_ptr + chunk * classes + columns
         q = tl.load(source, mask=inside, other=0.0)
         p = tl.load(source + step, mask=inside, other=0.0)
@@ -142,7 +154,7 @@ def combine_kernel(
     for start in range(0, chunks, ROWS):
         chunk = (start + tl.arange(0, ROWS).to(tl.int64))[:, None]
         inside = (chunk < chunks) & (columns < classes)
-        count = tl.minimum(total - chunk * chunk_rows, chunk_rows).to(ACC)
+        count = tl.load(counts_ptr + chunk, mask=chunk < chunks, other=0).to(ACC)
         source = partial_ptr + chunk * classes + columns
         q = tl.where(inside, tl.load(source, mask=inside, other=0.0) - q_mean, 0.0)
         p = tl.where(inside, tl.load(source + step, mask=inside, other=0.0) - p_mean, 0.0)

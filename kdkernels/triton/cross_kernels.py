@@ -27,6 +27,7 @@ from .blocks import (
     load_logits,
     narrowed,
     row_offset,
+    rows_that_count,
     softmax,
 )
 
@@ -35,6 +36,8 @@ from .blocks import (
 def correlation_row_kernel(
     student_ptr,  # (rows, classes), strided
     teacher_ptr,  # (rows, classes), strided
+    counted_ptr,  # (rows,) bools: which rows take part, or None for all
+    count_ptr,  # (), the rows that count, or None: what a mean divides by is in weight
     loss_ptr,  # (rows,)
     statistics_ptr,  # (6, rows): maximum and sum of student, of teacher; coefficients of q, of p
     rows,
@@ -58,8 +61,8 @@ def correlation_row_kernel(
 ):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     exists = row < rows
+    counts = rows_that_count(row, exists, counted_ptr)
     k = tl.full([], inverse_tau, ACC)
-    weight = tl.full([], weight, ACC)
     mean = 1.0 / tl.full([], classes, ACC)
     student_ptr += row_offset(row, inner, student_outer_stride, student_inner_stride, TWO_LEVEL)
     teacher_ptr += row_offset(row, inner, teacher_outer_stride, teacher_inner_stride, TWO_LEVEL)
@@ -72,7 +75,7 @@ def correlation_row_kernel(
     teacher_sum = student_sum
     for start in range(0, end, BLOCK):
         columns = block_columns(start, BLOCK)
-        inside = exists & (columns < classes)
+        inside = counts & (columns < classes)
         student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
         student_max, student_sum = add_to_normaliser(student_max, student_sum, student, k)
@@ -85,7 +88,7 @@ def correlation_row_kernel(
     qp = tl.zeros([ROWS, 1], ACC)
     for back in range(0, end, BLOCK):
         columns = block_columns(last - back, BLOCK)
-        inside = exists & (columns < classes)
+        inside = counts & (columns < classes)
         student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
         q = tl.where(inside, softmax(student, student_max, student_sum, k) - mean, 0.0)
@@ -95,7 +98,10 @@ def correlation_row_kernel(
         qp += tl.sum(q * p, axis=1, keep_dims=True)
 
     value, on_q, on_p = RULE(qq, pp, qp, tl.full([], eps, ACC))
-    tl.store(loss_ptr + row, value * weight, mask=exists)
+    weight = tl.full([], weight, ACC)
+    if count_ptr is not None:
+        weight = weight / tl.maximum(tl.load(count_ptr), 1).to(ACC)
+    tl.store(loss_ptr + row, tl.where(counts, value * weight, 0.0), mask=exists)
     step = tl.full([], rows, tl.int64)
     statistics_ptr += row
     tl.store(statistics_ptr, student_max, mask=exists)
@@ -124,6 +130,7 @@ def derivative(q, p, mean, columns, column_ptr, classes, on_q, on_p, inside):
 def gradient_kernel(
     student_ptr,  # (rows, classes), strided
     teacher_ptr,  # (rows, classes), strided
+    counted_ptr,  # (rows,) bools: which rows take part, or None for all
     statistics_ptr,  # (6, rows), from correlation_row_kernel
     column_ptr,  # (4, classes), from combine_kernel
     upstream_ptr,  # (), or None for 1
@@ -149,6 +156,7 @@ def gradient_kernel(
 ):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     exists = row < rows
+    counts = rows_that_count(row, exists, counted_ptr)
     k = tl.full([], inverse_tau, ACC)
     factor = k
     if upstream_ptr is not None:
@@ -159,19 +167,19 @@ def gradient_kernel(
     gradient_ptr += row_offset(row, inner, gradient_outer_stride, gradient_inner_stride, TWO_LEVEL)
     step = tl.full([], rows, tl.int64)
     statistics_ptr += row
-    student_max = tl.load(statistics_ptr, mask=exists, other=0.0)
-    student_sum = tl.load(statistics_ptr + step, mask=exists, other=1.0)
-    teacher_max = tl.load(statistics_ptr + 2 * step, mask=exists, other=0.0)
-    teacher_sum = tl.load(statistics_ptr + 3 * step, mask=exists, other=1.0)
-    on_q = tl.load(statistics_ptr + 4 * step, mask=exists, other=0.0)
-    on_p = tl.load(statistics_ptr + 5 * step, mask=exists, other=0.0)
+    student_max = tl.load(statistics_ptr, mask=counts, other=0.0)
+    student_sum = tl.load(statistics_ptr + step, mask=counts, other=1.0)
+    teacher_max = tl.load(statistics_ptr + 2 * step, mask=counts, other=0.0)
+    teacher_sum = tl.load(statistics_ptr + 3 * step, mask=counts, other=1.0)
+    on_q = tl.load(statistics_ptr + 4 * step, mask=counts, other=0.0)
+    on_p = tl.load(statistics_ptr + 5 * step, mask=counts, other=0.0)
     end = BLOCK if RESIDENT else classes
     last = 0 if RESIDENT else (classes - 1) // BLOCK * BLOCK
 
     along = tl.zeros([ROWS, 1], ACC)
     for start in range(0, end, BLOCK):
         columns = block_columns(start, BLOCK)
-        inside = exists & (columns < classes)
+        inside = counts & (columns < classes)
         student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
         q = softmax(student, student_max, student_sum, k)
@@ -180,15 +188,15 @@ def gradient_kernel(
         along += tl.sum(tl.where(inside, q, 0.0) * g, axis=1, keep_dims=True)
     for back in range(0, end, BLOCK):
         columns = block_columns(last - back, BLOCK)
-        inside = exists & (columns < classes)
+        inside = counts & (columns < classes)
         student = load_logits(student_ptr, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_ptr, columns, teacher_class_stride, inside, ACC)
         q = softmax(student, student_max, student_sum, k)
         p = softmax(teacher, teacher_max, teacher_sum, k)
         g = derivative(q, p, mean, columns, column_ptr, classes, on_q, on_p, inside)
-        gradient = q * (g - along) * factor
+        gradient = tl.where(counts, q * (g - along) * factor, 0.0)
         tl.store(
             gradient_ptr + columns * gradient_class_stride,
             narrowed(gradient, gradient_ptr),
-            mask=inside,
+            mask=exists & (columns < classes),
         )

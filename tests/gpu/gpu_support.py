@@ -55,6 +55,11 @@ def cases(specs: Iterable[LossSpec], backends: Iterable[str] = KERNELS) -> list[
     return made
 
 
+def ignores(case: Case) -> bool:
+    """Whether rows can be ignored; compiled CUDA kernels of losses that couple them ignore none."""
+    return case.spec.takes_target and (case.spec.by_row or case.backend != "native")
+
+
 def each_case(specs: Iterable[LossSpec], backends: Iterable[str] = KERNELS) -> Any:
     return pytest.mark.parametrize("case", cases(specs, backends))
 
