@@ -37,6 +37,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -56,6 +57,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -75,6 +77,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -99,6 +102,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -123,6 +127,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -147,6 +152,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -166,6 +172,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -185,6 +192,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -204,6 +212,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -226,6 +235,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -248,6 +258,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -270,6 +281,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -288,6 +300,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -306,6 +319,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -324,6 +338,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -344,6 +359,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -364,6 +380,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -384,6 +401,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -402,6 +420,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -420,6 +439,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -438,6 +458,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -455,6 +476,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -472,6 +494,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -489,6 +512,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -507,6 +531,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -525,6 +550,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -543,6 +569,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -561,6 +588,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -579,6 +607,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -597,6 +626,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -615,6 +645,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -633,6 +664,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -651,6 +683,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -674,6 +707,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -697,6 +731,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -720,6 +755,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass]: ...
 @overload
@@ -743,6 +779,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass, LossParts]: ...
 @overload
@@ -766,6 +803,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -783,6 +821,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -800,6 +839,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -817,6 +857,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 
@@ -834,6 +875,7 @@ class AEKTLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -851,6 +893,7 @@ class AEKTLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -864,6 +907,7 @@ class AcceptanceLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -877,6 +921,7 @@ class AcceptanceLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -890,6 +935,7 @@ class AlphaBetaLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -903,6 +949,7 @@ class AlphaBetaLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -966,6 +1013,7 @@ class DKDLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -981,6 +1029,7 @@ class DKDLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1034,6 +1083,7 @@ class JSDLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1046,6 +1096,7 @@ class JSDLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1059,6 +1110,7 @@ class KDLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1072,6 +1124,7 @@ class KDLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1107,6 +1160,7 @@ class MixedKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1119,6 +1173,7 @@ class MixedKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1172,6 +1227,7 @@ class ReverseKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1183,6 +1239,7 @@ class ReverseKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1194,6 +1251,7 @@ class SampledKLLoss(SampledLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1205,6 +1263,7 @@ class SampledKLLoss(SampledLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1217,6 +1276,7 @@ class SkewKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1229,6 +1289,7 @@ class SkewKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1241,6 +1302,7 @@ class SkewReverseKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1253,6 +1315,7 @@ class SkewReverseKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1264,6 +1327,7 @@ class TVLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1275,6 +1339,7 @@ class TVLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1290,6 +1355,7 @@ class TopKKDLoss(SparseLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1305,6 +1371,7 @@ class TopKKDLoss(SparseLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 

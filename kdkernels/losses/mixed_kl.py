@@ -68,7 +68,7 @@ def _by_token(
     temperature: float | Tensor,
     common: TokenOptions,
 ) -> Tensor:
-    class_dim = _checks.logits(student, teacher)
+    class_dim = _checks.logits(student, teacher, 2 if common.get("tp_group") is None else 0)
     _checks.token_weight(weight, student, class_dim, "forward_weight")
     given = common.pop("token_weight", None)
     if given is not None:
