@@ -92,17 +92,19 @@ class _Terms(torch.autograd.Function):
         return upstream, None
 
 
+_gathered: Callable[..., Tensor] = _Gathered.apply
+_terms: Callable[..., Tensor] = _Terms.apply
+
+
 def gathered(own: Tensor, group: Any) -> Tensor:
     """A tensor of every rank, (ranks, ...), of which each rank makes a term of a sum: what a rank's
     tensor does to the others' terms comes back to it, in a collective of the backward pass."""
-    given: Tensor = _Gathered.apply(own, group)
-    return given
+    return _gathered(own, group)
 
 
 def summed_terms(own: Tensor, group: Any) -> Tensor:
     """The sum of all ranks' terms, of which each has the same derivatives as the sum."""
-    given: Tensor = _Terms.apply(own, group)
-    return given
+    return _terms(own, group)
 
 
 class _Summed(torch.autograd.Function):

@@ -1,11 +1,12 @@
 """Row losses whose classes lie on the ranks of a process group (vocabulary-parallel logits).
 
 A loss is a sum over the classes of a function F of p and q. A rank sees its own classes and one
-more, the classes of all other ranks together, whose logits are logsumexps. With K the kernel's value
-of that row, K2 its value of the two buckets [own classes, others], and M its value of the ranks'
-buckets, sum over the classes F = M + sum over the ranks (K - K2): any rule is so evaluated by its own
+more, the classes of all other ranks together, whose logits are logsumexps. With K the kernel's
+value of that row, K2 its value of the two buckets [own classes, others], and M its value of the
+ranks' buckets, the sum of F is M + sum over the ranks (K - K2): any rule is so evaluated by its own
 kernels. Where F is a divergence no bucket exceeds its classes, so that nothing cancels. A loss with
 a target has the target's logit as one more class, on every rank, and not among its own classes.
+Float64 holds the others, of which a power is no divergence (``alpha_beta``).
 
 KL needs less, by its chain rule: K - K2 is the divergence of a rank's own, renormalised classes
 times a mass of the rank, and its gradient needs no other rank.
@@ -17,17 +18,19 @@ of one loss, as of Megatron's vocab_parallel_cross_entropy, and not W times that
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks, _group, _reduce, _topk
 from ._calls import NO_ID, TopKCall
 from ._dispatch import choose
 from ._dtypes import working_dtype
 from ._rowrun import check_range, run as run_alone
-from .reference._rows import logsumexp, masked_log_softmax, weighted
+from .reference._rows import masked_log_softmax, weighted
 from .reference.hard import cross_entropy, entropy
 from .registry import SPECS, LossSpec
 
@@ -225,8 +228,9 @@ class _Rows:
             given = _group.gathered(own if index is not None else own[:, 1:], self.group)
             sides.append((own, given))
         mine = torch.arange(len(self.sizes), device=self.student.device) == self.rank
-        rows, buckets, masses = [], [], []
-        at = None if index is None else self.owner(index)[None]
+        rows: list[Tensor] = []
+        buckets: list[Tensor] = []
+        masses: list[Tensor] = []
         for (own, given), logits in zip(sides, (self.student, self.teacher), strict=True):
             rests = given[..., -1].T
             _, others = masked_log_softmax(rests, mine.expand(rests.shape))
@@ -236,6 +240,7 @@ class _Rows:
             soft = logits.double() / heat
             first = [held[..., -1].T]
             if index is not None:
+                at = self.owner(index)[None]
                 columns.insert(0, given[..., 0].gather(0, at)[0])
                 first.append(held[..., 0].gather(0, at).T)
                 taken = torch.arange(logits.shape[-1], device=logits.device)
@@ -251,9 +256,7 @@ class _Rows:
         if apart:
             return _group.summed_terms(whole, self.group)
         coarse = self.run(spec, options, buckets[0], buckets[1].detach(), 1)
-        # Infinite buckets make M infinite, which is enough.
-        coarse, less = torch.where(coarse.isinf(), 0.0, coarse), coarse.isinf()
-        terms = torch.where(less & whole.isinf(), 0.0, whole - coarse)
+        terms = _difference(whole, coarse)
         top = self.run(spec, options, masses[0], masses[1].detach(), len(self.sizes))
         return top + _group.summed_terms(terms, self.group)
 
@@ -291,6 +294,21 @@ class _Rows:
         return values.detach() if constant else values
 
 
+class _Difference(torch.autograd.Function):
+    """K - K2, whose value is 0 where K2 is infinite: M is infinite then, and gradients stay."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, coarse: Tensor) -> Tensor:
+        return torch.where(coarse.isinf(), 0.0, whole - coarse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        return upstream, -upstream
+
+
+_difference: Callable[..., Tensor] = _Difference.apply
+
+
 _BY_CHAIN = {"kd": "teacher", "reverse_kl": "student"}
 """Losses that are KL, and whose mass of a rank its own classes' divergence is multiplied with."""
-

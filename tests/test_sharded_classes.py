@@ -26,7 +26,6 @@ CUTS = {
 }
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SHARDED = [spec for spec in SPECS.values() if spec.by_row and spec.family != "sparse"]
-BY_CHAIN = ("kd", "reverse_kl")
 
 
 def _own(cut: str) -> slice:
