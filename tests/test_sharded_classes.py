@@ -134,6 +134,26 @@ def _check_mismatch() -> None:
         functional.kd_loss(x, x, standardize=True, tp_group=dist.group.WORLD)
 
 
+def _check_beside_rows() -> None:
+    """Classes over two ranks, rows over two such pairs, of different numbers of rows."""
+    ranks = [[0, 1], [2, 3], [0, 2], [1, 3]]
+    groups: list[Any] = [dist.new_group(x) for x in ranks]
+    column, row = dist.get_rank() % 2, dist.get_rank() // 2
+    student, teacher, _ = make("gaussian", 6, CLASSES, dtype=torch.float64)
+    leaf = student.clone().requires_grad_()
+    expected = functional.jsd_loss(leaf, teacher, backend="reference")
+    (slope,) = torch.autograd.grad(expected, leaf)
+    own = (slice(0, 2) if row == 0 else slice(2, 6), slice(0, 9) if column == 0 else slice(9, 23))
+    shard = student[own].clone().requires_grad_()
+    given = {"tp_group": groups[row], "process_group": groups[2 + column]}
+    loss = functional.jsd_loss(shard, teacher[own], **given)
+    (actual,) = torch.autograd.grad(loss, shard)
+    torch.testing.assert_close(actual, 2 * slope[own])
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=groups[2 + column])
+    torch.testing.assert_close(total / 2, expected.detach())
+
+
 def _check_timeout() -> None:
     """A rank that raises leaves the others waiting, and they fail with the group's timeout."""
     group: Any = dist.new_group(timeout=timedelta(seconds=1))
@@ -163,6 +183,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "mismatch", _check_mismatch
     if dist.get_world_size() == 2:
         yield "timeout", _check_timeout
+    else:
+        yield "beside rows", _check_beside_rows
 
 
 @needs_processes
