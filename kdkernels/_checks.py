@@ -81,11 +81,11 @@ def not_allocated(name: str) -> ValueError:
     return fail(name, "a Tensor with memory", "one whose storage was freed")
 
 
-def logits(student: Tensor, teacher: Tensor) -> int:
+def logits(student: Tensor, teacher: Tensor, least: int = 2) -> int:
     """Check a pair of logits and return the dimension that holds the classes.
 
     (N, C) and (B, S, V) keep the classes last; (N, C, H, W) keeps them in dim 1, as
-    ``torch.nn.functional.cross_entropy`` does.
+    ``torch.nn.functional.cross_entropy`` does. ``least`` classes there must be.
     """
     if not isinstance(student, Tensor) or student.layout is not torch.strided:
         tensor("student_logits", student)
@@ -108,7 +108,7 @@ def logits(student: Tensor, teacher: Tensor) -> int:
         class_dim = 1
     else:
         raise fail("student_logits", "(N, C), (B, S, V) or (N, C, H, W)", f"shape {tuple(shape)}")
-    if shape[class_dim] < 2:
+    if shape[class_dim] < least:
         raise fail("student_logits", TWO_CLASSES, f"shape {tuple(shape)}")
     if student.dtype not in FLOATS:
         dtype("student_logits", student)

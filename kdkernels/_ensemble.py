@@ -77,6 +77,7 @@ def single(
     temperature: float | Tensor,
     class_dim: int | None,
     standardize: bool = False,
+    tp_group: Any = None,
 ) -> Tensor:
     """The logits whose softmax at T is the mean of several teachers': T log p, written once.
 
@@ -86,6 +87,8 @@ def single(
         if not isinstance(teacher, (list, tuple)):
             _checks.tensor("teacher_logits", teacher)
         teacher = EnsembleTeacher(teacher)
+    if tp_group is not None:  # a rank does not know the sums over all classes
+        raise _checks.fail("teacher_logits", "one Tensor where tp_group is given", "several")
     if standardize is not False:
         raise _checks.fail("standardize", "False where there are several teachers", standardize)
     members = list(teacher.logits)

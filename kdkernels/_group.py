@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dtensor import any_sharded
@@ -30,27 +31,27 @@ _KINDS = sorted(FLOATS | INTEGERS, key=str)
 """Dtypes, by which ranks tell each other theirs."""
 
 
-def check(group: Any) -> Any:
-    """``process_group``: None, or a group of this process."""
+def check(group: Any, name: str = "process_group") -> Any:
+    """``process_group`` or ``tp_group``: None, or a group of this process."""
     if group is None:
         return None
     if not dist.is_available():
-        raise _checks.fail("process_group", "None without torch.distributed", type(group).__name__)
+        raise _checks.fail(name, "None without torch.distributed", type(group).__name__)
     if not isinstance(group, ProcessGroup):  # nor what new_group gives those outside of it
         expected = "None or a torch.distributed.ProcessGroup of this process"
-        raise _checks.fail_type("process_group", expected, type(group).__name__)
+        raise _checks.fail_type(name, expected, type(group).__name__)
     if not dist.is_initialized():
-        raise _checks.fail("process_group", "of an initialised torch.distributed", "another")
+        raise _checks.fail(name, "of an initialised torch.distributed", "another")
     return group
 
 
-def check_call(group: Any, *tensors: Any) -> None:
+def check_call(group: Any, *tensors: Any, name: str = "process_group") -> None:
     """Likewise, and that the loss is of ordinary tensors, differentiated by the engine."""
-    check(group)
+    check(group, name)
     if any_sharded(*tensors):
-        raise _checks.fail("process_group", "None where tensors are DTensors", "a group")
+        raise _checks.fail(name, "None where tensors are DTensors", "a group")
     if transformed():
-        raise _checks.fail("process_group", "None in a transform of torch.func", "a group")
+        raise _checks.fail(name, "None in a transform of torch.func", "a group")
 
 
 def total(count: Tensor, group: Any) -> Tensor:
@@ -66,6 +67,44 @@ def stacked(own: Tensor, group: Any) -> Tensor:
     _all_gather(flat, own.detach().contiguous(), group=group)
     rows = flat.view(ranks, len(own))
     return torch.cat([rows[:rank], own[None], rows[rank + 1 :]])
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return stacked(own.flatten(), group).view(-1, *own.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return total(upstream.clone(), ctx.group)[ctx.group.rank()], None
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        return total(own.clone(), group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
+
+
+_gathered: Callable[..., Tensor] = _Gathered.apply
+_terms: Callable[..., Tensor] = _Terms.apply
+
+
+def gathered(own: Tensor, group: Any) -> Tensor:
+    """A tensor of every rank, (ranks, ...), of which each rank makes a term of a sum: what a rank's
+    tensor does to the others' terms comes back to it, in a collective of the backward pass."""
+    return _gathered(own, group)
+
+
+def summed_terms(own: Tensor, group: Any) -> Tensor:
+    """The sum of all ranks' terms, of which each has the same derivatives as the sum."""
+    return _terms(own, group)
 
 
 class _Summed(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor, _ensemble, _group, _temperature
+from . import _checks, _dtensor, _ensemble, _group, _sharded, _temperature
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._ensemble import TeacherLogits
@@ -31,6 +31,7 @@ class TokenOptions(TypedDict, total=False):
     num_items_in_batch: float | Tensor | None
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
 
 
@@ -73,6 +74,7 @@ def row_loss(
     standardize: bool = False,
     class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Any:
     """Check the inputs, choose the backend and run it: the loss, or with it its ``LossParts``.
@@ -80,7 +82,7 @@ def row_loss(
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
     if not isinstance(teacher, Tensor):
-        teacher = _ensemble.single(teacher, student, temperature, class_dim, standardize)
+        teacher = _ensemble.single(teacher, student, temperature, class_dim, standardize, tp_group)
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
@@ -91,7 +93,8 @@ def row_loss(
             ignore_index=ignore_index, reduction=reduction, loss_weight=loss_weight,
             hard_weight=hard_weight, token_weight=shape.of_rows("token_weight", token_weight),
             num_items_in_batch=num_items_in_batch, return_parts=return_parts,
-            standardize=standardize, process_group=process_group, backend=backend,
+            standardize=standardize, process_group=process_group, tp_group=tp_group,
+            backend=backend,
         )  # fmt: skip
         if isinstance(given, Tensor):
             return shape.back(given)
@@ -100,7 +103,11 @@ def row_loss(
     if process_group is not None:
         reduction = by_group(process_group, reduction, num_items_in_batch, student, teacher)
         code = _checks.REDUCTIONS[reduction]
-    class_dim = _checks.logits(student, teacher)
+    least = 2
+    if tp_group is not None:
+        _group.check_call(tp_group, student, teacher, name="tp_group")
+        least = 2 if tp_group.size() == 1 else 0
+    class_dim = _checks.logits(student, teacher, least)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
         temperature, heats = _temperature.split(temperature, student, class_dim)
@@ -133,6 +140,7 @@ def row_loss(
             "num_items_in_batch": num_items_in_batch,
             "return_parts": return_parts,
             "standardize": standardize,
+            "tp_group": tp_group,
             "backend": backend,
         }
         given = temperature if heats is None else heats
@@ -151,6 +159,8 @@ def row_loss(
             factor = None
     scale = _checks.number("loss_weight", loss_weight)
     learned = heats is not None and _temperature.learned(spec, heats)
+    if learned and tp_group is not None:
+        raise _checks.fail("temperature", "a constant where tp_group is given", "another")
     if heats is not None:
         given_heats, heats = heats, keepable(heats.detach()).to(working_dtype(student, teacher))
         if spec.t_squared:
@@ -197,6 +207,8 @@ def row_loss(
             ignore_index=index,
             reduction=code,
         )
+    elif tp_group is not None and tp_group.size() > 1:
+        loss, parts = _sharded.run(tp_group, *checked, student, teacher, *of_rows, code)
     else:
         loss, parts = run(*checked, student, teacher, *of_rows, code)
         if learned:

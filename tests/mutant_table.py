@@ -558,6 +558,17 @@ _of(
     ("transforms_unseen", "    if «transformed()»:", "False"),
 )  # fmt: skip
 _of(
+    "kdkernels", "_group.py", "test_sharded_classes.py", "every",
+    ("slopes_stay", "return «total(upstream.clone(), ctx.group)»[ctx.group.rank()], None",
+     "upstream"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_sharded.py", "test_sharded_classes.py", "every",
+    ("class_of_rank", "local = index «- self.begin»", ""),
+    ("buckets_twice", "whole «- coarse»)", ""),
+    ("rank_unweighted", "weighted(inner, «masses»)", "torch.ones_like(masses)"),
+)  # fmt: skip
+_of(
     "kdkernels", "_moments.py", "test_group.py", "every",
     ("means_alike", "whole = squares.sum(0) «+ (weights * between).sum(0)»", ""),
     ("ignored_in_columns", "if counted is not None:\n        «x *= counted\n    mean»",

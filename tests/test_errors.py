@@ -95,10 +95,13 @@ BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
         for value in ("Log", None, 1, ["log"])
     ],
     "loss_weight": NUMBER,
-    "process_group": [
-        (value, TypeError, f"{GROUP}, got {type(value).__name__}")
-        for value in ("gloo", torch.distributed.GroupMember.NON_GROUP_MEMBER, object)
-    ],
+    **{
+        name: [
+            (value, TypeError, f"{GROUP}, got {type(value).__name__}")
+            for value in ("gloo", torch.distributed.GroupMember.NON_GROUP_MEMBER, object)
+        ]
+        for name in ("process_group", "tp_group")
+    },
     "backend": [
         (value, ValueError, f"'native', 'triton', 'reference' or None, got {value!r}")
         for value in ("cuda", "", ["native"], 0, False)

@@ -55,6 +55,7 @@ def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "labels": labels,
         "target": labels,
         "process_group": None,
+        "tp_group": None,
         "task_loss": torch.nn.functional.cross_entropy(student, labels),
     }
     exec(compile(code, "README.md", "exec"), names)

@@ -38,6 +38,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -57,6 +58,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -76,6 +78,7 @@ def acceptance_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -100,6 +103,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -124,6 +128,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -148,6 +153,7 @@ def aekt_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -167,6 +173,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -186,6 +193,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -205,6 +213,7 @@ def alpha_beta_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -227,6 +236,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -249,6 +259,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -271,6 +282,7 @@ def dkd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -289,6 +301,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -307,6 +320,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -325,6 +339,7 @@ def jsd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -345,6 +360,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -365,6 +381,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -385,6 +402,7 @@ def kd_loss(
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -403,6 +421,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -421,6 +440,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -439,6 +459,7 @@ def mixed_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -456,6 +477,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -473,6 +495,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -490,6 +513,7 @@ def reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -508,6 +532,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -526,6 +551,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -544,6 +570,7 @@ def sampled_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -562,6 +589,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -580,6 +608,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -598,6 +627,7 @@ def skew_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -616,6 +646,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -634,6 +665,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -652,6 +684,7 @@ def skew_reverse_kl_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -675,6 +708,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -698,6 +732,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -721,6 +756,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass]: ...
 @overload
@@ -744,6 +780,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, TopKMass, LossParts]: ...
 @overload
@@ -767,6 +804,7 @@ def topk_kd_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 @overload
@@ -784,6 +822,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -801,6 +840,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -818,6 +858,7 @@ def tv_loss(
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
     process_group: ProcessGroup | None = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 
@@ -835,6 +876,7 @@ class AEKTLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -852,6 +894,7 @@ class AEKTLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -865,6 +908,7 @@ class AcceptanceLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -878,6 +922,7 @@ class AcceptanceLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -891,6 +936,7 @@ class AlphaBetaLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -904,6 +950,7 @@ class AlphaBetaLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -970,6 +1017,7 @@ class DKDLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -985,6 +1033,7 @@ class DKDLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1038,6 +1087,7 @@ class JSDLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1050,6 +1100,7 @@ class JSDLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1063,6 +1114,7 @@ class KDLoss(RowLoss):
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1076,6 +1128,7 @@ class KDLoss(RowLoss):
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1111,6 +1164,7 @@ class MixedKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1123,6 +1177,7 @@ class MixedKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1176,6 +1231,7 @@ class ReverseKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1187,6 +1243,7 @@ class ReverseKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1198,6 +1255,7 @@ class SampledKLLoss(SampledLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1209,6 +1267,7 @@ class SampledKLLoss(SampledLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1221,6 +1280,7 @@ class SkewKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1233,6 +1293,7 @@ class SkewKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1245,6 +1306,7 @@ class SkewReverseKLLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1257,6 +1319,7 @@ class SkewReverseKLLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1268,6 +1331,7 @@ class TVLoss(TokenLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1279,6 +1343,7 @@ class TVLoss(TokenLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 
@@ -1294,6 +1359,7 @@ class TopKKDLoss(SparseLoss):
     hard_weight: float
     return_parts: bool
     process_group: ProcessGroup | None
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -1309,6 +1375,7 @@ class TopKKDLoss(SparseLoss):
         hard_weight: float = ...,
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 

@@ -130,6 +130,7 @@ _CHECKS: dict[str, Check] = {
     "standardize": _checks.flag,
     "class_dim": optional(_checks.integer),
     "process_group": lambda name, value: _group.check(value),
+    "tp_group": lambda name, value: _group.check(value, name),
 }
 
 
@@ -263,6 +264,14 @@ _ARGUMENTS = {
         number of rows, with W ranks: the average over the ranks of the losses is the mean, and that
         of their gradients, which DistributedDataParallel takes, is its gradient. A rank may have
         no rows. Every rank must call. None: the rows of this process alone.""",
+    "tp_group": """the classes are those of all ranks of this torch.distributed group, which hold
+        the same rows: logits are (rows, V_r) on rank r, whose classes follow those of rank r - 1;
+        the V_r may differ, or be 0. Class indices are global. The loss is the same on every rank,
+        and each rank's gradient is its part of that of one process, not W times it. 40 bytes a rank
+        are exchanged first, which the host reads, then numbers of each row: 24 bytes for KD and
+        reverse KL, none in the backward pass, 24 (40 with a target) for the others and 8 W (16 W)
+        backward; 16 for a cross-entropy or the entropy. Every rank must call, and call backward.
+        None: all classes are here.""",
     "backend": "``'native'``, ``'triton'``, ``'reference'``; None chooses.",
 }
 _MASK = """optional, only a mask: class indices, (N,), (B, S) or (N, H, W), of which

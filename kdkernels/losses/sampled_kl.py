@@ -55,11 +55,12 @@ def sampled_kl_loss(
     """
     _checks.tensor("student_logits", student_logits)
     teacher = student_logits.detach()  # of which nothing is used but the dtype
-    class_dim = _checks.logits(student_logits, teacher)
+    alone = common.get("tp_group") is None
+    class_dim = _checks.logits(student_logits, teacher, 2 if alone else 0)
     _checks.target(sampled_ids, student_logits, class_dim, "sampled_ids")
     _checks.token_weight(teacher_logprob, student_logits, class_dim, "teacher_logprob")
     _checks.allocated("sampled_ids", sampled_ids)
-    looked_at = sampled_ids.is_cpu and not any_sharded(sampled_ids)
+    looked_at = alone and sampled_ids.is_cpu and not any_sharded(sampled_ids)
     if looked_at and not traced(sampled_ids) and not transformed():
         _check_range(sampled_ids, student_logits.shape[class_dim], labels, common)
     options = (estimator, sampled_ids, teacher_logprob)

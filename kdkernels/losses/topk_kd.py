@@ -92,6 +92,8 @@ def topk_kd_loss(
             probabilities of a row's ids together, before any normalisation; detached.
     """
     _checks.tensor("student_logits", student_logits)
+    if common.get("tp_group") is not None:
+        raise _checks.fail("tp_group", "None where the teacher is K ids", "a group")
     class_dim = _checks.logits(student_logits, student_logits.detach())
     _checks.allocated("student_logits", student_logits)
     if any_sharded(student_logits, teacher_ids, teacher_logprobs):
