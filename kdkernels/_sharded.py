@@ -155,10 +155,14 @@ class _Rows:
         ends = torch.tensor(self.sizes, device=index.device).cumsum(0)
         return torch.searchsorted(ends, index.contiguous(), right=True).clamp(max=len(ends) - 1)
 
-    def own(self, logits: Tensor, index: Tensor | None, soft: bool, spread: bool = False) -> Any:
+    def own(
+        self, logits: Tensor, index: Tensor | None, soft: bool, spread: bool = False,
+        wide: bool = True,
+    ) -> Any:  # fmt: skip
         """(rows, 2): a class's logit, -inf where it is not this rank's, and the logsumexp of all
-        others; float64, because differences of rounded logsumexps are all that is left of masses
-        which nearly agree. And entropies."""
+        others; in float64, because differences of rounded logsumexps are all that is left where
+        masses nearly agree. And entropies. Not ``wide``: made in the working dtype, of which KL's
+        chain rule leaves what the kernels of whole rows have."""
         valid = self.valid
         if index is None:
             ids = torch.full((self.count, 1), NO_ID, device=logits.device)
@@ -168,12 +172,14 @@ class _Rows:
             ids = _topk.marked(local, absent).unsqueeze(-1)
         target, ignored = self.mask(valid)
         heat = self.temperature if soft and self.heats is None else 1.0
-        call = TopKCall([heat], None, True, True, False, spread, ignored)
+        call = TopKCall([heat], None, wide, True, False, spread, ignored)
         backend = choose(SPECS["topk_kd"], logits, self.backend)
         heats = self.heats if soft else None
+        if heats is not None and not wide:
+            heats = heats.to(self.dtype)
         small, numbers = _topk.differentiable(backend, logits, ids, target, heats, call)
         largest = numbers[0].detach() / (heat if heats is None else heats)
-        return small + largest.unsqueeze(-1), numbers[_topk.ENTROPY].detach()
+        return small.double() + largest.double().unsqueeze(-1), numbers[_topk.ENTROPY].detach()
 
     def tell(self, own: Tensor) -> Tensor:
         """(ranks, ...) of every rank, of which this rank's keeps its graph."""
@@ -201,7 +207,8 @@ class _Rows:
 
     def by_chain(self, spec: LossSpec, options: tuple[Any, ...]) -> Tensor:
         """KL of the ranks' masses, and of each rank's own classes times its mass."""
-        (a, _), (b, _) = (self.own(x, None, True) for x in (self.student, self.teacher))
+        wide = self.dtype == torch.float64
+        (a, _), (b, _) = (self.own(x, None, True, wide=wide) for x in (self.student, self.teacher))
         both = torch.stack([a[:, 1], b[:, 1].detach()])
         alive = (both.detach() != -torch.inf).all(0)
         alive = alive if self.valid is None else alive & self.valid
