@@ -63,6 +63,12 @@ class Case:
         """Triton on the CPU: milliseconds a program, so only tiny shapes."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def masks(self) -> bool:
+        """Whether it takes labels: compiled CUDA kernels that couple the rows ignore none."""
+        compiled = self.emulated or (self.backend == "native" and self.device != "cpu")
+        return self.spec.takes_target and (self.spec.by_row or not compiled)
+
     def pick(self, usual: Any, tiny: Any) -> Any:
         """``usual``, or ``tiny`` where kernels are interpreted."""
         return tiny if self.interpreted else usual

@@ -150,6 +150,7 @@ def test_sizes(case: Case, size: tuple[int, int], dtype: torch.dtype) -> None:
 @each(
     [s for s in LOSSES if s.takes_target],
     index_dtype=("int64", "int32", "int16", "uint8"),
+    keep=lambda case, _: case.masks,
     shared=("index_dtype",),
 )
 def test_target_dtypes_and_strides(case: Case, index_dtype: str) -> None:

@@ -15,16 +15,11 @@ NAN, INF = float("nan"), float("inf")
 MASKABLE = [spec for spec in LOSSES if spec.takes_target]
 
 
-def _has_kernels(case: Case, *_: Any) -> bool:
-    """Compiled CUDA kernels of losses that couple the rows ignore none: Triton's do."""
-    return case.spec.by_row or not case.emulated
-
-
 @each(
     MASKABLE,
     ignore_index=(-100, 0, 36, 255, -(2**40)),
     whose=("student", "teacher", "both"),
-    keep=_has_kernels,
+    keep=lambda case, *_: case.masks,
     shared=("ignore_index", "whose"),
 )
 def test_ignored_rows_are_exact_zeros(case: Case, ignore_index: int, whose: str) -> None:
@@ -71,7 +66,7 @@ def _dense(x: Tensor) -> Tensor:
     layout={**ALIGNED, "dense": _dense},
     dtype={dtype_id(d): d for d in DTYPES},
     keep=lambda case, layout, dtype: (
-        _has_kernels(case) and (dtype == torch.float32 or not (case.interpreted or case.emulated))
+        case.masks and (dtype == torch.float32 or not (case.interpreted or case.emulated))
     ),
     shared=("layout", "dtype"),
 )
@@ -110,7 +105,12 @@ def _assert_attached_zero(case: Case, student: Tensor, teacher: Tensor, **option
         assert same_bits(s.grad, torch.zeros_like(student))
 
 
-@each(MASKABLE, dtype={dtype_id(d): d for d in DTYPES}, keep=_has_kernels, shared=("dtype",))
+@each(
+    MASKABLE,
+    dtype={dtype_id(d): d for d in DTYPES},
+    keep=lambda case, _: case.masks,
+    shared=("dtype",),
+)
 def test_all_rows_ignored(case: Case, dtype: torch.dtype) -> None:
     student = torch.full((4, 7), NAN, device=case.device, dtype=dtype)
     target = torch.full((4,), -100, device=case.device)
