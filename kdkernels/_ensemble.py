@@ -103,7 +103,7 @@ def single(
         _checks.allocated("teacher_logits", x)
     rows = student.shape[:found] + student.shape[found + 1 :]
     weights = _logarithms(teacher.weights, members, rows, found)
-    heat: Any = temperature
+    heat: Any
     if isinstance(temperature, Tensor):
         _checks.row_temperature(temperature, student, found)
         if temperature.requires_grad and torch.is_grad_enabled():

@@ -67,7 +67,7 @@ def run(
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     numbers = [x for x in options if not isinstance(x, Tensor)]
     said = repr((spec.name, numbers, temperature, scale, hard, parts, ignore_index, reduction))
-    rows = _Rows(group, backend, said, temperature, ignore_index, parts)
+    rows = _Rows(group, backend, said, temperature, ignore_index)
     rows.take(student, teacher, target, row_temperature, class_dim)
     if target is not None and (spec.needs_target or hard != 0.0):
         check_range(target, rows.classes, ignore_index)
@@ -97,10 +97,9 @@ class _Rows:
     """The rows of one call: this rank's classes, and what the ranks tell each other of theirs."""
 
     def __init__(
-        self, group: Any, backend: str | None, said: str, temperature: float, ignored: int,
-        parts: bool,
-    ) -> None:  # fmt: skip
-        self.group, self.backend, self.parts = group, backend, parts
+        self, group: Any, backend: str | None, said: str, temperature: float, ignored: int
+    ) -> None:
+        self.group, self.backend = group, backend
         self.code = zlib.crc32(said.encode())
         self.temperature, self.ignored = temperature, ignored
         self.rank = group.rank()
@@ -193,10 +192,8 @@ class _Rows:
         index = None
         if spec.needs_target:
             index = torch.full((self.count,), target, device=student.device)
-        elif self.valid is not None:
-            index = torch.where(self.valid, 0, _checks.NO_INDEX)
-        if spec.needs_target and self.valid is not None:
-            index = torch.where(self.valid, index, _checks.NO_INDEX)  # type: ignore[arg-type]
+        if self.valid is not None:
+            index = torch.where(self.valid, 0 if index is None else index, _checks.NO_INDEX)
         tensors = student, teacher, index, None, None, None
         return run_alone(spec, self.backend, options, *_SETTINGS, *tensors, 0)[0]
 
