@@ -80,6 +80,11 @@ class Case:
             return call(self.spec, student, teacher, index, backend=self.backend, **options)
 
 
+def alone_if_interpreted(case: Case, *values: Any) -> bool:
+    """For a fact of a traversal: every loss on compiled kernels, interpreted one of a family."""
+    return not case.interpreted or case.spec in ONE_A_FAMILY
+
+
 def call(
     spec: LossSpec, student: Tensor, teacher: Tensor, index: Tensor | None = None, /, **options: Any
 ) -> Tensor:
