@@ -149,6 +149,7 @@ NAMED = [
     pytest.param(*p.values, law, id=f"{p.id}-{law}", marks=p.marks)
     for p in params(LOSSES, ("native", "triton", "reference"))
     for law in p.values[0].spec.laws
+    if alone_if_interpreted(*p.values)
 ]
 
 
@@ -240,7 +241,7 @@ def test_batches_add_up(case: Case) -> None:
     _for_examples(case, check)
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_gradient_rows_sum_to_zero(case: Case) -> None:
     def check(draw: st.DataObject) -> None:
         inputs, options = _draw(case, draw), _options(case, draw)
