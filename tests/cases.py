@@ -80,6 +80,15 @@ class Case:
             return call(self.spec, student, teacher, index, backend=self.backend, **options)
 
 
+def alone_if_interpreted(case: Case, *values: Any) -> bool:
+    """For a fact of a traversal, and for a law that the reference obeys too.
+
+    Every loss on compiled kernels, interpreted one of a family: the others' rules are compared with
+    the reference (``test_losses.py``) and held to the contract of rules (``test_rules.py``).
+    """
+    return not case.interpreted or case.spec in ONE_A_FAMILY
+
+
 def call(
     spec: LossSpec, student: Tensor, teacher: Tensor, index: Tensor | None = None, /, **options: Any
 ) -> Tensor:

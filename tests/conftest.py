@@ -6,6 +6,7 @@ Nothing here is a fixture for numbers: inputs are in ``inputs.py``, the judgemen
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -19,6 +20,11 @@ from hypothesis import HealthCheck, settings
 
 # The tests run side by side in processes; test_threads.py raises the number for itself.
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.patch_once_a_launch()
 
 # Fixed examples: a failure seen once is seen always.
 settings.register_profile(

@@ -387,7 +387,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/triton", "dist.py",
-    "test_golden.py test_contract.py test_losses.py", "triton and dist",
+    "test_golden.py test_corners.py test_contract.py test_losses.py", "triton and dist",
     ("eps_lost", "total = product «+ eps»", ""),
     ("lost_kept", "tl.where(«lost | (norm_a == 0), 0.0, on_a»)", "norm_a < 0, 0.0, on_a"),
 )  # fmt: skip
@@ -413,7 +413,7 @@ _of(
     ("constant_row", "constant = student_std == 0", "constant = student_std < 0",
      "test_standardize.py", "triton"),
     ("target_apart", "gradient = «tl.where(columns == target, explicit_slope, gradient)»",
-     "gradient", "test_losses.py", "triton and dkd and gaussian"),
+     "gradient", "test_losses.py", "triton and dkd and families"),
 )  # fmt: skip
 _of(
     "kdkernels/triton", "blocks.py", "test_triton_launch.py", "not compile",

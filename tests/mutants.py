@@ -36,8 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "mutants"
 TREE = BUILD / "tree"
 COPIED = ("kdkernels", "csrc", "tests", "benchmarks", "examples")
-LIMIT = 600
-"""Seconds for one mutant's tests; a mutant that takes longer does not end, and is killed."""
+LIMITS = {"killed": 600, "wide": 3600}
+"""Seconds for a mutant's own tests, and for the wide set, which takes minutes where it passes.
+
+A mutant that takes longer does not end, and is killed.
+"""
 
 FORKS = multiprocessing.get_context("forkserver")
 """Most of the time of a short run of pytest is the import of what it needs."""
@@ -164,7 +167,9 @@ class Run:
     output: str
 
 
-def run_tests(folder: Path, cache: Path, arguments: list[str], chosen: int = 0) -> Run:
+def run_tests(
+    folder: Path, cache: Path, arguments: list[str], chosen: int = 0, limit: float = 3600
+) -> Run:
     """pytest in a copy of the tree, in a process forked from one that has imported PyTorch."""
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
@@ -172,7 +177,7 @@ def run_tests(folder: Path, cache: Path, arguments: list[str], chosen: int = 0) 
     begun = time.monotonic()
     process = FORKS.Process(target=_pytest, args=(folder, cache / "output", command, chosen))
     process.start()
-    process.join(LIMIT)
+    process.join(limit)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -231,7 +236,8 @@ def judge(mutant: Mutant, narrow: bool = False) -> Verdict:
     seconds = 0.0
     tries = [("killed", mutant.arguments()), ("wide", list(WIDE))]
     for word, arguments in tries[:1] if narrow else tries:
-        run = run_tests(folder, cache, ["-x", *arguments], number(mutant) if mutant.compiled else 0)
+        chosen = number(mutant) if mutant.compiled else 0
+        run = run_tests(folder, cache, ["-x", *arguments], chosen, LIMITS[word])
         seconds += run.seconds
         if run.status < 0:
             return Verdict(mutant, word, f"ended by signal or time: {run.status}", seconds)

@@ -11,6 +11,7 @@ from cases import (
     LOSSES,
     ROW_LOSSES,
     Case,
+    alone_if_interpreted,
     at_temperature,
     each_emulated as each,
     each_sample_emulated as each_sample,
@@ -92,7 +93,13 @@ BAD_ROWS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@each(ROW_LOSSES, bad=BAD_ROWS, whose=("student", "teacher"), shared=("whose",))
+@each(
+    ROW_LOSSES,
+    bad=BAD_ROWS,
+    whose=("student", "teacher"),
+    shared=("whose",),
+    keep=alone_if_interpreted,
+)
 def test_a_bad_row_is_nan_and_touches_no_other(case: Case, bad: Any, whose: str) -> None:
     student, teacher, target = _inputs(case)
     row = 2
@@ -168,7 +175,11 @@ def test_constant_columns(case: Case, constant: str, size: tuple[int, int]) -> N
 # 5. Dtypes.
 
 
-@each(dtypes={dtype_id(pair): pair for pair in DTYPE_PAIRS}, shared=("dtypes",))
+@each(
+    dtypes={dtype_id(pair): pair for pair in DTYPE_PAIRS},
+    shared=("dtypes",),
+    keep=alone_if_interpreted,
+)
 def test_dtypes_of_loss_and_gradient(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     student, teacher, target = _inputs(case, dtype=dtypes[0], teacher_dtype=dtypes[1])
     expected = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -185,7 +196,7 @@ def test_dtypes_of_loss_and_gradient(case: Case, dtypes: tuple[torch.dtype, torc
 # 6. The teacher is a constant.
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_a_teacher_that_requires_grad_raises(case: Case) -> None:
     student, teacher, target = _inputs(case)
     teacher.requires_grad_()
@@ -202,6 +213,7 @@ def test_a_teacher_that_requires_grad_raises(case: Case) -> None:
     upstream=(1.0, 3.0, -2.5),
     dtype={dtype_id(d): d for d in (torch.float32, torch.float16)},
     shared=("upstream", "dtype"),
+    keep=alone_if_interpreted,
 )
 def test_nothing_is_mutated_and_backward_repeats(
     case: Case, upstream: float, dtype: torch.dtype
@@ -227,7 +239,7 @@ def test_nothing_is_mutated_and_backward_repeats(
         assert versions == [0, 0, 0]
 
 
-@each(operation=("exp", "softmax", "tanh"), shared=("operation",))
+@each(operation=("exp", "softmax", "tanh"), shared=("operation",), keep=alone_if_interpreted)
 def test_an_operation_that_saves_its_output_before_the_loss(case: Case, operation: str) -> None:
     """A kernel that writes the gradient over its input corrupts the backward of the layer above."""
     student, teacher, target = _inputs(case, dtype=torch.float64)
@@ -245,7 +257,10 @@ def test_an_operation_that_saves_its_output_before_the_loss(case: Case, operatio
 
 
 @each_sample(
-    keep=lambda case, sample: sample == 0 or (case.backend == "native" and not case.emulated)
+    keep=lambda case, sample: (
+        (sample == 0 and alone_if_interpreted(case))
+        or (case.backend == "native" and not case.emulated)
+    )
 )
 def test_two_runs_have_the_same_bits(case: Case, options: dict[str, Any]) -> None:
     student, teacher, target = make("gaussian", *case.pick((33, 517), (4, 10)), device=case.device)
@@ -260,6 +275,7 @@ def test_two_runs_have_the_same_bits(case: Case, options: dict[str, Any]) -> Non
     kernels=True,
     dtype={dtype_id(d): d for d in (torch.float32, torch.bfloat16)},
     shared=("dtype",),
+    keep=alone_if_interpreted,
 )
 def test_a_row_does_not_see_its_batch(case: Case, dtype: torch.dtype) -> None:
     """The bits of a row alone, of the batch reversed, and of rows far away in memory agree."""
@@ -298,7 +314,7 @@ def test_nearly_equal_rows(case: Case, shift: float) -> None:
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
 
 
-@each(kernels=True)
+@each(kernels=True, keep=alone_if_interpreted)
 def test_a_common_offset_changes_nothing(case: Case) -> None:
     """Logits on a grid of 1/16, so that adding 1000 is exact."""
     student, teacher, target = _inputs(case)
@@ -314,7 +330,7 @@ def test_a_common_offset_changes_nothing(case: Case) -> None:
 # 12. Reductions.
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_reductions(case: Case) -> None:
     student, teacher, target = _inputs(case)
     mean, same = (
@@ -339,7 +355,7 @@ def test_reductions(case: Case) -> None:
     torch.testing.assert_close(total[1] / len(target), mean[1])
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_gradient_only_where_asked(case: Case) -> None:
     """Values agree with and without a graph; nothing is recorded for a frozen student."""
     student, teacher, target = _inputs(case)

@@ -15,6 +15,7 @@ from batches import Call, batch, calls, leaves
 from cases import (
     LOSSES,
     Case,
+    alone_if_interpreted,
     each_emulated as each,
     each_sample_emulated as each_sample,
     passes,
@@ -52,7 +53,7 @@ def _gradcheck(
     )
 
 
-@each_sample()
+@each_sample(keep=lambda case, sample: sample == 0 or not (case.interpreted or case.emulated))
 def test_gradcheck(case: Case, options: dict[str, Any]) -> None:
     rows, classes = case.pick((3, 13), (2, 7))
     student, teacher, target = make("gaussian", rows, classes, dtype=torch.float64)
@@ -60,7 +61,7 @@ def test_gradcheck(case: Case, options: dict[str, Any]) -> None:
     # Element by element for the reference, and for the kernels with the first sample; along random
     # directions for their other samples, whose gradient is also compared with the reference's.
     first = options == dict(case.spec.samples[0])
-    fast = case.interpreted or not (first or case.backend == "reference")
+    fast = case.interpreted or case.emulated or not (first or case.backend == "reference")
     for reduction in passes(case.spec) if first else passes(case.spec)[-1:]:
         kwargs = {**options, "reduction": reduction}
         _gradcheck(case, student, teacher, target, fast, **kwargs)
@@ -74,7 +75,10 @@ def test_gradcheck_of_layouts(case: Case, layout: str) -> None:
     _gradcheck(case, student, teacher, target, True)
 
 
-@each([s for s in LOSSES if s.takes_target], keep=lambda case: case.masks)
+@each(
+    [s for s in LOSSES if s.takes_target],
+    keep=lambda case: case.masks and alone_if_interpreted(case),
+)
 def test_gradcheck_with_ignored_rows(case: Case) -> None:
     student, teacher, target = make("gaussian", 4, 9, dtype=torch.float64, device=case.device)
     target[1] = -100
@@ -82,10 +86,12 @@ def test_gradcheck_with_ignored_rows(case: Case) -> None:
         _gradcheck(case, student / 3, teacher / 3, target, True, reduction=reduction)
 
 
-@each([s for s in LOSSES if s.smooth])  # a step of a difference would cross jumps
+@each(
+    [s for s in LOSSES if s.smooth], keep=alone_if_interpreted
+)  # a step of a difference would cross jumps
 def test_many_classes(case: Case) -> None:
     """More classes than any block, in a few directions."""
-    classes = case.pick(5003, 130)
+    classes = 2049 if case.emulated else case.pick(5003, 130)
     student, teacher, target = make("gaussian", 2, classes, dtype=torch.float64, device=case.device)
     for reduction in reductions(case.spec):
         options = {"reduction": reduction, **_weight_off(case)}
@@ -103,7 +109,7 @@ def test_many_classes(case: Case) -> None:
             torch.testing.assert_close((gradient * step).sum(), slope, rtol=1e-5, atol=1e-8)
 
 
-@each(kernels=True)
+@each(kernels=True, keep=alone_if_interpreted)
 def test_double_backward_raises(case: Case) -> None:
     """Wrong second derivatives must not come silently."""
     student, teacher, target = make("gaussian", 3, 5, dtype=torch.float64, device=case.device)

@@ -14,9 +14,9 @@ import torch
 from cases import (
     DEVICES,
     LOSSES,
-    ONE_A_FAMILY,
     ROW_LOSSES,
     Case,
+    alone_if_interpreted,
     at_temperature,
     each_emulated as each,
     option_names,
@@ -149,6 +149,7 @@ NAMED = [
     pytest.param(*p.values, law, id=f"{p.id}-{law}", marks=p.marks)
     for p in params(LOSSES, ("native", "triton", "reference"))
     for law in p.values[0].spec.laws
+    if alone_if_interpreted(*p.values)
 ]
 
 
@@ -172,12 +173,7 @@ def test_law(case: Case, law: str) -> None:
     _for_examples(case, check)
 
 
-def _alone_if_interpreted(case: Case) -> bool:
-    """Orders of rows and classes are the traversal's: interpreted, one loss of a family."""
-    return not case.interpreted or case.spec in ONE_A_FAMILY
-
-
-@each(keep=_alone_if_interpreted)
+@each(keep=alone_if_interpreted)
 def test_class_permutation(case: Case) -> None:
     """Classes have no order: the value stays, the gradient moves along."""
 
@@ -195,7 +191,7 @@ def test_class_permutation(case: Case) -> None:
     _for_examples(case, check)
 
 
-@each(keep=_alone_if_interpreted)
+@each(keep=alone_if_interpreted)
 def test_row_permutation_and_duplication(case: Case) -> None:
     """Rows have no order; a batch given twice has the same mean and half the gradient a row."""
 
@@ -223,7 +219,7 @@ def test_row_permutation_and_duplication(case: Case) -> None:
     _for_examples(case, check)
 
 
-@each(ROW_LOSSES, keep=_alone_if_interpreted)
+@each(ROW_LOSSES, keep=alone_if_interpreted)
 def test_batches_add_up(case: Case) -> None:
     """The sum over a batch is the sum over its parts, masks included."""
 
@@ -245,7 +241,7 @@ def test_batches_add_up(case: Case) -> None:
     _for_examples(case, check)
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_gradient_rows_sum_to_zero(case: Case) -> None:
     def check(draw: st.DataObject) -> None:
         inputs, options = _draw(case, draw), _options(case, draw)

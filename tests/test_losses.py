@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from cases import (
     LOSSES,
+    ROW_LOSSES,
     Case,
     at_temperature,
     each_emulated as each,
@@ -36,10 +37,21 @@ def _has_gradient(case: Case, family: Any) -> bool:
     keep=lambda case, family, dtypes: (
         (dtypes[0] == torch.float32 or not (case.interpreted or case.emulated))
         and _has_gradient(case, family)
+        and not (case.interpreted and case.spec.by_row)
     ),
 )
 def test_families(case: Case, family: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     _verify_family(case, family, dtypes)
+
+
+@each(ROW_LOSSES, kernels=True, keep=lambda case: case.interpreted)
+def test_families_together(case: Case) -> None:
+    """Interpreted, where a launch costs more than its rows: all families in one batch."""
+    parts = [make(name, 3, 21) for name, made in FAMILIES.items() if _has_gradient(case, made)]
+    inputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    options = at_temperature(case.spec, 1.0)
+    loss, _ = verify(case, *inputs, reduction="none", **options)
+    verify(case, *(x[loss.isfinite()] for x in inputs), reduction="mean", **options)
 
 
 def _other_dtypes_here(case: Case, family: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
