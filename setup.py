@@ -230,6 +230,9 @@ def cuda_statements(output: Path, extra: Sequence[str] = (), capture: str = "") 
     if nvcc is None:
         raise RuntimeError(f"missing: nvcc: {cuda_build.HOW_TO_GET}")
     tools = cuda_build.toolkit(nvcc)
+    ahead = cuda_build.ahead_of_torch(tools.version, torch().cuda)
+    if ahead:
+        print(f"kdkernels: {ahead}", file=sys.stderr)
     names = cuda_build.architectures(tools.architectures)
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     return cuda_build.ninja_statements(

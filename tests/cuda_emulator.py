@@ -84,9 +84,10 @@ def ninja_file(target: Path) -> str:
         for macro in facts.host_macros()
     )
     # The operators need PyTorch and CUDA's headers; everything else is plain C++.
-    hosts = [path for path in facts.host_sources() if not path.stem.startswith("ops")]
+    gpu = ("ops", "runtime")
+    hosts = [path for path in facts.host_sources() if not path.stem.startswith(gpu)]
     harness = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
-    for path in [*hosts, *(p for p in harness if p.stem != "check_emulator")]:
+    for path in [*hosts, *(p for p in harness if not p.stem.startswith("check"))]:
         add(f"{path.parent.name}_{path.stem}", path, macros)
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
 

@@ -12,6 +12,7 @@ import compile as check
 import pytest
 
 import build
+import setup
 import usage
 from usage import Kernel
 
@@ -178,6 +179,25 @@ def test_default_architectures_are_those_of_nvcc() -> None:
     assert build.architectures(["75", "80", "90"], {}) == ["80", "90+PTX"]
     with pytest.raises(RuntimeError, match="none of sm_80"):
         build.architectures(["75"], {})
+
+
+def test_an_nvcc_ahead_of_torch_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for version, known in ((13, 0), "13.1"), ((12, 9), "12.4"), ((12, 9), "13.0"), ((13, 0), None):
+        assert build.ahead_of_torch(version, known) == ""
+    text = build.ahead_of_torch((13, 0), "12.8")
+    assert "CUDA 13.0" in text and "torch of 12.8" in text and "nvcc of a CUDA 12" in text
+    tools = build.Toolkit("nvcc", (13, 0), tmp_path, tmp_path, ("90",))
+    monkeypatch.setattr(setup.cuda_build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(setup.cuda_build, "toolkit", lambda nvcc: tools)
+    for torch_cuda in ("12.8", "13.0"):
+        found = setup.toolchain.Torch(tmp_path, "2.13.0", torch_cuda)
+        monkeypatch.setattr(setup, "torch", lambda found=found: found)
+        setup.cuda_statements(tmp_path / "_cuda.so")
+        assert (setup.cuda_build.ahead_of_torch((13, 0), torch_cuda) != "") == bool(
+            capsys.readouterr().err
+        )
 
 
 def test_ptx_is_an_option_of_its_own() -> None:

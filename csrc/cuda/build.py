@@ -219,6 +219,21 @@ def missing(torch_cuda: str | None) -> list[str]:
     return lacks
 
 
+def ahead_of_torch(version: tuple[int, int], torch_cuda: str | None) -> str:
+    """What to say of an nvcc that asks more of the driver than torch does; empty where it does not.
+
+    Within a major version of CUDA older drivers run what newer toolkits make.
+    """
+    if torch_cuda is None or version[0] <= toolchain.release(torch_cuda)[0]:
+        return ""
+    major = toolchain.release(torch_cuda)[0]
+    return (
+        f"nvcc is of CUDA {version[0]}.{version[1]}, and this torch of {torch_cuda}: the kernels "
+        f"need a driver that knows CUDA {version[0]}. An older one is enough for torch; Triton's "
+        f"kernels run there. The nvcc of a CUDA {major} (CUDA_HOME) makes kernels for both"
+    )
+
+
 def ninja_statements(
     output: Path,
     torch_libraries: Path,
