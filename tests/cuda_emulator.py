@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,25 @@ def library() -> ctypes.CDLL:
     loaded.emulate_row.restype = ctypes.c_char_p
     loaded.emulate_scale.restype = ctypes.c_char_p
     loaded.emulate_correlation.restype = ctypes.c_char_p
+    loaded.emulated_launches.restype = ctypes.c_int64
     return loaded
+
+
+def launches(run: Callable[[], object]) -> int:
+    """How many kernels ``run`` launches."""
+    before = library().emulated_launches()
+    run()
+    return library().emulated_launches() - before
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """Calls in it are those of a stream that a CUDA graph captures."""
+    library().emulate_capture(ctypes.c_int64(1))
+    try:
+        yield
+    finally:
+        library().emulate_capture(ctypes.c_int64(0))
 
 
 class View(ctypes.Structure):
