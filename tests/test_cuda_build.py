@@ -200,6 +200,17 @@ def test_an_nvcc_ahead_of_torch_is_told(
         )
 
 
+def test_calls_by_address_give_the_interpreter_away() -> None:
+    """Each before it asks the device for anything."""
+    text = (ROOT / "csrc" / "cuda" / "ops_eager.cpp").read_text(encoding="utf-8")
+    bound = re.findall(r'm\.def\("\w+", &(\w+)', text)
+    assert len(bound) == 3
+    for name in bound:
+        body = text.split(f"void {name}(")[1].split("\n}\n")[0]
+        released, asked = body.find("gil_scoped_release"), body.find("launches(device")
+        assert 0 <= released < asked, name
+
+
 def test_ptx_is_an_option_of_its_own() -> None:
     assert build.gencode(["80", "100+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
