@@ -12,7 +12,6 @@ import compile as check
 import pytest
 
 import build
-import setup
 import usage
 from usage import Kernel
 
@@ -156,50 +155,6 @@ def test_units_of_a_tree(tmp_path: Path) -> None:
         build.units(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", ["90"]),
-        ("80,90;100+PTX", ["80", "90", "100+PTX"]),
-        ("8.0 sm_90a 12.0 80", ["80", "90a", "120"]),
-    ],
-)
-def test_architectures_are_named_in_the_usual_ways(text: str, expected: list[str]) -> None:
-    assert build.architectures(["80"], {"KDKERNELS_CUDA_ARCHS": text}) == expected
-
-
-@pytest.mark.parametrize("text", ["hopper", "75", "9", "90,,x", "+PTX"])
-def test_other_architectures_are_refused(text: str) -> None:
-    with pytest.raises(RuntimeError, match="KDKERNELS_CUDA_ARCHS must be"):
-        build.parse_architectures(text)
-
-
-def test_default_architectures_are_those_of_nvcc() -> None:
-    assert build.architectures(["75", "80", "90", "100"], {}) == ["80", "90", "100+PTX"]
-    assert build.architectures(["75", "80", "90"], {}) == ["80", "90+PTX"]
-    with pytest.raises(RuntimeError, match="none of sm_80"):
-        build.architectures(["75"], {})
-
-
-def test_an_nvcc_ahead_of_torch_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    for version, known in ((13, 0), "13.1"), ((12, 9), "12.4"), ((12, 9), "13.0"), ((13, 0), None):
-        assert build.ahead_of_torch(version, known) == ""
-    text = build.ahead_of_torch((13, 0), "12.8")
-    assert "CUDA 13.0" in text and "torch of 12.8" in text and "nvcc of a CUDA 12" in text
-    tools = build.Toolkit("nvcc", (13, 0), tmp_path, tmp_path, ("90",))
-    monkeypatch.setattr(setup.cuda_build, "find_nvcc", lambda: "nvcc")
-    monkeypatch.setattr(setup.cuda_build, "toolkit", lambda nvcc: tools)
-    for torch_cuda in ("12.8", "13.0"):
-        found = setup.toolchain.Torch(tmp_path, "2.13.0", torch_cuda)
-        monkeypatch.setattr(setup, "torch", lambda found=found: found)
-        setup.cuda_statements(tmp_path / "_cuda.so")
-        assert (setup.cuda_build.ahead_of_torch((13, 0), torch_cuda) != "") == bool(
-            capsys.readouterr().err
-        )
-
-
 def test_calls_by_address_give_the_interpreter_away() -> None:
     """Each before it asks the device for anything."""
     text = (ROOT / "csrc" / "cuda" / "ops_eager.cpp").read_text(encoding="utf-8")
@@ -209,14 +164,6 @@ def test_calls_by_address_give_the_interpreter_away() -> None:
         body = text.split(f"void {name}(")[1].split("\n}\n")[0]
         released, asked = body.find("gil_scoped_release"), body.find("launches(device")
         assert 0 <= released < asked, name
-
-
-def test_ptx_is_an_option_of_its_own() -> None:
-    assert build.gencode(["80", "100+PTX"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_100,code=sm_100",
-        "-gencode=arch=compute_100,code=compute_100",
-    ]
 
 
 def test_nvcc_is_that_of_cuda_home(tmp_path: Path) -> None:
