@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +82,7 @@ class NinjaBuild(build_ext):
             extra, reason = ([], "") if cuda == "0" else self.cuda_statements()
             if reason and cuda == "1":
                 raise RuntimeError(f"KDKERNELS_CUDA=1, but {reason}")
-            self.ninja([*statements, *extra], self.output("_C"))
+            self.ninja([*statements, *extra], self.output("_C"), "CPU kernels")
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if native == "1" or cuda == "1":
                 raise
@@ -90,7 +91,7 @@ class NinjaBuild(build_ext):
             return
         if extra:
             try:
-                self.ninja([*statements, *extra], self.output("_cuda"))
+                self.ninja([*statements, *extra], self.output("_cuda"), "CUDA kernels")
                 return
             except (OSError, subprocess.CalledProcessError) as error:
                 if cuda == "1":
@@ -127,7 +128,9 @@ class NinjaBuild(build_ext):
     def output(self, name: str) -> Path:
         return Path(self.get_ext_fullpath(f"kdkernels.{name}")).absolute()
 
-    def ninja(self, statements: list[str], target: Path) -> None:
+    def ninja(self, statements: list[str], target: Path, what: str) -> None:
+        """Make a library, and say what that took."""
+        start = time.monotonic()
         directory = Path(self.build_temp).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +139,8 @@ class NinjaBuild(build_ext):
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         subprocess.run([*command, str(target)], check=True)
+        seconds, megabytes = time.monotonic() - start, target.stat().st_size / 1e6
+        print(f"kdkernels: {what}: {seconds:.0f} s, {megabytes:.1f} MB", flush=True)
 
     def made(self) -> list[str]:
         return [str(path) for path in map(self.output, ("_C", "_cuda")) if path.exists()]
@@ -230,7 +235,11 @@ def cuda_statements(output: Path, extra: Sequence[str] = (), capture: str = "") 
     if nvcc is None:
         raise RuntimeError(f"missing: nvcc: {cuda_build.HOW_TO_GET}")
     tools = cuda_build.toolkit(nvcc)
+    ahead = cuda_build.ahead_of_torch(tools.version, torch().cuda)
+    if ahead:
+        print(f"kdkernels: {ahead}", file=sys.stderr)
     names = cuda_build.architectures(tools.architectures)
+    print(f"kdkernels: CUDA kernels for {' '.join(names)}", flush=True)
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     return cuda_build.ninja_statements(
         output, torch().libraries, tools, names, extra, capture, sanitizer

@@ -111,7 +111,8 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
         traversal = ROWS[plan["traversal"]]
         kernel = KERNELS[traversal, name]
         passes = 3 if traversal != "split" else 5
-        fixed = 3 * LAUNCH + (2 * MEETING if traversal == "split" else 0) + 2
+        counted = loss != "kd" and rows > 1024  # the valid of many rows, by a launch before
+        fixed = (2 + counted) * LAUNCH + (2 * MEETING if traversal == "split" else 0) + 2
     elements = rows * classes
     moved = passes * elements * dtype.itemsize
     threads = plan["lanes"]  # that share a row

@@ -1,4 +1,4 @@
-// The operators of the embedding losses on the CPU; schemas in kdkernels/_ops_embedding.py.
+// The operators of the embedding losses on the CPU; schemas in kdkernels/_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -57,6 +57,7 @@ def correlation(
     student: int,
     teacher: int,
     gradient: int,
+    counted: int,
     loss: int,
     student_type: int,
     teacher_type: int,

@@ -3,6 +3,7 @@
 from ._calls import CorrelationCall, RowCall
 
 def build_info() -> dict[str, str]: ...
+def driver() -> str: ...
 def device_info(index: int) -> dict[str, int]: ...
 def rules(family: str) -> list[str]: ...
 
@@ -28,6 +29,7 @@ def correlation(
     student: int,
     teacher: int,
     gradient: int,
+    counted: int,
     loss: int,
     student_type: int,
     teacher_type: int,

@@ -164,7 +164,8 @@ def _define(backend: str, family: Family) -> None:
             gradients, students = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
             by_row = ctx.call.reduction == 0
             factor = upstream.unsqueeze(ctx.call.class_dim) if by_row else upstream
-            # Plain operations, which a compiler fuses with their neighbours.
+            # Plain operations, which a compiler fuses with their neighbours, in the gradient's
+            # memory. An operator could leave out a factor of 1, but only out of place: a copy.
             made = [(g * factor).to(g.dtype) for g in gradients]
         else:
             *tensors, symbolic = ctx.saved_tensors

@@ -90,14 +90,21 @@ def _cuda_extension() -> dict[str, Any]:
     module = native.extension("cuda")
     if module is None:
         return {"loaded": False, "reason": native.reason("cuda")}
-    count = torch.cuda.device_count()
     return {
         "loaded": True,
         "path": module.__file__,
         "stray": native.stray(module),
-        "build": dict(module.build_info()),
-        "devices": [dict(module.device_info(index)) for index in range(count)],
+        "build": {**module.build_info(), "driver": module.driver()},
+        "devices": [_device_info(module, index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _device_info(module: Any, index: int) -> dict[str, Any]:
+    """What the plans know of a GPU, or why it does not say: others may have it for themselves."""
+    try:
+        return dict(module.device_info(index))
+    except RuntimeError as error:
+        return {"error": str(error)}
 
 
 def _remedy() -> list[str]:

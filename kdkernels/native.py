@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, _remedies, _toolchain
+from . import _backends, _cuda_code, _remedies, _toolchain
 from ._calls import FAMILIES, CorrelationCall, RowCall
 from ._checks import allocated
 from ._dtypes import FLOATS, working_dtype
@@ -85,30 +85,31 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
         )
     if strays := stray(module):
         warnings.warn(strays, RuntimeWarning, stacklevel=2)
-    built = module.build_info()["architectures"]
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if not runs_on(built, capability):
-            name = torch.cuda.get_device_name(index)
-            return None, f"kdkernels._cuda was built for {built}, and {name} is {capability}"
+    if why := _why_no_device(module):
+        return None, why
     global _cuda
     _cuda = module
     return module, ""
 
 
-def runs_on(built: str, capability: tuple[int, int]) -> bool:
-    """Whether code for architectures such as ``"80 90 100+PTX"`` runs on a compute capability.
+def _why_no_device(module: ModuleType) -> str:
+    """Why the library does not run on the GPUs that are here; empty if it does.
 
-    Machine code runs on its generation from its own revision on; PTX on everything later.
+    GPUs in use are tried; of the others no more is asked than what they say without a context.
     """
-    for word in built.split():
-        number = int(word.removesuffix("+PTX").rstrip("af"))
-        major, minor = divmod(number, 10)
-        if major == capability[0] and minor <= capability[1]:
-            return True
-        if word.endswith("+PTX") and (major, minor) <= capability:
-            return True
-    return False
+    built, driver = module.build_info(), module.driver()
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        capability = torch.cuda.get_device_capability(index)
+        if why := _cuda_code.why_not(built, driver, capability, name):
+            return why
+        if not torch._C._cuda_hasPrimaryContext(index):  # type: ignore[attr-defined]
+            continue
+        try:
+            module.device_info(index)
+        except RuntimeError as error:
+            return f"kdkernels._cuda does not run on {name} ({error})"
+    return ""
 
 
 def extension(device_type: str = "cpu") -> ModuleType | None:

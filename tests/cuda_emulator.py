@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,10 @@ def ninja_file(target: Path) -> str:
         for macro in facts.host_macros()
     )
     # The operators need PyTorch and CUDA's headers; everything else is plain C++.
-    hosts = [path for path in facts.host_sources() if not path.stem.startswith("ops")]
+    gpu = ("ops", "runtime")
+    hosts = [path for path in facts.host_sources() if not path.stem.startswith(gpu)]
     harness = sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
-    for path in [*hosts, *(p for p in harness if p.stem != "check_emulator")]:
+    for path in [*hosts, *(p for p in harness if not p.stem.startswith("check"))]:
         add(f"{path.parent.name}_{path.stem}", path, macros)
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
 
@@ -109,7 +110,25 @@ def library() -> ctypes.CDLL:
     loaded.emulate_row.restype = ctypes.c_char_p
     loaded.emulate_scale.restype = ctypes.c_char_p
     loaded.emulate_correlation.restype = ctypes.c_char_p
+    loaded.emulated_launches.restype = ctypes.c_int64
     return loaded
+
+
+def launches(run: Callable[[], object]) -> int:
+    """How many kernels ``run`` launches."""
+    before = library().emulated_launches()
+    run()
+    return library().emulated_launches() - before
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """Calls in it are those of a stream that a CUDA graph captures."""
+    library().emulate_capture(ctypes.c_int64(1))
+    try:
+        yield
+    finally:
+        library().emulate_capture(ctypes.c_int64(0))
 
 
 class View(ctypes.Structure):

@@ -314,6 +314,8 @@ _of(
 _of(
     "csrc/cuda", "row.cuh", "test_cuda_kernels.py", "row_traversals and float32",
     ("mean_over_ignored", "weight_ /= R(«valid[0] > 0 ? valid[0] : 1»);", "task.problem.rows"),
+    ("counted_ignored", "valid[0] += «task.problem.target[row] != task.problem.ignore_index»;",
+     "true"),
     ("ignored_rows", "row.valid = «row.target != problem.ignore_index»;", "true"),
     ("no_other_class", "inverse_s = «z[0] == R(0) ? R(0) : inverse_s»;", "inverse_s",
      "test_losses.py", "emulated and (mask_rest or mask_all)"),

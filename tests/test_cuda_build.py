@@ -155,37 +155,15 @@ def test_units_of_a_tree(tmp_path: Path) -> None:
         build.units(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", ["90"]),
-        ("80,90;100+PTX", ["80", "90", "100+PTX"]),
-        ("8.0 sm_90a 12.0 80", ["80", "90a", "120"]),
-    ],
-)
-def test_architectures_are_named_in_the_usual_ways(text: str, expected: list[str]) -> None:
-    assert build.architectures(["80"], {"KDKERNELS_CUDA_ARCHS": text}) == expected
-
-
-@pytest.mark.parametrize("text", ["hopper", "75", "9", "90,,x", "+PTX"])
-def test_other_architectures_are_refused(text: str) -> None:
-    with pytest.raises(RuntimeError, match="KDKERNELS_CUDA_ARCHS must be"):
-        build.parse_architectures(text)
-
-
-def test_default_architectures_are_those_of_nvcc() -> None:
-    assert build.architectures(["75", "80", "90", "100"], {}) == ["80", "90", "100+PTX"]
-    assert build.architectures(["75", "80", "90"], {}) == ["80", "90+PTX"]
-    with pytest.raises(RuntimeError, match="none of sm_80"):
-        build.architectures(["75"], {})
-
-
-def test_ptx_is_an_option_of_its_own() -> None:
-    assert build.gencode(["80", "100+PTX"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_100,code=sm_100",
-        "-gencode=arch=compute_100,code=compute_100",
-    ]
+def test_calls_by_address_give_the_interpreter_away() -> None:
+    """Each before it asks the device for anything."""
+    text = (ROOT / "csrc" / "cuda" / "ops_eager.cpp").read_text(encoding="utf-8")
+    bound = re.findall(r'm\.def\("\w+", &(\w+)', text)
+    assert len(bound) == 3
+    for name in bound:
+        body = text.split(f"void {name}(")[1].split("\n}\n")[0]
+        released, asked = body.find("gil_scoped_release"), body.find("launches(device")
+        assert 0 <= released < asked, name
 
 
 def test_nvcc_is_that_of_cuda_home(tmp_path: Path) -> None:

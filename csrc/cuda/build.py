@@ -4,7 +4,8 @@ setup.py builds ``kdkernels._cuda`` from these statements, and tests/gpu/compile
 build on machines without a GPU. Sources are found by name: a new rule or kernel edits nothing here.
 
 Environment: ``CUDA_HOME`` or ``CUDA_PATH`` (the toolkit), ``KDKERNELS_CUDA_ARCHS`` (such as
-``90`` or ``80 90 100+PTX``), ``KDKERNELS_CUDA_LINEINFO=1`` (source lines for profilers).
+``90`` or ``80 90 100+PTX``, or ``all``), ``KDKERNELS_CUDA_LINEINFO=1`` (source lines for
+profilers).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib.util
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,8 +41,8 @@ TRAVERSALS = {
 NOT_RULES = ("math", "elementary", "contract")
 """Headers of csrc/rules that rules are written in."""
 
-ARCHITECTURES = ("80", "90", "100")
-"""Compiled by default. A cubin runs on later GPUs of the same generation: 80 on 86 and 89 too."""
+ARCHITECTURES = ("80", "90", "100", "120")
+"""Ampere to Blackwell. Machine code runs on later GPUs of its generation: 80 on 86 and 89 too."""
 
 OLDEST = 80
 """The kernels use what came with this compute capability."""
@@ -114,20 +115,39 @@ def parse_architectures(text: str) -> list[str]:
         match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)([af]?)(\+PTX)?", word)
         if match is None or int(match.group(1) + match.group(2)) < OLDEST:
             raise RuntimeError(
-                f"KDKERNELS_CUDA_ARCHS must be compute capabilities from {OLDEST} on, such as "
-                f"'80 90 100+PTX', got {text!r}"
+                f"KDKERNELS_CUDA_ARCHS must be 'all' or compute capabilities from {OLDEST} on, "
+                f"such as '80 90 100+PTX', got {text!r}"
             )
         chosen.append("".join(part or "" for part in match.groups()))
     return list(dict.fromkeys(chosen))
 
 
+def visible_gpus() -> list[str]:
+    """The compute capabilities of this machine's GPUs, such as 90, from the driver's own tool."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)
+    return sorted({major + minor for major, minor in found}, key=int)
+
+
 def architectures(
-    available: Sequence[str], environment: Mapping[str, str] = os.environ
+    available: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+    gpus: Callable[[], Sequence[str]] = visible_gpus,
 ) -> list[str]:
-    """What to compile for; by default with PTX of the newest, which later GPUs' drivers compile."""
-    text = environment.get("KDKERNELS_CUDA_ARCHS", "")
-    if text.strip():
+    """What to compile for: what is asked for, or else this machine's GPUs, or else all.
+
+    All are with PTX of the newest, which the drivers of later GPUs compile.
+    """
+    text = environment.get("KDKERNELS_CUDA_ARCHS", "").strip()
+    if text and text != "all":
         return parse_architectures(text)
+    own = [] if text else [name for name in gpus() if int(name) >= OLDEST]
+    if own and all(name in available for name in own):
+        return own
     known = [name for name in ARCHITECTURES if name in available]
     if not known:
         raise RuntimeError(f"nvcc compiles for none of sm_{', sm_'.join(ARCHITECTURES)}")
@@ -196,6 +216,16 @@ def host_macros(csrc: Path = CSRC) -> list[str]:
     return macros
 
 
+def compression(version: tuple[int, int]) -> list[str]:
+    """nvcc's options that make machine code a third as large.
+
+    The smallest form, one tenth less, is read by drivers of CUDA 12.4 and newer: it is for toolkits
+    that ask for newer ones anyway.
+    """
+    flags = ["-Xfatbin", "-compress-all"]
+    return [*flags, "-compress-mode=size"] if version >= (13, 0) else flags
+
+
 def nvcc_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -217,6 +247,21 @@ def missing(torch_cuda: str | None) -> list[str]:
     if not units():
         lacks.append("kernels in csrc/cuda")
     return lacks
+
+
+def ahead_of_torch(version: tuple[int, int], torch_cuda: str | None) -> str:
+    """What to say of an nvcc that asks more of the driver than torch does; empty where it does not.
+
+    Within a major version of CUDA older drivers run what newer toolkits make.
+    """
+    if torch_cuda is None or version[0] <= toolchain.release(torch_cuda)[0]:
+        return ""
+    major = toolchain.release(torch_cuda)[0]
+    return (
+        f"nvcc is of CUDA {version[0]}.{version[1]}, and this torch of {torch_cuda}: the kernels "
+        f"need a driver that knows CUDA {version[0]}. An older one is enough for torch; Triton's "
+        f"kernels run there. The nvcc of a CUDA {major} (CUDA_HOME) makes kernels for both"
+    )
 
 
 def ninja_statements(
@@ -247,7 +292,7 @@ def ninja_statements(
         link.append(f"-fsanitize={sanitizer}")
     lines = [
         f"nvcc = {tools.nvcc}",
-        f"nvccflags = {' '.join([*nvcc_flags(names), *extra])}",
+        f"nvccflags = {' '.join([*nvcc_flags(names), *compression(tools.version), *extra])}",
         f"cudahost = $host -isystem {tools.include} {' '.join(defines)}",
         "rule nvcc",
         f"  command = $nvcc $nvccflags $extra -MMD -MF $out.d -c $in -o $out{capture}",

@@ -90,61 +90,10 @@ void scale(void* gradient, Scalar type, int64_t size, const void* upstream, Scal
 
 #if !defined(KDK_EMULATED)
 namespace {
-__global__ void cluster_probe() {}
+__global__ void probe() {}
 }  // namespace
 
-Device describe_device(int index) {
-  check(cudaSetDevice(index), "cudaSetDevice");
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
-    return value;
-  };
-  Device device{attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
-                    attribute(cudaDevAttrComputeCapabilityMinor),
-                attribute(cudaDevAttrMultiProcessorCount),
-                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), 0};
-  // Code that was translated from PTX lacks what its architecture lacked.
-  cudaFuncAttributes built;
-  check(cudaFuncGetAttributes(&built, cluster_probe), "cudaFuncGetAttributes");
-  if (built.ptxVersion < device.arch) device.arch = built.ptxVersion;
-  if (device.arch < 90 || !attribute(cudaDevAttrClusterLaunch)) return device;
-  // Slices of a GPU and small ones have fewer blocks in a cluster. First of blocks that take half of the memory.
-  const int shared = device.block_shared / 2;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(16);
-  config.blockDim = dim3(kBlockThreads);
-  config.dynamicSmemBytes = size_t(shared);
-  int most = 0;
-  const bool known =
-      cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-          cudaSuccess &&
-      cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) ==
-          cudaSuccess &&
-      cudaOccupancyMaxPotentialClusterSize(&most, cluster_probe, &config) == cudaSuccess;
-  if (!known) (void)cudaGetLastError();
-  device.most_cluster = known ? (most < 16 ? most : 16) : 0;
-  // Then how many clusters of each size there is room for, if a block takes all of it.
-  const bool whole = known && cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   device.block_shared) == cudaSuccess;
-  config.dynamicSmemBytes = size_t(device.block_shared);
-  for (int i = 0; i < 4; ++i) {
-    cudaLaunchAttribute size{};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim = {2u << i, 1, 1};
-    config.gridDim = dim3(2u << i);
-    config.attrs = &size;
-    config.numAttrs = 1;
-    int found = 0;
-    const bool told =
-        whole && cudaOccupancyMaxActiveClusters(&found, cluster_probe, &config) == cudaSuccess;
-    if (!told) (void)cudaGetLastError();
-    device.clusters[i] = told ? found : 0;
-  }
-  return device;
-}
-
-void use_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
+const void* probe_kernel() { return reinterpret_cast<const void*>(&probe); }
 #endif
 
 }  // namespace kdkernels::cuda

@@ -191,13 +191,13 @@ KDK_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// What this thread wrote to global memory is visible to a block that sees the counter's new value.
-// Returns the value before; 32-bit, begins at 0.
-KDK_DEVICE unsigned arrive(unsigned* counter) {
+// Whether this is the last of so many arrivals at a counter that begins at 0; the last one leaves it at 0.
+// What a thread wrote to global memory before it arrived is visible to whoever arrives later.
+KDK_DEVICE bool arrives_last(unsigned* counter, unsigned arrivals) {
   __threadfence();
-  const unsigned before = atomicAdd(counter, 1u);
+  const unsigned before = atomicInc(counter, arrivals - 1);
   __threadfence();
-  return before;
+  return before == arrivals - 1;
 }
 // Reads what another block of the same launch wrote (never through the L1 cache).
 template <class X>

@@ -150,7 +150,7 @@ int64_t workspace_bytes(const FactorRun& run, const FactorPlan& plan) {
 }
 
 void run_factors(const std::string& rule, const FactorRun& run, const FactorPlan& plan,
-                 char* workspace, void* stream) {
+                 char* workspace, unsigned* ticket, void* stream) {
   const auto kernel = find(kFactorRules, rule);
   FactorTask task{run.problem, run.upstream, nullptr, nullptr, run.total};
   const double divisor = (task.problem.cosine ? 1.0 : double(task.problem.width)) *
@@ -158,9 +158,9 @@ void run_factors(const std::string& rule, const FactorRun& run, const FactorPlan
   task.problem.inheritance_weight /= divisor;
   task.problem.exploration_weight /= divisor;
   if (run.total) {
-    task.ticket = reinterpret_cast<unsigned*>(workspace);
     task.partials = reinterpret_cast<double*>(workspace + 16);
-    prepare_rows(nullptr, 0, 0, nullptr, 0, task.ticket, stream);
+    task.ticket = ticket ? ticket : reinterpret_cast<unsigned*>(workspace);
+    if (!ticket) prepare_rows(nullptr, 0, 0, nullptr, 0, task.ticket, stream);
   }
   kernel(task, plan, stream);
 }

@@ -11,7 +11,7 @@ struct FactorTask {
   FactorProblem problem;  // weights already divided; no values of single samples
   const void* upstream;   // one factor of the gradients in the working type, or null
   double* partials;       // a value for each block, or null where no loss is wanted
-  unsigned* ticket;       // 0
+  unsigned* ticket;       // 0 before and after the launch
   void* total;            // the loss, in the working type
 };
 
@@ -56,9 +56,10 @@ FactorShape shape_of(const FactorProblem& problem);
 // Bytes that run_factors needs, 256-byte aligned, of any content.
 int64_t workspace_bytes(const FactorRun& run, const FactorPlan& plan);
 
-// Two launches on the stream, or one where no loss is wanted; nothing waits for the device.
+// A launch on the stream; nothing waits for the device. `ticket` is the stream's counter (common.h), or
+// null: then there is a launch before where a loss is wanted.
 void run_factors(const std::string& rule, const FactorRun& run, const FactorPlan& plan,
-                 char* workspace, void* stream);
+                 char* workspace, unsigned* ticket, void* stream);
 
 struct TupleTask {
   TupleProblem problem;  // loss and tuples: of each anchor

@@ -36,8 +36,8 @@ void launch(const LaunchShape& shape, void*, const Args&... args) {
 #else
 
 #include <atomic>
-#include <stdexcept>
-#include <string>
+
+#include "errors.h"
 
 namespace kdkernels::cuda {
 
@@ -47,13 +47,6 @@ struct LaunchShape {
   size_t shared_bytes = 0;
   bool cooperative = false;
 };
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // not sticky: the next launch must not report it again
-  throw std::runtime_error(std::string("kdkernels: ") + what + " failed: " +
-                           cudaGetErrorString(status));
-}
 
 // Raises the kernel's limits, once for each device.
 template <auto kKernel>

@@ -38,6 +38,11 @@ std::map<std::string, std::string> build_info() {
   return {{"CUDA", KDK_CUDA_TOOLKIT}, {"architectures", KDK_CUDA_ARCHS}};
 }
 
+std::string driver() {
+  const int version = driver_version();
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 std::vector<std::string> rules(const std::string& family) {
 #define KDK_NAME(rule) #rule,
   if (family == "divergence" || family == "decoupled") {
@@ -53,7 +58,10 @@ std::vector<std::string> rules(const std::string& family) {
 }
 
 std::map<std::string, int> device_info(int index) {
-  const Device& device = device_of(index);
+  const Device& device = [&]() -> const Device& {
+    const pybind11::gil_scoped_release release;  // the device may have to wake up
+    return device_of(index);
+  }();
   return {{"arch", device.arch},
           {"multiprocessors", device.multiprocessors},
           {"block_shared", device.block_shared},
@@ -66,6 +74,7 @@ std::map<std::string, int> device_info(int index) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of kdkernels.";
   m.def("build_info", &kdkernels::cuda::build_info, "How the extension was built.");
+  m.def("driver", &kdkernels::cuda::driver, "The newest CUDA that the driver knows, such as 12.8.");
   m.def("device_info", &kdkernels::cuda::device_info, "What the plans know of a device.");
   m.def("rules", &kdkernels::cuda::rules, "The rules of a family.");
   kdkernels::cuda::bind_eager(m);

@@ -21,15 +21,22 @@ void* current_stream(int index);
 // take an address of another device, or of the host, for its own.
 struct Context {
   explicit Context(const Tensor& x, std::initializer_list<const Tensor*> others = {})
-      : guard(x.get_device_index()),
-        device(device_of(x.get_device_index())),
-        stream(current_stream(x.get_device_index())) {
+      : index(x.get_device_index()),
+        guard(index),
+        device(device_of(index)),
+        stream(current_stream(index)) {
     for (const Tensor* other : others)
-      STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
+      STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == index,
                       "all tensors must be on one CUDA device");
-    use_device(x.get_device_index());
+    use_device(index);
   }
 
+  // The stream's counter for a loss that is summed up, if one is.
+  unsigned* ticket(const void* total) const {
+    return total ? stream_ticket(index, stream) : nullptr;
+  }
+
+  int index;
   torch::stable::accelerator::DeviceGuard guard;
   const Device& device;
   void* stream;

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../calls_eager.h"
+#include "common.h"
 #include "correlation.h"
 #include "ops_bridge.h"
 #include "rows.h"
@@ -58,7 +59,8 @@ void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient
   const py::gil_scoped_release release;
   Launches launches(device, stream);
   const RowPlan plan = plan_rows(shape_of(problem), launches.device);
-  run_rows(call.rule, run, plan, launches.workspace(workspace_bytes(run, plan)), launches.stream);
+  run_rows(call.rule, run, plan, launches.workspace(workspace_bytes(run, plan)),
+           run.total ? stream_ticket(device, launches.stream) : nullptr, launches.stream);
 }
 
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,

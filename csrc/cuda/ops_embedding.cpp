@@ -1,4 +1,4 @@
-// The operators of the embedding losses on CUDA tensors; schemas in kdkernels/_ops_embedding.py.
+// The operators of the embedding losses on CUDA tensors; schemas in kdkernels/_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor> run(const FactorCall& call, const Tensor& inheritance
   const FactorRun work{problem, factor, call.reduction, total};
   const FactorPlan plan = plan_factors(shape_of(problem), context.device);
   Tensor memory = workspace(teacher, workspace_bytes(work, plan));
-  run_factors("iekd", work, plan, static_cast<char*>(memory.mutable_data_ptr()), context.stream);
+  run_factors("iekd", work, plan, static_cast<char*>(memory.mutable_data_ptr()),
+              context.ticket(total), context.stream);
   return {inheritance_gradient, exploration_gradient};
 }
 

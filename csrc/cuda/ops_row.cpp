@@ -29,7 +29,8 @@ RowProblem checked_problem(const RowCall& call, const Tensor& student, const Ten
 void run(const RowCall& call, const Tensor& like, const RowRun& run, const Context& context) {
   const RowPlan plan = plan_rows(shape_of(run.problem), context.device);
   Tensor memory = workspace(like, workspace_bytes(run, plan));
-  run_rows(call.rule, run, plan, static_cast<char*>(memory.mutable_data_ptr()), context.stream);
+  run_rows(call.rule, run, plan, static_cast<char*>(memory.mutable_data_ptr()),
+           context.ticket(run.total), context.stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> row(

@@ -37,11 +37,16 @@ class RowLoop {
 
   KDK_DEVICE explicit RowLoop(const RowTask& task)
       : task_(task), k_(R(1.0 / task.problem.temperature)), weight_(R(task.problem.scale)) {
-    if (!task.counts) return;
-    // The valid rows, counted in parts by the kernel before; a lane adds every 32nd.
+    if (!task.counts && !task.count) return;
+    // A lane adds every 32nd part, counted by the kernel before, or looks at every 32nd row.
     int64_t valid[1] = {0};
-    for (int part = thread_index() % kWarp; part < task.parts; part += kWarp)
-      valid[0] += task.counts[part];
+    const int lane = thread_index() % kWarp;
+    if (task.counts) {
+      for (int part = lane; part < task.parts; part += kWarp) valid[0] += task.counts[part];
+    } else {
+      for (int64_t row = lane; row < task.problem.rows; row += kWarp)
+        valid[0] += task.problem.target[row] != task.problem.ignore_index;
+    }
     reduce_lanes<Sum>(valid, kWarp);
     weight_ /= R(valid[0] > 0 ? valid[0] : 1);
   }

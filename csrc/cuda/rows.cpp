@@ -54,14 +54,15 @@ const RowRule& find(const std::string& name) {
 
 struct Layout {  // of the workspace
   int64_t counts, partials, exchange, bytes;
-  int parts;
+  int parts;   // in which another launch counts the valid rows
+  bool count;  // whether they count
 };
 
 Layout layout(const RowRun& run, const RowPlan& plan) {
   Layout at{};
-  int64_t end = 16;  // the ticket
-  const bool counted = run.problem.target && run.reduction == kMean;
-  at.parts = counted ? count_parts(run.problem.rows) : 0;
+  int64_t end = 16;  // a ticket
+  at.count = run.problem.target && run.reduction == kMean;
+  at.parts = at.count && run.problem.rows > kCountedByWarps ? count_parts(run.problem.rows) : 0;
   at.counts = end;
   end += 8 * at.parts;
   at.partials = end;
@@ -92,16 +93,19 @@ void expect_divergence_alone(const RowProblem& problem, bool parts) {
 int64_t workspace_bytes(const RowRun& run, const RowPlan& plan) { return layout(run, plan).bytes; }
 
 void run_rows(const std::string& name, const RowRun& run, const RowPlan& plan, char* workspace,
-              void* stream) {
+              unsigned* ticket, void* stream) {
   const RowRule& rule = find(name);
   const Layout at = layout(run, plan);
   RowTask task{};
   task.problem = run.problem;
   task.upstream_stride = run.upstream_stride;
-  task.ticket = reinterpret_cast<unsigned*>(workspace);
+  const bool prepared = at.parts || (run.total && !ticket);
+  task.ticket = prepared ? reinterpret_cast<unsigned*>(workspace) : ticket;
   if (at.parts) {
     task.counts = reinterpret_cast<int64_t*>(workspace + at.counts);
     task.parts = at.parts;
+  } else if (at.count) {
+    task.count = true;
   } else if (run.reduction == kMean) {
     task.problem.scale /= double(run.problem.rows);
   }
@@ -110,7 +114,7 @@ void run_rows(const std::string& name, const RowRun& run, const RowPlan& plan, c
     task.total = run.total;
   }
   task.exchange = workspace + at.exchange;
-  if (task.counts || task.partials)
+  if (prepared)
     prepare_rows(run.problem.target, run.problem.rows, run.problem.ignore_index,
                  const_cast<int64_t*>(task.counts), at.parts, task.ticket, stream);
   rule.of(plan.traversal)(task, plan, stream);

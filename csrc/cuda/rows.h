@@ -19,9 +19,10 @@ RowShape shape_of(const RowProblem& problem);
 // Bytes that run_rows needs, 256-byte aligned, of any content.
 int64_t workspace_bytes(const RowRun& run, const RowPlan& plan);
 
-// Two launches on the stream; nothing waits for the device.
+// A launch on the stream, after one that counts where the valid of many rows count; nothing waits for the
+// device. `ticket` is the stream's counter (common.h), or null: then there is a launch before in any case.
 void run_rows(const std::string& rule, const RowRun& run, const RowPlan& plan, char* workspace,
-              void* stream);
+              unsigned* ticket, void* stream);
 
 // Whether a rule needs targets; throws for a name that is not a row loss.
 bool reads_target(const std::string& rule);

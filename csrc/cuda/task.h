@@ -10,10 +10,13 @@ namespace kdkernels::cuda {
 struct RowTask {
   RowProblem problem;       // loss: a value for each row, or null
   int64_t upstream_stride;  // 1, or 0 where all rows share one factor
-  const int64_t* counts;    // valid rows, in `parts` parts, that the scale is still to be divided by
+  // The valid rows, by which the scale is still to be divided: in `parts` parts; or, of a few rows, for each
+  // warp to count.
+  const int64_t* counts;
   int parts;
+  bool count;
   double* partials;  // a value for each block, or null where no sum is wanted
-  unsigned* ticket;  // 0
+  unsigned* ticket;  // 0 before and after the launch
   void* total;       // the sum, in the working type
   char* exchange;    // of a split row's blocks
 };
@@ -82,6 +85,7 @@ constexpr int kLaneThreads = 128;    // of a block, in `lanes` and `general` but
 constexpr int kBlockThreads = 512;   // at most, elsewhere
 constexpr int kClusterThreads = 384;  // at most, in `cluster`; two such blocks have room for their registers
 constexpr int kBlockElements = 16;   // of a row in each thread of a `block`
+constexpr int64_t kCountedByWarps = 1024;  // rows whose valid ones each warp of the row kernel counts itself
 constexpr int kSingleRow = kBlockElements * kBlockThreads;  // most classes in one block's registers
 // Of a row by several blocks: softmaxes, value; the largest logit, its teacher's and the slopes of a rule
 // that is not centred.

@@ -24,14 +24,14 @@ KDK_DEVICE void add_up_blocks(const double* partials, void* total) {
   if (thread_index() == 0) *static_cast<R*>(total) = R(value);
 }
 
-// All threads of the grid call it, with the ticket at 0; the block that comes last adds up.
+// All threads of the grid call it, with the ticket at 0, where it is left; the block that comes last adds up.
 template <class R>
 KDK_DEVICE void add_up(double value, double* partials, unsigned* ticket, void* total) {
   value = add_up_block(value);
   bool* const last = reinterpret_cast<bool*>(shared_memory() + kBlockExchange);
   if (thread_index() == 0) {
     partials[block_index()] = value;
-    *last = arrive(ticket) == unsigned(block_count()) - 1;
+    *last = arrives_last(ticket, unsigned(block_count()));
   }
   sync_block();
   if (*last) add_up_blocks<R>(partials, total);

@@ -407,7 +407,7 @@ KDK_KERNEL void sum_last(const float* in, double* parts, unsigned* counter, doub
   auto* const last = reinterpret_cast<unsigned*>(shared_memory() + 256);
   if (thread_index() == 0) {
     parts[block_index()] = sum;
-    *last = arrive(counter) == unsigned(block_count()) - 1;
+    *last = arrives_last(counter, unsigned(block_count()));
   }
   sync_block();
   if (!*last || thread_index() != 0) return;
@@ -422,9 +422,16 @@ void last_block() {
     for (bool cooperative : {false, true}) {
       std::vector<double> parts(50);
       unsigned counter = 0;
+      for (int turn = 0; turn < 2; ++turn) {
+        double out = 0.0;
+        emulate({50, 64, 1, 260, cooperative}, sum_last, in.data(), parts.data(), &counter, &out);
+        demand(out == std::accumulate(in.begin(), in.end(), 0.0), "wrong total");
+        demand(counter == 0, "the counter does not end at 0");
+      }
+      counter = 51;
       double out = 0.0;
-      emulate({50, 64, 1, 260, cooperative}, sum_last, in.data(), parts.data(), &counter, &out);
-      demand(out == std::accumulate(in.begin(), in.end(), 0.0), "wrong total");
+      demand_error([&] { emulate({50, 64, 1, 260, cooperative}, sum_last, in.data(), parts.data(),
+                                 &counter, &out); }, {"did not begin at 0"});
     }
 }
 

@@ -223,13 +223,15 @@ KDK_DEVICE void wait_copies() {
   fiber.ahead.resize(left);
 }
 
-KDK_DEVICE unsigned arrive(unsigned* counter) {
-  emulator::check_aligned("arrive", counter, alignof(unsigned));
-  emulator::check_global("arrive", counter);
+KDK_DEVICE bool arrives_last(unsigned* counter, unsigned arrivals) {
+  emulator::check_aligned("arrives_last", counter, alignof(unsigned));
+  emulator::check_global("arrives_last", counter);
   emulator::pause();
-  const unsigned before = (*counter)++;
+  const unsigned before = *counter;
+  if (before >= arrivals) emulator::fail("arrives_last: the counter did not begin at 0");
+  *counter = before + 1 == arrivals ? 0 : before + 1;
   emulator::pause();
-  return before;
+  return before == arrivals - 1;
 }
 template <class X>
 KDK_DEVICE X load_fresh(const X* p) {

@@ -68,7 +68,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_factors(co
     std::memcpy(call->plan, out, sizeof out);
     const FactorRun run{problem, call->upstream, call->reduction, call->total};
     const Workspace workspace(workspace_bytes(run, plan));
-    run_factors(rule, run, plan, workspace.base, nullptr);
+    Ticket ticket;
+    run_factors(rule, run, plan, workspace.base, ticket.given(), nullptr);
+    ticket.check();
     workspace.check();
   });
 }

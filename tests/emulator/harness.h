@@ -1,4 +1,5 @@
-// What the emulated entry points share: errors as text, and memory that notices what it should not hold.
+// What the emulated entry points share: errors as text, memory that notices what it should not hold, the
+// stream's counter.
 #pragma once
 
 #include <stdexcept>
@@ -34,4 +35,18 @@ class Workspace {  // of bytes that are NaN, with bytes behind it that must stay
  private:
   int64_t bytes_;
   std::vector<char> memory_;
+};
+
+// Whether the stream is being captured: a graph takes no counter of the stream.
+inline bool emulator_captures = false;
+
+class Ticket {  // a stream's counter: at 0 before and after
+ public:
+  unsigned* given() { return emulator_captures ? nullptr : &value_; }
+  void check() const {
+    if (value_ != 0) throw std::runtime_error("the stream's counter was not left at 0");
+  }
+
+ private:
+  unsigned value_ = 0;
 };

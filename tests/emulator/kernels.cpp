@@ -23,6 +23,14 @@ RowPlan forced(const RowCall& call, const RowShape& shape, const Device& device)
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() {
+  return emulator_launches;
+}
+
+extern "C" __attribute__((visibility("default"))) void emulate_capture(int64_t captures) {
+  emulator_captures = captures != 0;
+}
+
 extern "C" __attribute__((visibility("default"))) const char* emulate_row(const char* rule,
                                                                            RowCall* call) {
   return answer([&] {
@@ -39,7 +47,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_row(const 
     std::memcpy(call->plan, out, sizeof out);
     if (!fits(plan, shape, device)) throw std::runtime_error("the plan breaks a limit");
     const Workspace workspace(workspace_bytes(run, plan));
-    run_rows(rule, run, plan, workspace.base, nullptr);
+    Ticket ticket;
+    run_rows(rule, run, plan, workspace.base, ticket.given(), nullptr);
+    ticket.check();
     workspace.check();
   });
 }

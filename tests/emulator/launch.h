@@ -22,6 +22,8 @@ namespace kdkernels::cuda {
 
 // Determines every choice of the launches after it was set.
 inline uint64_t emulator_seed = 1;
+// Of all kernels so far.
+inline int emulator_launches = 0;
 
 struct LaunchShape {
   int blocks, threads;
@@ -385,6 +387,7 @@ template <class Kernel, class... Args>
 void emulate(const LaunchShape& shape, Kernel kernel, Args... args) {
   static_assert((std::is_trivially_copyable_v<Args> && ...), "a launch copies arguments bytewise");
   static_assert((sizeof(Args) + ... + 0) <= 4096, "a launch takes at most 4096 bytes of arguments");
+  ++emulator_launches;
   emulator::Launch(shape, [&] { kernel(args...); }).run();
 }
 
