@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from . import _checks, _reduce
-from ._autograd import apply, apply_with_parts
+from ._autograd import (
+    apply,
+    apply_with_parts,
+    differentiable_once,
+    joined,
+    wants_gradient,
+)
 from ._calls import RowCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
@@ -40,6 +46,23 @@ def run(
     """The loss of checked arguments, and its parts by row where they are wanted."""
     chooses = choose_beside_cuda if parts or hard != 0.0 else choose
     chosen = chooses(spec, student, backend)
+    if chosen != "reference" and wants_gradient(teacher):
+        loss, separate = run(
+            spec, backend, options, temperature, scale, hard, standardize, parts, ignore_index,
+            class_dim, student, teacher.detach(), target, token_weight, hard_token_weight,
+            row_temperature, reduction,
+        )  # fmt: skip
+        exchanged = spec.exchanged(*options)
+        if exchanged is None:
+            backend, roles = "reference", (student.detach(), differentiable_once(teacher))
+        else:
+            spec, options = SPECS[exchanged[0]], exchanged[1]
+            roles = teacher, student.detach()
+        other, _ = run(
+            spec, backend, options, temperature, scale, 0.0, standardize, False, ignore_index,
+            class_dim, *roles, target, token_weight, None, row_temperature, reduction,
+        )  # fmt: skip
+        return joined(loss, other), separate
     if spec.evaluate is not None:
         return _by_evaluation(
             spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,

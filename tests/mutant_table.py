@@ -811,3 +811,30 @@ _of(
     ("weights_as_logarithms", "working_dtype(*members))«.log()»", ""),
     ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
 )  # fmt: skip
+
+# The teacher's gradient.
+
+_of(
+    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native or second or group",
+    ("roles_kept", "roles = «teacher, student.detach()»\n", "student, teacher.detach()"),
+    ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
+     "test_teacher_grad.py", "native and keywords"),
+    ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
+     "test_teacher_grad.py", "second and dkd"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_autograd.py", "test_teacher_grad.py", "native and roles",
+    ("one_side", "return upstream, «upstream»", "0 * upstream"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_correlation.py", "test_teacher_grad.py", "native and dist",
+    ("roles_kept", "(student, teacher), «(teacher, student)»", "(student, teacher)"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "jsd.py", "test_teacher_grad.py", "native and roles",
+    ("beta_kept", "(\"jsd\", («1.0 - beta»,))", "beta"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "_rows.py", "test_teacher_grad.py", "reference and plain",
+    ("teacher_still", "moves = by_q« - by_p»", ""),
+)  # fmt: skip

@@ -37,6 +37,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -57,6 +58,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -77,6 +79,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -100,6 +103,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -125,6 +129,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -150,6 +155,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -172,6 +178,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -192,6 +199,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -212,6 +220,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -233,6 +242,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -256,6 +266,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -279,6 +290,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -300,6 +312,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -319,6 +332,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -338,6 +352,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -357,6 +372,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -378,6 +394,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -399,6 +416,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -420,6 +438,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -439,6 +458,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -458,6 +478,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -476,6 +497,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -494,6 +516,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -512,6 +535,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -588,6 +612,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -607,6 +632,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -626,6 +652,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -645,6 +672,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -664,6 +692,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -683,6 +712,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -821,6 +851,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -839,6 +870,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -857,6 +889,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -873,6 +906,7 @@ class AEKTLoss(RowLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -891,6 +925,7 @@ class AEKTLoss(RowLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -907,6 +942,7 @@ class AcceptanceLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -921,6 +957,7 @@ class AcceptanceLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -935,6 +972,7 @@ class AlphaBetaLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -949,6 +987,7 @@ class AlphaBetaLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -981,6 +1020,7 @@ class DISTLoss(LossModule):
     eps: float
     reduction: str
     loss_weight: float
+    teacher_grad: bool
     class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
@@ -994,6 +1034,7 @@ class DISTLoss(LossModule):
         eps: float = ...,
         reduction: str = ...,
         loss_weight: float = ...,
+        teacher_grad: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1014,6 +1055,7 @@ class DKDLoss(RowLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -1030,6 +1072,7 @@ class DKDLoss(RowLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -1086,6 +1129,7 @@ class JSDLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1099,6 +1143,7 @@ class JSDLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1111,6 +1156,7 @@ class KDLoss(RowLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -1125,6 +1171,7 @@ class KDLoss(RowLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -1163,6 +1210,7 @@ class MixedKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1176,6 +1224,7 @@ class MixedKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1230,6 +1279,7 @@ class ReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1242,6 +1292,7 @@ class ReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1279,6 +1330,7 @@ class SkewKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1292,6 +1344,7 @@ class SkewKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1305,6 +1358,7 @@ class SkewReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1318,6 +1372,7 @@ class SkewReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1330,6 +1385,7 @@ class TVLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1342,6 +1398,7 @@ class TVLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,

@@ -105,6 +105,7 @@ ACCEPTANCE = register(
         rule=TV.rule,
         steps=_steps,
         constant_weight="eta",
+        exchanged=lambda kind, eta: ("acceptance", (kind, eta)) if kind == "log" else None,
         options={"kind": _kind, "eta": _checks.non_negative},
         samples=(
             {},

@@ -67,6 +67,7 @@ KD = register(
         eps="none needed",
         takes_target=True,
         by_temperature=kd_by_temperature,
+        exchanged=lambda: ("reverse_kl", ()),
         samples=(
             {},
             {"temperature": 1.0},
