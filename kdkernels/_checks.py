@@ -99,7 +99,10 @@ def logits(student: Tensor, teacher: Tensor, least: int = 2, teacher_grad: bool 
         tensor("teacher_logits", teacher)
         raise
     if shape != others:
-        raise fail("teacher_logits", f"of the student's shape {tuple(shape)}", tuple(others))
+        expected = f"of the student's shape {tuple(shape)}"
+        if len(shape) == 4 == len(others) and shape[:2] == others[:2]:
+            expected += " (KD takes maps of two sizes: resize='bilinear')"
+        raise fail("teacher_logits", expected, tuple(others))
     rank = len(shape)
     if rank == 2:
         class_dim = 1

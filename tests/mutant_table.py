@@ -838,3 +838,9 @@ _of(
     "kdkernels/reference", "_rows.py", "test_teacher_grad.py", "reference and plain",
     ("teacher_still", "moves = by_q« - by_p»", ""),
 )  # fmt: skip
+_of(
+    "kdkernels", "_resize.py", "test_resize.py", "hand or half or errors",
+    ("resized_in_half", "resized(«student.to(working_dtype(student, teacher))», teacher)",
+     "student"),
+    ("any_way", "not isinstance(value, str) or «value != \"bilinear\"»", "False"),
+)  # fmt: skip

@@ -365,6 +365,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -387,6 +388,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -409,6 +411,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -995,6 +998,7 @@ class AlphaBetaLoss(TokenLoss):
 
 class AttentionTransferLoss(LossModule):
     p: float
+    resize: str | None
     reduction: str
     loss_weight: float
     backend: str | None
@@ -1002,6 +1006,7 @@ class AttentionTransferLoss(LossModule):
         self,
         p: float = ...,
         *,
+        resize: str | None = ...,
         reduction: str = ...,
         loss_weight: float = ...,
         backend: str | None = ...,
@@ -1151,6 +1156,7 @@ class JSDLoss(TokenLoss):
 
 class KDLoss(RowLoss):
     temperature: float | Tensor
+    resize: str | None
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
@@ -1166,6 +1172,7 @@ class KDLoss(RowLoss):
         self,
         temperature: float | Tensor = ...,
         *,
+        resize: str | None = ...,
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
