@@ -652,7 +652,7 @@ _of(
     "kdkernels/losses", "acceptance.py", "test_language_models.py", "acceptance",
     ("distance_always", "near = distance < «0.5»", "1.5"),
     ("gradient_sign", "«distance.detach() - distance»", "distance - distance.detach()"),
-    ("kl_alone", "mixture(rows(KD_OF_TOKENS), «distance», eta)", "0 * distance",
+    ("kl_alone", "else KD_OF_TOKENS), «distance», eta)", "0 * distance",
      "test_language_models.py", "speculators"),
 )  # fmt: skip
 _of(
@@ -820,7 +820,7 @@ _of(
     ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
      "test_teacher_grad.py", "native and keywords"),
     ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
-     "test_teacher_grad.py", "second and dkd"),
+     "test_teacher_grad.py", "names_no_exchanged"),
 )  # fmt: skip
 _of(
     "kdkernels", "_autograd.py", "test_teacher_grad.py", "native and roles",
@@ -843,4 +843,17 @@ _of(
     ("resized_in_half", "resized(«student.to(working_dtype(student, teacher))», teacher)",
      "student"),
     ("any_way", "not isinstance(value, str) or «value != \"bilinear\"»", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_decoupled.py", "test_teacher_grad.py", "native and (dkd or aekt)",
+    ("target_stays", "[x.scatter(1, index, «-torch.inf») for x in (s, t)]", "0.0"),
+    ("weight_lost", "explicit = weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, kappa,"
+     " ratio_max)»)", "1.0"),
+    ("ignored_count", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "some",
+     "test_teacher_grad.py", "native and ignored"),
+    ("one_temperature", "rescale(s, t, «temperature», standardize)", "1.0"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "acceptance.py", "test_teacher_grad.py", "native and acceptance",
+    ("roles_kept", "«REVERSE_KL» if kind == EXCHANGED", "KD_OF_TOKENS"),
 )  # fmt: skip

@@ -373,6 +373,22 @@ def test_under_a_compiler_in_one_graph(name: str) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["tv", "alpha_beta"])
+def test_a_loss_that_names_no_exchanged_roles_takes_the_reference(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is added later may: the teacher's gradient is autograd's, once."""
+    student, teacher, _ = _pair()
+    case = Case(SPECS[name], "native", "cpu")
+    expected = _gradients(case(student, teacher, **ON), student, teacher)
+    monkeypatch.setitem(SPECS[name].__dict__, "exchanged", lambda *options: None)
+    given = torch.autograd.grad(case(student, teacher, **ON), (student, teacher), create_graph=True)
+    for actual, wanted in zip(given, expected, strict=True):
+        torch.testing.assert_close(actual.detach(), wanted, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        given[1].square().sum().backward()
+
+
 def test_a_learned_temperature_beside_it() -> None:
     student, teacher, _ = _pair()
     heat = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
