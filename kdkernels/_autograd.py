@@ -185,6 +185,44 @@ class _FusedSeveral(torch.autograd.Function):
 _apply_several: Callable[..., Tensor] = super(torch.autograd.Function, _FusedSeveral).apply
 
 
+class _Joined(torch.autograd.Function):
+    """The first loss, with the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        return upstream, upstream
+
+
+joined: Callable[[Tensor, Tensor], Tensor] = _Joined.apply
+"""A loss by its student and, with the roles exchanged, by its teacher. A sum that takes the second
+value off again would be NaN where it is infinite."""
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A tensor whose gradient raises if it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return once(upstream, upstream, *ctx.saved_tensors)
+
+
+differentiable_once: Callable[[Tensor], Tensor] = _DifferentiableOnce.apply
+
+
+def wants_gradient(teacher: Tensor) -> bool:
+    """Whether the teacher's gradient is asked for; without ``teacher_grad`` checks have refused."""
+    return teacher.requires_grad and torch.is_grad_enabled()
+
+
 def apply(backend: str, family: str, student: Tensor, call: Any, *constants: Any) -> Tensor:
     """Run a family's kernels with autograd on one student; ``constants`` are its other tensors."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()

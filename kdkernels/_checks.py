@@ -81,11 +81,12 @@ def not_allocated(name: str) -> ValueError:
     return fail(name, "a Tensor with memory", "one whose storage was freed")
 
 
-def logits(student: Tensor, teacher: Tensor, least: int = 2) -> int:
+def logits(student: Tensor, teacher: Tensor, least: int = 2, teacher_grad: bool = False) -> int:
     """Check a pair of logits and return the dimension that holds the classes.
 
     (N, C) and (B, S, V) keep the classes last; (N, C, H, W) keeps them in dim 1, as
-    ``torch.nn.functional.cross_entropy`` does. ``least`` classes there must be.
+    ``torch.nn.functional.cross_entropy`` does. ``least`` classes there must be. The teacher is a
+    constant unless ``teacher_grad`` wants its gradient.
     """
     if not isinstance(student, Tensor) or student.layout is not torch.strided:
         tensor("student_logits", student)
@@ -98,7 +99,10 @@ def logits(student: Tensor, teacher: Tensor, least: int = 2) -> int:
         tensor("teacher_logits", teacher)
         raise
     if shape != others:
-        raise fail("teacher_logits", f"of the student's shape {tuple(shape)}", tuple(others))
+        expected = f"of the student's shape {tuple(shape)}"
+        if len(shape) == 4 == len(others) and shape[:2] == others[:2]:
+            expected += " (KD takes maps of two sizes: resize='bilinear')"
+        raise fail("teacher_logits", expected, tuple(others))
     rank = len(shape)
     if rank == 2:
         class_dim = 1
@@ -116,17 +120,17 @@ def logits(student: Tensor, teacher: Tensor, least: int = 2) -> int:
         dtype("teacher_logits", teacher)
     if not (student.is_cpu and teacher.is_cpu) and student.device != teacher.device:
         raise fail("teacher_logits", f"on the student's device {student.device}", teacher.device)
-    if teacher.requires_grad:
-        constant("teacher_logits", teacher)
+    if teacher.requires_grad and not teacher_grad:
+        constant("teacher_logits", teacher, ", or give teacher_grad=True for its gradient")
     return class_dim
 
 
-def constant(name: str, value: Tensor) -> None:
-    """Check that a teacher's tensor is a constant."""
+def constant(name: str, value: Tensor, other: str = "") -> None:
+    """Check that a teacher's tensor is a constant; ``other`` says what else there is to do."""
     if value.requires_grad and torch.is_grad_enabled():
         raise fail(
             name,
-            "a constant (call .detach() on it, or run the teacher under torch.no_grad())",
+            f"a constant (call .detach() on it, or run the teacher under torch.no_grad(){other})",
             "a tensor that requires grad",
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _checks, _reduce
-from ._autograd import apply
+from ._autograd import apply, joined, wants_gradient
 from ._calls import CorrelationCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtensor import gathered
@@ -30,10 +30,11 @@ def correlation_loss(
     reduction: str,
     loss_weight: float,
     backend: str | None,
+    teacher_grad: bool = False,
 ) -> Tensor:
     """Check the inputs, choose the backend and run it; ``beta`` weighs rows, ``gamma`` columns."""
     code = _checks.batch_reduction(reduction)
-    class_dim = _checks.logits(student, teacher)
+    class_dim = _checks.logits(student, teacher, teacher_grad=teacher_grad)
     counted = counted_rows(spec, student, labels, class_dim, ignore_index)
     chosen = (choose if counted is None else choose_beside_cuda)(spec, student, backend)
     if chosen != "native":  # which checks it itself
@@ -49,7 +50,11 @@ def correlation_loss(
     scale = loss_weight * tau * tau
     numbers = [beta * scale, gamma * scale, tau, eps]
     call = CorrelationCall(spec.name, numbers, None, class_dim, code)
-    return apply(chosen, "correlation", student, call, teacher, counted)
+    if not wants_gradient(teacher):
+        return apply(chosen, "correlation", student, call, teacher, counted)
+    roles = (student, teacher), (teacher, student)  # the relations are symmetric
+    by = [apply(chosen, "correlation", x, call, y.detach(), counted) for x, y in roles]
+    return joined(*by)
 
 
 def counted_rows(

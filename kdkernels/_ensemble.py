@@ -78,6 +78,7 @@ def single(
     class_dim: int | None,
     standardize: bool = False,
     tp_group: Any = None,
+    teacher_grad: bool = False,
 ) -> Tensor:
     """The logits whose softmax at T is the mean of several teachers': T log p, written once.
 
@@ -89,6 +90,8 @@ def single(
         teacher = EnsembleTeacher(teacher)
     if tp_group is not None:  # a rank does not know the sums over all classes
         raise _checks.fail("teacher_logits", "one Tensor where tp_group is given", "several")
+    if _checks.flag("teacher_grad", teacher_grad):
+        raise _checks.fail("teacher_grad", "False where there are several teachers", True)
     if standardize is not False:
         raise _checks.fail("standardize", "False where there are several teachers", standardize)
     members = list(teacher.logits)

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _reduce
-from ._autograd import apply, apply_with_parts
+from . import _checks, _decoupled, _reduce
+from ._autograd import (
+    apply,
+    apply_with_parts,
+    differentiable_once,
+    joined,
+    wants_gradient,
+)
 from ._calls import RowCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
@@ -40,6 +46,44 @@ def run(
     """The loss of checked arguments, and its parts by row where they are wanted."""
     chooses = choose_beside_cuda if parts or hard != 0.0 else choose
     chosen = chooses(spec, student, backend)
+    if chosen != "reference" and wants_gradient(teacher):
+        loss, separate = run(
+            spec, backend, options, temperature, scale, hard, standardize, parts, ignore_index,
+            class_dim, student, teacher.detach(), target, token_weight, hard_token_weight,
+            row_temperature, reduction,
+        )  # fmt: skip
+        if spec.family == "decoupled" and target is not None:
+
+            def reverse_kl(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+                mask = counted.long() - 1
+                return run(
+                    SPECS["reverse_kl"], backend, (), 1.0, 1.0, 0.0, False, False, -1, 1,
+                    student, teacher, mask, None, None, None, 0,
+                )[0]  # fmt: skip
+
+            heat = _by_row(row_temperature, student, class_dim)
+            values, valid = _decoupled.by_teacher(
+                reverse_kl, student.detach(), teacher, target,
+                temperature if heat is None else heat.reshape(-1, 1), standardize, ignore_index,
+                class_dim, **dict(zip(spec.options, options, strict=True)),
+            )  # fmt: skip
+            weight = _by_row(token_weight, student, class_dim)
+            soft = _reduce.weigh(values, scale, weight, valid)
+            none = torch.zeros_like(soft)
+            shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+            other, _ = _reduce.finish(soft, none, none, valid, shape, reduction, False)
+            return joined(loss, other), separate
+        exchanged = spec.exchanged(*options)
+        if exchanged is None:
+            backend, roles = "reference", (student.detach(), differentiable_once(teacher))
+        else:
+            spec, options = SPECS[exchanged[0]], exchanged[1]
+            roles = teacher, student.detach()
+        other, _ = run(
+            spec, backend, options, temperature, scale, 0.0, standardize, False, ignore_index,
+            class_dim, *roles, target, token_weight, None, row_temperature, reduction,
+        )  # fmt: skip
+        return joined(loss, other), separate
     if spec.evaluate is not None:
         return _by_evaluation(
             spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,

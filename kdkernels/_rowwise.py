@@ -20,7 +20,7 @@ from .reference._rows import weighted
 from .registry import LossSpec
 
 
-class TokenOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
     """The keywords that every row loss has; ``row_loss`` has their defaults."""
 
     ignore_index: int | None
@@ -33,6 +33,12 @@ class TokenOptions(TypedDict, total=False):
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
+
+
+class TokenOptions(CommonOptions, total=False):
+    """Likewise, of the losses of a pair of logits."""
+
+    teacher_grad: bool
 
 
 class RowOptions(TokenOptions, total=False):
@@ -71,6 +77,7 @@ def row_loss(
     token_weight: Tensor | None = None,
     num_items_in_batch: float | Tensor | None = None,
     return_parts: bool = False,
+    teacher_grad: bool = False,
     standardize: bool = False,
     class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
@@ -82,7 +89,9 @@ def row_loss(
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
     if not isinstance(teacher, Tensor):
-        teacher = _ensemble.single(teacher, student, temperature, class_dim, standardize, tp_group)
+        teacher = _ensemble.single(
+            teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
+        )
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
@@ -93,8 +102,8 @@ def row_loss(
             ignore_index=ignore_index, reduction=reduction, loss_weight=loss_weight,
             hard_weight=hard_weight, token_weight=shape.of_rows("token_weight", token_weight),
             num_items_in_batch=num_items_in_batch, return_parts=return_parts,
-            standardize=standardize, process_group=process_group, tp_group=tp_group,
-            backend=backend,
+            teacher_grad=teacher_grad, standardize=standardize, process_group=process_group,
+            tp_group=tp_group, backend=backend,
         )  # fmt: skip
         if isinstance(given, Tensor):
             return shape.back(given)
@@ -107,7 +116,11 @@ def row_loss(
     if tp_group is not None:
         _group.check_call(tp_group, student, teacher, name="tp_group")
         least = 2 if tp_group.size() == 1 else 0
-    class_dim = _checks.logits(student, teacher, least)
+    if teacher_grad is not False:
+        teacher_grad = _checks.flag("teacher_grad", teacher_grad)
+        if teacher_grad and tp_group is not None:
+            raise _checks.fail("teacher_grad", "False where tp_group is given", True)
+    class_dim = _checks.logits(student, teacher, least, teacher_grad)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
         temperature, heats = _temperature.split(temperature, student, class_dim)
@@ -139,6 +152,7 @@ def row_loss(
             "token_weight": token_weight,
             "num_items_in_batch": num_items_in_batch,
             "return_parts": return_parts,
+            "teacher_grad": teacher_grad,
             "standardize": standardize,
             "tp_group": tp_group,
             "backend": backend,

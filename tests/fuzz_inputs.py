@@ -32,7 +32,7 @@ WEIGHTS = (1.0, 0.0, 0.5, 2.0, 8.0, 1e-6, 1e3, 1e12)
 NOT_PLAIN = (
     "backend", "labels", "target", "token_weight", "num_items_in_batch", "return_parts",
     "return_mass", "log_rest",
-    "process_group", "tp_group", "class_dim",
+    "process_group", "tp_group", "class_dim", "teacher_grad", "resize",
 )  # fmt: skip
 """Arguments that are no options, and tensors."""
 FRACTIONS = (0.5, 0.0, 1.0, 0.1, 0.9, 1e-3, 0.999)
@@ -87,6 +87,8 @@ BAD_VALUES: dict[str, Sequence[Any]] = {
     ),
     "class_dim": ("1", 1.5, True, 2**70, [1], 99, -99, torch.tensor(1.0)),
     "standardize": (1, 0, None, "yes", [], 1.0, torch.tensor(1)),
+    "resize": ("nearest", "", 1, True, ["bilinear"], b"bilinear", "Bilinear"),
+    "teacher_grad": (1, 0, None, "yes", [], 1.0, torch.tensor(1)),
     "backend": ("cuda", "", ["native"], 0, False, b"native", {}, ("native",)),
     "process_group": ("gloo", 0, -100, ["gloo"], object()),
     "tp_group": ("gloo", 0, -100, ["gloo"], object()),

@@ -654,7 +654,7 @@ _of(
     "kdkernels/losses", "acceptance.py", "test_language_models.py", "acceptance",
     ("distance_always", "near = distance < «0.5»", "1.5"),
     ("gradient_sign", "«distance.detach() - distance»", "distance - distance.detach()"),
-    ("kl_alone", "mixture(rows(KD_OF_TOKENS), «distance», eta)", "0 * distance",
+    ("kl_alone", "else KD_OF_TOKENS), «distance», eta)", "0 * distance",
      "test_language_models.py", "speculators"),
 )  # fmt: skip
 _of(
@@ -812,4 +812,50 @@ _of(
     ("numbers_as_logarithms", "«math.log(w / largest)» for w", "w"),
     ("weights_as_logarithms", "working_dtype(*members))«.log()»", ""),
     ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
+)  # fmt: skip
+
+# The teacher's gradient.
+
+_of(
+    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native or second or group",
+    ("roles_kept", "roles = «teacher, student.detach()»\n", "student, teacher.detach()"),
+    ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
+     "test_teacher_grad.py", "native and keywords"),
+    ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
+     "test_teacher_grad.py", "names_no_exchanged"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_autograd.py", "test_teacher_grad.py", "native and roles",
+    ("one_side", "return upstream, «upstream»", "0 * upstream"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_correlation.py", "test_teacher_grad.py", "native and dist",
+    ("roles_kept", "(student, teacher), «(teacher, student)»", "(student, teacher)"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "jsd.py", "test_teacher_grad.py", "native and roles",
+    ("beta_kept", "(\"jsd\", («1.0 - beta»,))", "beta"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "_rows.py", "test_teacher_grad.py", "reference and plain",
+    ("teacher_still", "moves = by_q« - by_p»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels", "_resize.py", "test_resize.py", "hand or half or errors",
+    ("resized_in_half", "resized(«student.to(working_dtype(student, teacher))», teacher)",
+     "student"),
+    ("any_way", "not isinstance(value, str) or «value != \"bilinear\"»", "False"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_decoupled.py", "test_teacher_grad.py", "native and (dkd or aekt)",
+    ("target_stays", "[x.scatter(1, index, «-torch.inf») for x in (s, t)]", "0.0"),
+    ("weight_lost", "explicit = weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, kappa,"
+     " ratio_max)»)", "1.0"),
+    ("ignored_count", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "some",
+     "test_teacher_grad.py", "native and ignored"),
+    ("one_temperature", "rescale(s, t, «temperature», standardize)", "1.0"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "acceptance.py", "test_teacher_grad.py", "native and acceptance",
+    ("roles_kept", "«REVERSE_KL» if kind == EXCHANGED", "KD_OF_TOKENS"),
 )  # fmt: skip

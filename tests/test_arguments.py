@@ -61,9 +61,10 @@ ARGUMENTS = {
     for spec in LOSSES
     for name in inspect.signature(spec.function).parameters
     # test_dispatch.py; another name of the target; test_row_keywords.py; test_hard_weight.py;
-    # test_group.py; test_sharded_classes.py; test_class_dim.py
+    # test_group.py; test_sharded_classes.py; test_class_dim.py; test_teacher_grad.py;
+    # test_resize.py
     if name not in ("backend", "labels", "token_weight", "num_items_in_batch", "return_parts")
-    and name not in ("process_group", "tp_group", "class_dim")
+    and name not in ("process_group", "tp_group", "class_dim", "teacher_grad", "resize")
 }
 
 
@@ -143,8 +144,8 @@ def test_every_argument_of_a_module_reaches_its_function(spec: LossSpec) -> None
     inputs = (student, teacher, target) if spec.takes_target else (student, teacher)
     names = ("student_logits", "teacher_logits", spec.target_name)
     for name in option_names(spec):
-        # test_group.py, test_sharded_classes.py, test_class_dim.py
-        if name in ("process_group", "tp_group", "class_dim"):
+        # As above.
+        if name in ("process_group", "tp_group", "class_dim", "teacher_grad", "resize"):
             continue
         changed = {name: "reference"} if name == "backend" else _changed(spec, name)
         by_function = spec.function(**dict(zip(names, inputs, strict=False)), **changed)

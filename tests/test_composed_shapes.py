@@ -114,7 +114,12 @@ def test_errors_spell_shapes() -> None:
     refused(pkd, f"{name} (2, 16, H, W), got shape (2, 6, 16)", maps, tokens)
     refused(pkd, f"{name} (2, 6, 16), got shape (2, 7, 16)", tokens, draw(2, 7, 16))
     refused(pkd, f"{name} (2, 6, 16), got shape (2, 16, 6, 1)", tokens, draw(2, 16, 6, 1))
-    refused(attention, f"{name} (2, C, 4, 5), got shape (2, 16, 5, 4)", maps, draw(2, 16, 5, 4))
+    refused(
+        attention,
+        f"{name} (2, C, 4, 5) (maps of another size: resize='bilinear'), got shape (2, 16, 5, 4)",
+        maps,
+        draw(2, 16, 5, 4),
+    )
     refused(attention, f"{name} (2, 6, D), got shape (2, 5, 16)", tokens, draw(2, 5, 16))
     refused(attention, f"{name} (2, 6, D), got shape (2, 16, 6, 1)", tokens, draw(2, 16, 6, 1))
     name = "student_features must be (B, N, D) or (B, C, H, W), got shape"

@@ -94,6 +94,10 @@ BY_NAME: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (value, ValueError, f"'log' or 'hybrid', got {value!r}")
         for value in ("Log", None, 1, ["log"])
     ],
+    "resize": [
+        (value, ValueError, f"None or 'bilinear', got {value!r}")
+        for value in ("nearest", 1, True, ["bilinear"])
+    ],
     "loss_weight": NUMBER,
     **{
         name: [

@@ -37,6 +37,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -57,6 +58,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -77,6 +79,7 @@ def acceptance_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -100,6 +103,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -125,6 +129,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -150,6 +155,7 @@ def aekt_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -172,6 +178,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -192,6 +199,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -212,6 +220,7 @@ def alpha_beta_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -233,6 +242,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -256,6 +266,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -279,6 +290,7 @@ def dkd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -300,6 +312,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -319,6 +332,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -338,6 +352,7 @@ def jsd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -350,6 +365,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -357,6 +373,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -371,6 +388,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -378,6 +396,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -392,6 +411,7 @@ def kd_loss(
     *,
     target: Tensor | None = ...,
     labels: Tensor | None = ...,
+    resize: str | None = ...,
     ignore_index: int | None = ...,
     reduction: str = ...,
     loss_weight: float | Tensor = ...,
@@ -399,6 +419,7 @@ def kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     standardize: bool = ...,
     class_dim: int | None = ...,
     process_group: ProcessGroup | None = ...,
@@ -420,6 +441,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -439,6 +461,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -458,6 +481,7 @@ def mixed_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -476,6 +500,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -494,6 +519,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -512,6 +538,7 @@ def reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -588,6 +615,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -607,6 +635,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -626,6 +655,7 @@ def skew_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -645,6 +675,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -664,6 +695,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -683,6 +715,7 @@ def skew_reverse_kl_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -821,6 +854,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -839,6 +873,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -857,6 +892,7 @@ def tv_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    teacher_grad: bool = ...,
     process_group: ProcessGroup | None = ...,
     tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -873,6 +909,7 @@ class AEKTLoss(RowLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -891,6 +928,7 @@ class AEKTLoss(RowLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -907,6 +945,7 @@ class AcceptanceLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -921,6 +960,7 @@ class AcceptanceLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -935,6 +975,7 @@ class AlphaBetaLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -949,6 +990,7 @@ class AlphaBetaLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -956,6 +998,7 @@ class AlphaBetaLoss(TokenLoss):
 
 class AttentionTransferLoss(LossModule):
     p: float
+    resize: str | None
     reduction: str
     loss_weight: float
     backend: str | None
@@ -963,6 +1006,7 @@ class AttentionTransferLoss(LossModule):
         self,
         p: float = ...,
         *,
+        resize: str | None = ...,
         reduction: str = ...,
         loss_weight: float = ...,
         backend: str | None = ...,
@@ -981,6 +1025,7 @@ class DISTLoss(LossModule):
     eps: float
     reduction: str
     loss_weight: float
+    teacher_grad: bool
     class_dim: int | None
     process_group: ProcessGroup | None
     backend: str | None
@@ -994,6 +1039,7 @@ class DISTLoss(LossModule):
         eps: float = ...,
         reduction: str = ...,
         loss_weight: float = ...,
+        teacher_grad: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1014,6 +1060,7 @@ class DKDLoss(RowLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -1030,6 +1077,7 @@ class DKDLoss(RowLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -1086,6 +1134,7 @@ class JSDLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1099,6 +1148,7 @@ class JSDLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1106,11 +1156,13 @@ class JSDLoss(TokenLoss):
 
 class KDLoss(RowLoss):
     temperature: float | Tensor
+    resize: str | None
     ignore_index: int | None
     reduction: str
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     standardize: bool
     class_dim: int | None
     process_group: ProcessGroup | None
@@ -1120,11 +1172,13 @@ class KDLoss(RowLoss):
         self,
         temperature: float | Tensor = ...,
         *,
+        resize: str | None = ...,
         ignore_index: int | None = ...,
         reduction: str = ...,
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         standardize: bool = ...,
         class_dim: int | None = ...,
         process_group: ProcessGroup | None = ...,
@@ -1163,6 +1217,7 @@ class MixedKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1176,6 +1231,7 @@ class MixedKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1230,6 +1286,7 @@ class ReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1242,6 +1299,7 @@ class ReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1279,6 +1337,7 @@ class SkewKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1292,6 +1351,7 @@ class SkewKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1305,6 +1365,7 @@ class SkewReverseKLLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1318,6 +1379,7 @@ class SkewReverseKLLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
@@ -1330,6 +1392,7 @@ class TVLoss(TokenLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    teacher_grad: bool
     process_group: ProcessGroup | None
     tp_group: ProcessGroup | None
     backend: str | None
@@ -1342,6 +1405,7 @@ class TVLoss(TokenLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        teacher_grad: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,

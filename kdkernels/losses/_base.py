@@ -126,6 +126,7 @@ _CHECKS: dict[str, Check] = {
     "hard_weight": _checks.number,
     "return_parts": _checks.flag,
     "return_mass": _checks.flag,
+    "teacher_grad": _checks.flag,
     "ignore_index": optional(_checks.integer),
     "standardize": _checks.flag,
     "class_dim": optional(_checks.integer),
@@ -252,6 +253,11 @@ _ARGUMENTS = {
     "return_parts": """gives ``(loss, parts)``: ``parts.distillation`` and ``parts.hard``, whose sum
         is the loss, and ``parts.entropy``, that of the student's softened distribution in nats, one
         value a row (0 where it is ignored); all detached, from the same pass.""",
+    "teacher_grad": """gives the teacher its gradient too, for mutual learning (Zhang et al., CVPR
+        2018; 1706.00384); the loss stays as it is. A second call of the kernels makes it, of the
+        loss with the roles exchanged; of DKD and AEKT two calls do, on copies of the logits without
+        their targets. Not beside ``tp_group``, nor of several teachers. False: a teacher that
+        requires grad raises.""",
     "num_items_in_batch": """the denominator of ``'mean'`` where a step's batch comes in parts: a
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is

@@ -15,12 +15,15 @@ from ..reference.acceptance import LEAST, acceptance as reference, mixture
 from ..registry import LossSpec, register
 from ._base import TokenLoss, row_function
 from .kd import KD_OF_TOKENS
+from .reverse_kl import REVERSE_KL
 from .tv import TV
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 KINDS = ("log", "hybrid")
+EXCHANGED = "hybrid of reverse KL"
+"""The hybrid with the roles exchanged, of which only the kernels' gradient is wanted."""
 
 
 @row_function(TokenOptions)
@@ -63,8 +66,8 @@ def acceptance_loss(
 
 def _steps(rows: Callable[..., Tensor], kind: str, eta: float) -> Tensor:
     distance = rows(TV)
-    if kind == "hybrid":
-        return mixture(rows(KD_OF_TOKENS), distance, eta)
+    if kind != "log":
+        return mixture(rows(REVERSE_KL if kind == EXCHANGED else KD_OF_TOKENS), distance, eta)
     # From total variation or from a, whichever is smaller and so exact. The gradient is that of
     # total variation over a, which the kernels give its digits where the student is certain.
     near = distance < 0.5
@@ -105,6 +108,7 @@ ACCEPTANCE = register(
         rule=TV.rule,
         steps=_steps,
         constant_weight="eta",
+        exchanged=lambda kind, eta: ("acceptance", (kind if kind == "log" else EXCHANGED, eta)),
         options={"kind": _kind, "eta": _checks.non_negative},
         samples=(
             {},

@@ -76,6 +76,7 @@ ALPHA_BETA = register(
         target_name="labels",
         t_squared=False,
         options={"alpha": _checks.fraction, "beta": _checks.fraction},
+        exchanged=lambda alpha, beta: ("alpha_beta", (beta, alpha)),
         samples=(
             {},
             {"alpha": 0.5, "beta": 0.5, "temperature": 2.0},

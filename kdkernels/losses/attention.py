@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks, _embedding
+from .. import _checks, _embedding, _resize
 from .._dtensor import gathered
 from ..composed.attention import attention as composed
 from ..reference.attention import attention_transfer as reference
@@ -27,6 +27,7 @@ def attention_transfer_loss(
     teacher_features: Tensor,
     p: float = 2.0,
     *,
+    resize: str | None = None,
     reduction: str = "mean",
     loss_weight: float = 1.0,
     backend: str | None = None,
@@ -36,15 +37,18 @@ def attention_transfer_loss(
     .. math:: Q = \frac{q}{\max(\|q\|_2, 10^{-12})},\quad q = \tfrac1C \sum_c |F_c|^p,\qquad
               L = \tfrac1{B H W} \sum (Q_S - Q_T)^2
 
-    Channels may differ, positions must not. One call a stage; the published weight is 1000 / 2 on
-    the sum of three stages. A sample of zeros has the map 0. Powers are taken of features over the
-    size of their sample, so that any p does with features of any size.
+    Channels may differ, positions only with ``resize``. One call a stage; the published weight is
+    1000 / 2 on the sum of three stages. A sample of zeros has the map 0. Powers are taken of
+    features over the size of their sample, so that any p does with features of any size.
 
     Args:
         student_features: (B, C, H, W), or tokens (B, N, D) of N positions and D channels; float64,
             float32, float16 or bfloat16.
         teacher_features: (B, C', H, W), or (B, N, D'), on the same device; own dtype; a constant.
         p: power >= 1 (published: 2).
+        resize: ``'bilinear'`` brings the maps (B, C, H', W') of a student to the teacher's height
+            and width first, as :func:`kdkernels.functional.pkd_loss` does. None: sizes that differ
+            raise.
         reduction: ``'mean'`` (alias ``'batchmean'``) over samples and positions, or ``'sum'``.
         loss_weight: multiplies the loss.
         backend: ``'reference'`` or None: composed of torch operations, no kernel of its own. None
@@ -57,17 +61,22 @@ def attention_transfer_loss(
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
     p = _power("p", p)
+    _resize.check("resize", resize)
     _checks.batch_reduction(reduction)
     loss_weight = _checks.number("loss_weight", loss_weight)
     student = _embedding.maps("student_features", student_features)
     teacher = _embedding.maps("teacher_features", teacher_features)
     _embedding.beside("teacher_features", teacher, student)
     rank, got = student_features.dim(), teacher_features.shape
+    if resize is not None and rank == 4 == teacher_features.dim():
+        student = _resize.to_teacher(student, teacher)
     batch, _, *positions = student.shape
     if teacher_features.dim() != rank or (batch, *positions) != (len(teacher), *teacher.shape[2:]):
         positions = positions[: rank - 2]
         channels = "D" if rank == 3 else "C"
         expected = _embedding.shape_of_maps(rank, batch, channels, *positions)
+        if rank == 4:
+            expected += " (maps of another size: resize='bilinear')"
         raise _checks.fail("teacher_features", expected, f"shape {tuple(got)}")
     _checks.constant("teacher_features", teacher)
     return _embedding.composed(
@@ -96,7 +105,7 @@ def _inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...
 ATTENTION = register(
     LossSpec(
         name="attention",
-        checks={"reduction": of_batch, "p": _power},
+        checks={"reduction": of_batch, "p": _power, "resize": _resize.check},
         title="AT",
         paper="Zagoruyko & Komodakis, ICLR 2017 (1612.03928)",
         formula="mean (Q_S − Q_T)², Q = n(mean_c |F_c|^p)",

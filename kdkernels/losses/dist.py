@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _group, _moments, _reduce
+from .._autograd import joined, wants_gradient
 from .._correlation import correlation_loss, counted_rows
 from .._ensemble import TeacherLogits, single
 from .._group import ProcessGroup
@@ -28,6 +29,7 @@ def dist_loss(
     eps: float = 1e-8,
     reduction: str = "mean",
     loss_weight: float = 1.0,
+    teacher_grad: bool = False,
     class_dim: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
@@ -69,6 +71,8 @@ def dist_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) as published; ``'sum'`` sums 1 - rho over rows
             and over classes. The loss couples the rows, so there is no ``'none'``.
         loss_weight: multiplies the loss inside the kernel.
+        teacher_grad: gives the teacher its gradient too, by a second pass of the kernels with the
+            roles exchanged, which leave the loss as it is; not of several teachers.
         class_dim: the dimension of the classes in logits of any shape, such as 1 for (N, C, L) and
             (N, C, D, H, W); all others are rows. None: as above.
         process_group: the batch is that of all ranks of this group, whose rows may differ in number
@@ -92,20 +96,29 @@ def dist_loss(
         "loss_weight": _checks.number("loss_weight", loss_weight),
     }
     if not isinstance(teacher_logits, Tensor):
-        teacher_logits = single(teacher_logits, student_logits, numbers["tau"], class_dim)
+        teacher_logits = single(
+            teacher_logits, student_logits, numbers["tau"], class_dim, teacher_grad=teacher_grad
+        )
+    teacher_grad = _checks.flag("teacher_grad", teacher_grad)
     if class_dim is not None:
         shape = ClassesAt(class_dim, student_logits, teacher_logits)
         student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
         labels = shape.of_rows("labels", labels)
-    if process_group is not None:
-        return _of_group(
-            student_logits, teacher_logits, labels, ignore_index, process_group, reduction,
-            backend, **numbers,
+    if process_group is None:
+        return correlation_loss(
+            DIST, student_logits, teacher_logits, labels=labels, ignore_index=ignore_index,
+            reduction=reduction, backend=backend, teacher_grad=teacher_grad, **numbers,
         )  # fmt: skip
-    return correlation_loss(
-        DIST, student_logits, teacher_logits, labels=labels, ignore_index=ignore_index,
-        reduction=reduction, backend=backend, **numbers,
-    )  # fmt: skip
+    _group.check_call(process_group, student_logits, teacher_logits)
+    _checks.logits(student_logits, teacher_logits, teacher_grad=teacher_grad)
+    roles = [(student_logits, teacher_logits)]
+    if wants_gradient(teacher_logits):
+        roles = [(x, y.detach()) for x, y in (*roles, roles[0][::-1])]
+    by = [
+        _of_group(x, y, labels, ignore_index, process_group, reduction, backend, **numbers)
+        for x, y in roles
+    ]
+    return joined(*by) if len(by) == 2 else by[0]
 
 
 def _of_group(
@@ -124,7 +137,6 @@ def _of_group(
     loss_weight: float,
 ) -> Tensor:
     """The row term of this rank's rows by the kernel, the column term of all ranks' moments."""
-    _group.check_call(group, student, teacher)
     mean = _checks.batch_reduction(reduction) == _checks.REDUCTIONS["mean"]
     class_dim = _checks.logits(student, teacher)
     counted = counted_rows(DIST, student, labels, class_dim, ignore_index)

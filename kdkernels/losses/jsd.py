@@ -75,6 +75,7 @@ JSD = register(
         t_squared=False,
         options={"beta": _checks.fraction},
         ends=((0.0, End(KD_OF_TOKENS)), (1.0, End(REVERSE_KL))),
+        exchanged=lambda beta: ("jsd", (1.0 - beta,)),
         rule="mixture",
         rule_numbers=lambda beta: (beta, 1.0 - beta, beta, 1.0 - beta),
         samples=(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _resize
 from .._ensemble import TeacherLogits
 from .._rowwise import RowOptions, row_loss
 from ..reference.kd import kd as reference, kd_by_temperature
@@ -26,6 +26,7 @@ def kd_loss(
     *,
     target: Tensor | None = None,
     labels: Tensor | None = None,
+    resize: str | None = None,
     **common: Unpack[RowOptions],
 ) -> Tensor:
     r"""Temperature-scaled Kullback-Leibler divergence from teacher to student.
@@ -39,7 +40,16 @@ def kd_loss(
               \frac{\partial L}{\partial z_{nc}} = \frac TN (q_{nc} - p_{nc})
 
     T^2 is in.
+
+    Args:
+        resize: ``'bilinear'`` brings the logits of a student (N, C, H', W') to the teacher's height
+            and width first, in float32 (float64), as segmentation wants it; labels and weights
+            have the teacher's size. None: sizes that differ raise.
     """
+    if resize is not None:
+        student_logits = _resize.logits(
+            student_logits, teacher_logits, resize, common.get("class_dim")
+        )
     index = _checks.given(target, labels)
     return row_loss(KD, student_logits, teacher_logits, index, (), temperature, **common)
 
@@ -66,7 +76,9 @@ KD = register(
         reduction="mean over rows",
         eps="none needed",
         takes_target=True,
+        checks={"resize": _resize.check},
         by_temperature=kd_by_temperature,
+        exchanged=lambda: ("reverse_kl", ()),
         samples=(
             {},
             {"temperature": 1.0},

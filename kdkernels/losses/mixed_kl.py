@@ -70,8 +70,12 @@ def _by_token(
     common: TokenOptions,
 ) -> Tensor:
     if not isinstance(teacher, Tensor):
-        teacher = single(teacher, student, temperature, None, tp_group=common.get("tp_group"))
-    class_dim = _checks.logits(student, teacher, 2 if common.get("tp_group") is None else 0)
+        teacher = single(
+            teacher, student, temperature, None, tp_group=common.get("tp_group"),
+            teacher_grad=common.get("teacher_grad", False),
+        )  # fmt: skip
+    least = 2 if common.get("tp_group") is None else 0
+    class_dim = _checks.logits(student, teacher, least, common.get("teacher_grad", False))
     _checks.token_weight(weight, student, class_dim, "forward_weight")
     given = common.pop("token_weight", None)
     if given is not None:
@@ -95,6 +99,10 @@ def _by_token(
     index = common.get("ignore_index", -100)
     ignored = _checks.NO_INDEX if index is None else index
     return over_ranks(functools.reduce(joined, both), group, student, class_dim, labels, ignored)
+
+
+def _exchanged(weight: float) -> tuple[str, tuple[float, ...]]:
+    return ("mixed_kl", (1.0 - weight,)) if 1.0 - weight < 1.0 else ("kd", ())
 
 
 class MixedKLLoss(TokenLoss):
@@ -123,6 +131,7 @@ MIXED_KL = register(
         t_squared=False,
         needs_teacher_mass=True,
         options={"forward_weight": _checks.fraction},
+        exchanged=_exchanged,
         ends=((1.0, End(KD_OF_TOKENS)),),
         samples=(
             {},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks, _embedding, _group, _moments
+from .. import _checks, _embedding, _group, _moments, _resize
 from .._dispatch import choose
 from .._dtensor import gathered
 from .._dtypes import working_dtype
 from .._group import ProcessGroup
 from ..composed.pkd import pkd as composed
-from ..reference.pkd import EPS, pkd as reference, resize
+from ..reference.pkd import EPS, pkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, of_batch, weighed
 
@@ -69,10 +69,7 @@ def pkd_loss(
         expected = _embedding.shape_of_maps(rank, *student.shape[:2], *positions)
         raise _checks.fail("teacher_features", expected, f"shape {tuple(got)}")
     _checks.constant("teacher_features", teacher)
-    if student.shape != teacher.shape:
-        student, teacher = _embedding.promote(student, teacher)
-        with _embedding.full_precision(student.device):
-            student = resize(student, teacher)
+    student = _resize.to_teacher(student, teacher)
     if process_group is not None:
         _group.check_call(process_group)
         choose(PKD, student, backend)

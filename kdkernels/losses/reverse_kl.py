@@ -65,6 +65,7 @@ REVERSE_KL = register(
         target_name="labels",
         t_squared=False,
         needs_teacher_mass=True,
+        exchanged=lambda: ("kd", ()),
         rule="mixed_kl",
         rule_numbers=lambda: (0.0,),
         samples=({}, {"temperature": 2.0}, {"temperature": 0.5, "loss_weight": 0.25}),

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from .. import _checks
 from .._dtensor import any_sharded
-from .._rowwise import TokenOptions, row_loss
+from .._rowwise import CommonOptions, row_loss
 from .._tracing import traced, transformed
 from ..reference.sampled_kl import estimate, sampled_kl as reference
 from ..registry import SPECS, LossSpec, register
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 ESTIMATORS = ("k1", "k2", "k3")
 
 
-@row_function(TokenOptions)
+@row_function(CommonOptions)
 def sampled_kl_loss(
     student_logits: Tensor,
     sampled_ids: Tensor,
     teacher_logprob: Tensor,
     labels: Tensor | None = None,
     estimator: str = "k2",
-    **common: Unpack[TokenOptions],
+    **common: Unpack[CommonOptions],
 ) -> Tensor:
     r"""Estimates of KL from tokens that the student sampled, and their teacher's log-probabilities.
 
@@ -69,7 +69,7 @@ def sampled_kl_loss(
     return row_loss(SAMPLED_KL, student_logits, teacher, labels, options, 1.0, **common)
 
 
-def _check_range(ids: Tensor, classes: int, labels: Any, common: TokenOptions) -> None:
+def _check_range(ids: Tensor, classes: int, labels: Any, common: CommonOptions) -> None:
     """Check the ids of the rows that count; ``row_loss`` checks the labels."""
     ids = ids.long()  # a comparison in a narrow type wraps the number of classes
     bad = (ids < 0) | (ids >= classes)

@@ -70,6 +70,7 @@ SKEW_KL = register(
         t_squared=False,
         options={"alpha": _checks.fraction},
         ends=((0.0, End(KD_OF_TOKENS)), (1.0, End(JSD, (0.5,), 0.0))),
+        exchanged=lambda alpha: ("skew_reverse_kl", (alpha,)),
         rule="mixture",
         rule_numbers=lambda alpha: (alpha, 1.0 - alpha, 1.0, 0.0),
         samples=(

@@ -70,6 +70,7 @@ SKEW_REVERSE_KL = register(
         t_squared=False,
         options={"alpha": _checks.fraction},
         ends=((0.0, End(REVERSE_KL)), (1.0, End(JSD, (0.5,), 0.0))),
+        exchanged=lambda alpha: ("skew_kl", (alpha,)),
         rule="mixture",
         rule_numbers=lambda alpha: (1.0 - alpha, alpha, 0.0, 1.0),
         samples=(

@@ -12,7 +12,7 @@ from .._calls import NO_ID, TopKCall
 from .._dtensor import any_sharded
 from .._dtypes import INTEGERS, working_dtype
 from .._rowrun import run
-from .._rowwise import TokenOptions, row_loss
+from .._rowwise import CommonOptions, row_loss
 from .._tracing import traced, transformed
 from ..reference.topk import rows as reference
 from ..registry import LossSpec, register
@@ -40,7 +40,7 @@ class TopKMass(NamedTuple):
     """As it was given."""
 
 
-@row_function(TokenOptions)
+@row_function(CommonOptions)
 def topk_kd_loss(
     student_logits: Tensor,
     teacher_ids: Tensor,
@@ -53,7 +53,7 @@ def topk_kd_loss(
     tail: str = "bucket",
     log_rest: Tensor | None = None,
     return_mass: bool = False,
-    **common: Unpack[TokenOptions],
+    **common: Unpack[CommonOptions],
 ) -> Any:
     r"""Divergence from a teacher of whom K ids a row are known, such as a top-k cache.
 

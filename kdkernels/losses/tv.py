@@ -62,6 +62,7 @@ TV = register(
         target_name="labels",
         t_squared=False,
         smooth=False,
+        exchanged=lambda: ("tv", ()),
         samples=({}, {"temperature": 2.0}, {"temperature": 0.5, "loss_weight": 0.25}),
         laws=("non_negative", "zero_iff_equal", "shift", "temperature_scaling", "masked_class"),
     )

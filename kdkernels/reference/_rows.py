@@ -67,11 +67,12 @@ def log_ratio(
     """log(p / q) of the classes, and lse_p - lse_q, both without the rounding errors of ``lse``.
 
     ``delta`` is teacher minus student, of the scaled logits, whose logsumexps are ``lse``. The
-    gradient is that of delta - lse_p + lse_q, the teacher being a constant.
+    gradients are those of delta - lse_p + lse_q and of lse_p - lse_q.
     """
     origin, c = _normalisers(*(x.detach() for x in (delta, log_p, log_q, lse_p, lse_q)))
     direct = (lse_p - lse_q).detach()
-    moves = torch.where(lse_q.isfinite(), lse_q - lse_q.detach(), 0.0)
+    by_q, by_p = (torch.where(x.isfinite(), x - x.detach(), 0.0) for x in (lse_q, lse_p))
+    moves = by_q - by_p
     gap = torch.where(direct.isfinite(), (origin + c).squeeze(-1) - moves, direct)
     return delta - origin - c + moves.unsqueeze(-1), gap
 

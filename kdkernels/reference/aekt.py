@@ -41,12 +41,16 @@ def aekt(
     """Loss of each row: (rows, classes) x (rows, classes) x (rows,) -> (rows,)."""
     student, teacher = rescale(student, teacher, temperature, standardize)
     rows = split(student, teacher, target)
-    log_p_t = rows.log_p[:, 0]
-    impossible = log_p_t == -torch.inf
-    log_ratio = torch.where(impossible, 0.0, rows.d[:, 0].detach())
+    weight = weight_of_ratio(rows.log_p[:, 0], rows.d[:, 0].detach(), kappa, ratio_max)
+    return weighted(weighted(rows.explicit(), weight), alpha) + weighted(rows.implicit(), beta)
+
+
+def weight_of_ratio(log_p: Tensor, log_ratio: Tensor, kappa: float, ratio_max: float) -> Tensor:
+    """min(p / q, ratio_max)^kappa of the target; a constant."""
+    impossible = log_p == -torch.inf
+    log_ratio = torch.where(impossible, 0.0, log_ratio)
     # By the logarithm, because a ratio that underflows may have a root that does not.
     bound = operand(ratio_max)
     bound = bound.log() if isinstance(bound, Tensor) else math.log(bound)
     weight = (log_ratio.clamp(max=bound) * operand(kappa)).exp()
-    weight = torch.where(impossible, 0.0 ** operand(kappa), weight)
-    return weighted(weighted(rows.explicit(), weight), alpha) + weighted(rows.implicit(), beta)
+    return torch.where(impossible, 0.0 ** operand(kappa), weight)
