@@ -84,6 +84,30 @@ def dist_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
+    return relations(
+        DIST, student_logits, teacher_logits, labels, ignore_index, class_dim, process_group,
+        reduction, backend, beta=beta, gamma=gamma, tau=tau, eps=eps, loss_weight=loss_weight,
+    )  # fmt: skip
+
+
+def relations(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: TeacherLogits,
+    labels: Tensor | None,
+    ignore_index: int | None,
+    class_dim: int | None,
+    group: ProcessGroup | None,
+    reduction: str,
+    backend: str | None,
+    *,
+    beta: float,
+    gamma: float,
+    tau: float,
+    eps: float,
+    loss_weight: float,
+) -> Tensor:
+    """Check the numbers, and bring tensors into the form that ``correlation_loss`` takes."""
     numbers = {
         "beta": _checks.non_negative("beta", beta),
         "gamma": _checks.non_negative("gamma", gamma),
@@ -91,24 +115,24 @@ def dist_loss(
         "eps": _checks.non_negative("eps", eps),
         "loss_weight": _checks.number("loss_weight", loss_weight),
     }
-    if not isinstance(teacher_logits, Tensor):
-        teacher_logits = single(teacher_logits, student_logits, numbers["tau"], class_dim)
+    if not isinstance(teacher, Tensor):
+        teacher = single(spec, teacher, student, numbers["tau"], class_dim)
     if class_dim is not None:
-        shape = ClassesAt(class_dim, student_logits, teacher_logits)
-        student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
+        shape = ClassesAt(class_dim, student, teacher)
+        student, teacher = shape.logits(student), shape.logits(teacher)
         labels = shape.of_rows("labels", labels)
-    if process_group is not None:
+    if group is not None:
         return _of_group(
-            student_logits, teacher_logits, labels, ignore_index, process_group, reduction,
-            backend, **numbers,
-        )  # fmt: skip
+            spec, student, teacher, labels, ignore_index, group, reduction, backend, **numbers
+        )
     return correlation_loss(
-        DIST, student_logits, teacher_logits, labels=labels, ignore_index=ignore_index,
+        spec, student, teacher, labels=labels, ignore_index=ignore_index,
         reduction=reduction, backend=backend, **numbers,
     )  # fmt: skip
 
 
 def _of_group(
+    spec: LossSpec,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -126,17 +150,19 @@ def _of_group(
     """The row term of this rank's rows by the kernel, the column term of all ranks' moments."""
     _group.check_call(group, student, teacher)
     mean = _checks.batch_reduction(reduction) == _checks.REDUCTIONS["mean"]
-    class_dim = _checks.logits(student, teacher)
-    counted = counted_rows(DIST, student, labels, class_dim, ignore_index)
+    class_dim = _checks.logits(student, teacher, spec.least_classes)
+    counted = counted_rows(spec, student, labels, class_dim, ignore_index)
     s, t = (_reduce.as_rows(x, class_dim) for x in _reduce.promote(student, teacher))
     by_rows = correlation_loss(
-        DIST, s, t, labels=counted, ignore_index=None, beta=beta, gamma=0.0, tau=tau, eps=eps,
+        spec, s, t, labels=counted, ignore_index=None, beta=beta, gamma=0.0, tau=tau, eps=eps,
         reduction="sum", loss_weight=loss_weight, backend=backend,
     )  # fmt: skip
     if counted is not None:
         counted = counted.unsqueeze(1)
         s, t = (torch.where(counted, x, 0.0) for x in (s, t))
-    q, p = (torch.softmax(x / tau, 1) for x in (s, t))
+    s, t = s / tau, t / tau
+    softmax = spec.activation == "softmax"
+    q, p = (torch.softmax(x, 1) if softmax else torch.sigmoid(x) for x in (s, t))
     inter, moments = _moments.merged(q, p, (0,), by_rows, group, counted)
     rho = _moments.correlation(moments, eps, s.dtype)
     columns = torch.where(moments.rows > 0, 1 - rho, 0.0)

@@ -70,7 +70,8 @@ def _by_token(
     common: TokenOptions,
 ) -> Tensor:
     if not isinstance(teacher, Tensor):
-        teacher = single(teacher, student, temperature, None, tp_group=common.get("tp_group"))
+        group = common.get("tp_group")
+        teacher = single(MIXED_KL, teacher, student, temperature, None, tp_group=group)
     class_dim = _checks.logits(student, teacher, 2 if common.get("tp_group") is None else 0)
     _checks.token_weight(weight, student, class_dim, "forward_weight")
     given = common.pop("token_weight", None)
