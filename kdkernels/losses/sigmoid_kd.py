@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+KEYWORDS = frozenset(SigmoidOptions.__annotations__)
+
+
 @row_function(SigmoidOptions)
 def sigmoid_kd_loss(
     student_logits: Tensor,
@@ -40,6 +43,9 @@ def sigmoid_kd_loss(
     gradient, where the student is certain of what the teacher is not. There is no cross-entropy of
     classes here (``hard_weight``): add ``binary_cross_entropy_with_logits``.
     """
+    for name in common:
+        if name not in KEYWORDS:  # of a softmax
+            raise TypeError(f"sigmoid_kd_loss() got an unexpected keyword argument {name!r}")
     return row_loss(SIGMOID_KD, student_logits, teacher_logits, labels, (), temperature, **common)
 
 
