@@ -30,7 +30,8 @@ class EnsembleTeacher:
 
     .. math:: p = \\sum_m w_m \\operatorname{softmax}(t_m / T) \\Big/ \\sum_m w_m
 
-    (sigmoids, where the loss is of sigmoids), which is not the softmax of averaged logits. A list of logits does the same with equal weights.
+    (the sigmoids, where the loss is of sigmoids), which is not the softmax of averaged logits. A
+    list of logits does the same with equal weights.
 
     Args:
         logits: one tensor a teacher, each of the shape and on the device of the student's logits,

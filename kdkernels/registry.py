@@ -24,10 +24,11 @@ class End(NamedTuple):
 class LossSpec:
     """All that the project knows about one loss.
 
-    ``family`` names the traversal that runs it: ``divergence``, ``decoupled`` and ``binary`` are row
-    losses (one value a row; in the last each class is a distribution of its own), ``sampled`` those whose teacher is a sampled token a row, ``sparse`` those
-    whose teacher is a few ids a row, ``correlation`` couples the rows, ``embedding`` takes features
-    or embeddings of a batch. ``inputs`` makes small tensors for a loss that does not take a pair of
+    ``family`` names the traversal that runs it: ``divergence``, ``decoupled`` and ``binary`` are
+    row losses (one value a row; in the last each class is a distribution of its own), ``sampled``
+    those whose teacher is a sampled token a row, ``sparse`` those whose teacher is a few ids a row,
+    ``correlation`` couples the rows, ``embedding`` takes features or embeddings of a batch.
+    ``inputs`` makes small tensors for a loss that does not take a pair of
     logits, in the order of its arguments.
     ``activation`` makes probabilities of the logits: a ``softmax`` needs two classes.
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of

@@ -644,7 +644,7 @@ def topk_kd(s: Tensor, ids: Tensor, logprobs: Tensor, *, temperature: Any, diver
 BATCHES: dict[str, Callable[..., Tensor]] = {
     name: globals()[name]
     for name in (
-        "dist", "sigmoid_dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier",
-        "sampled_kl", "topk_kd",
+        "dist", "sigmoid_dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching",
+        "local_classifier", "sampled_kl", "topk_kd",
     )
 }  # fmt: skip

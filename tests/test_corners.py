@@ -144,7 +144,9 @@ def test_constants_whose_mean_rounds(case: Case, classes: int, rows: int) -> Non
     softmax = case.spec.activation == "softmax"  # of sigmoids the columns are no constants
     options = {} if softmax else {"gamma": 0.0}
     loss, gradient = value_and_grad(case, student, teacher, eps=0.0, **options)
-    torch.testing.assert_close(loss, torch.full_like(loss, 2.0 if softmax else 1.0), rtol=1e-15, atol=0.0)
+    torch.testing.assert_close(
+        loss, torch.full_like(loss, 2.0 if softmax else 1.0), rtol=1e-15, atol=0.0
+    )
     assert not gradient.any()
 
 

@@ -34,7 +34,10 @@ def _mean(
     """The logits that one teacher would need, by hand."""
     if spec.activation == "sigmoid":
         odds = [
-            sum(w * (sign * x / temperature).sigmoid() for w, x in zip(weights, teachers))
+            sum(
+                w * (sign * x / temperature).sigmoid()
+                for w, x in zip(weights, teachers, strict=True)
+            )
             for sign in (1, -1)
         ]
         return temperature * (odds[0] / odds[1]).log()

@@ -125,7 +125,9 @@ def test_in_every_traversal_at_every_temperature(
     _check(case, student, teacher, 2e-5, target=target, **options)
 
 
-@each([spec for spec in SOFTMAX_ROWS if "standardize" in inspect.signature(spec.function).parameters])
+@each(
+    [spec for spec in SOFTMAX_ROWS if "standardize" in inspect.signature(spec.function).parameters]
+)
 def test_the_logits_of_the_cross_entropy_are_not_standardised(case: Case) -> None:
     student, teacher, target = _inputs(case)
     _check(case, student, teacher, 1e-11, target=target, standardize=True)

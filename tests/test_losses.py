@@ -26,8 +26,8 @@ TEACHER_LACKS = ("mask_teacher", "mask_different", "mask_target", "mask_rest_tea
 
 
 ONE_CLASS_LEFT = ("mask_all_but_one", "mask_rest_student")
-"""Families in which a row of sigmoids is but scaled, which no correlation sees: the gradient is 0, as
-is its sensitivity, so that there is no size to measure its rounding errors by."""
+"""Families in which a row of sigmoids is but scaled, which no correlation sees: the gradient is 0,
+as is its sensitivity, so that there is no size to measure its rounding errors by."""
 
 
 def _of_sigmoids(case: Case) -> bool:

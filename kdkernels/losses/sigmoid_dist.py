@@ -36,8 +36,8 @@ def sigmoid_dist_loss(
     .. math:: L = \beta \tau^2 \Big(1 - \tfrac1B \sum_b \rho(q_{b\cdot}, p_{b\cdot})\Big)
               + \gamma \tau^2 \Big(1 - \tfrac1C \sum_c \rho(q_{\cdot c}, p_{\cdot c})\Big)
 
-    with the correlation rho of :func:`kdkernels.functional.dist_loss`, whose notes on the gradient's
-    size and on the columns under DDP hold here too. Nothing couples the classes of a row but rho:
+    with the correlation rho of :func:`kdkernels.functional.dist_loss`, whose notes on the size of
+    the gradient and on the columns under DDP hold here too. Only rho couples the classes of a row:
 
     .. math:: \frac{\partial L}{\partial z_{bc}} = \frac1\tau q_{bc} (1 - q_{bc})
               \frac{\partial L}{\partial q_{bc}}

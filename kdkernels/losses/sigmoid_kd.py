@@ -34,14 +34,15 @@ def sigmoid_kd_loss(
               \frac{\partial L}{\partial z_{nc}} = \frac TN (q_{nc} - p_{nc})
 
     with p and q the sigmoids of teacher and student over T. It differs from
-    ``binary_cross_entropy_with_logits`` on the teacher's sigmoids, summed over the classes and times
-    T^2, by the teacher's entropy, and has its gradient; it is 0 where both agree. Of one class it is
-    :func:`kdkernels.functional.kd_loss` of the two logits [z, 0]. T^2 is in. The classes are summed:
-    for their mean give ``loss_weight=1 / C``.
+    ``binary_cross_entropy_with_logits`` on the teacher's sigmoids, summed over the classes and
+    times T^2, by the teacher's entropy, and has its gradient; it is 0 where both agree. Of one
+    class it is :func:`kdkernels.functional.kd_loss` of the two logits [z, 0]. T^2 is in. The
+    classes are summed: for their mean give ``loss_weight=1 / C``.
 
-    C may be 1. A logit of -inf or inf is the probability 0 or 1: the loss is infinite, with a finite
-    gradient, where the student is certain of what the teacher is not. There is no cross-entropy of
-    classes here (``hard_weight``): add ``binary_cross_entropy_with_logits``.
+    C may be 1. A logit of -inf or inf is the probability 0 or 1: the loss is infinite, with a
+    finite gradient, where the student is certain of what the teacher is not. NaN is its own
+    class's alone in the gradient. There is no cross-entropy of classes here (``hard_weight``): add
+    ``binary_cross_entropy_with_logits``.
     """
     for name in common:
         if name not in KEYWORDS:  # of a softmax

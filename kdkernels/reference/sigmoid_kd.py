@@ -1,7 +1,8 @@
 """KD of sigmoids, for heads whose labels do not exclude each other: the specification.
 
     p = sigmoid(teacher / T),  q = sigmoid(student / T)          elementwise
-    loss_row = sum_i p_i log(p_i / q_i) + (1 - p_i) log((1 - p_i) / (1 - q_i))   (times T^2, outside)
+    loss_row = sum_i p_i log(p_i / q_i) + (1 - p_i) log((1 - p_i) / (1 - q_i))
+                                                                   (times T^2, outside)
     d loss_row / d student_i = (q_i - p_i) / T
 
 Edges: -inf and inf are the probabilities 0 and 1. Where the teacher has one of them that outcome

@@ -34,9 +34,9 @@ target, and::
 the explicit term, its derivative by the student's log-odds of the target, and the weight of the
 other term.
 
-A rule of the family ``binary`` takes each class as a distribution of its own, from the log-odds s of
-the student and t of the teacher, and gap = t - s, which is better near 0 and NaN where both are the
-same infinity; slope = d value / d s::
+A rule of the family ``binary`` takes each class as a distribution of its own, from the log-odds s
+of the student and t of the teacher, and gap = t - s, which is better near 0 and NaN where both are
+the same infinity; slope = d value / d s::
 
     @triton.jit
     def rule(s, t, gap, first, second, third, fourth):

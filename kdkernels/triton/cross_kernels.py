@@ -1,7 +1,8 @@
 """The traversal of the correlation losses: four kernels, and here the two that walk rows.
 
-With q, p the softmax or the sigmoids of student and teacher, a rule turns the inner products of centred a and b -
-a row of q and p, or a column - into a value and the coefficients of a and b in its derivative.
+With q, p the softmax or the sigmoids of student and teacher, a rule turns the inner products of
+centred a and b - a row of q and p, or a column - into a value and the coefficients of a and b in
+its derivative.
 
 1. ``correlation_row_kernel``: normalisers, inner products, value and coefficients of each row. The
    mean of a softmax is 1 / classes; of sigmoids, which have no normaliser, it takes its place.
@@ -40,7 +41,7 @@ def correlation_row_kernel(
     counted_ptr,  # (rows,) bools: which rows take part, or None for all
     count_ptr,  # (), the rows that count, or None: what a mean divides by is in weight
     loss_ptr,  # (rows,)
-    statistics_ptr,  # (6, rows): maximum (mean) and sum of student, of teacher; coefficients of q, of p
+    statistics_ptr,  # (6, rows): maximum (or mean) and sum of student, of teacher; coefficients
     rows,
     classes,
     inner,

@@ -117,7 +117,7 @@ def _run(
         0 if target is None else target.stride(0), upstream_stride, call.ignore_index,
         1.0 / temperature, scale,
     )  # fmt: skip
-    options = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
+    options = [*options, 0.0, 0.0, 0.0, 0.0][:4]
     grid = (triton.cdiv(rows.rows, config.rows),)
     shape = dict(
         RULE=module.rule,

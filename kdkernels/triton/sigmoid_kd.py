@@ -35,7 +35,7 @@ def rule(s, t, gap, first, second, third, fourth):
     near = tl.abs(g) < 0.25
     small = tl.where(near, g, 0.0)
     z = tl.where(near, q * (phi(-small) + small), (a - b) * of_student)
-    log, over, under = log_terms(1.0 + z, z)
+    log, _, under = log_terms(1.0 + z, z)
     d = tl.where(near, small - log, 0.0)  # log p/q
     close = p * phi(d)
     # y may be infinite where the weight that it has is 0.
