@@ -241,8 +241,28 @@ def dist(
     return beta * inter + gamma * intra
 
 
+def sigmoid_dist(
+    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0
+) -> Tensor:
+    if student.dim() == 4:
+        classes = student.shape[1]
+        student = student.transpose(1, 3).reshape(-1, classes)
+        teacher = teacher.transpose(1, 3).reshape(-1, classes)
+    q, p = (student / tau).sigmoid(), (teacher / tau).sigmoid()
+    intra = _inter(q.transpose(0, 1), p.transpose(0, 1))
+    return tau**2 * (beta * _inter(q, p) + gamma * intra)
+
+
+def sigmoid_kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    s, t = student / temperature, teacher / temperature
+    p = t.sigmoid()
+    cross, entropy = (F.binary_cross_entropy_with_logits(x, p, reduction="none") for x in (s, t))
+    return _mean_over_rows(cross - entropy) * temperature * temperature
+
+
 EAGER: dict[str, Callable[..., Tensor]] = {
-    "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "reverse_kl": reverse_kl, "jsd": jsd,
+    "kd": kd, "dkd": dkd, "aekt": aekt, "dist": dist, "sigmoid_kd": sigmoid_kd,
+    "sigmoid_dist": sigmoid_dist, "reverse_kl": reverse_kl, "jsd": jsd,
     "mixed_kl": mixed_kl, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl, "tv": tv,
     "alpha_beta": alpha_beta, "acceptance": acceptance,
     "sampled_kl": sampled_kl,

@@ -78,6 +78,7 @@ WORKLOADS = (
         for name, rows, classes in (("32k", 1024, 32000), ("128k", 512, 128256))
     ),
     Workload("segmentation", "Segmentation", (8, 150, 64, 64)),
+    Workload("retinanet", "RetinaNet", (4, 720, 50, 50), losses=("sigmoid_kd", "sigmoid_dist")),
     Workload("factors", "Factors", (128, 64, 8, 8), True, features=True, losses=("iekd",)),
     *(
         Workload(

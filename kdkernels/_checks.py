@@ -19,9 +19,10 @@ from ._dtypes import FLOATS, INTEGERS
 from ._tracing import keepable
 
 TWO_CLASSES = (
-    "of at least two classes (a binary problem: the two logits [0, x], or"
-    " binary_cross_entropy_with_logits on the teacher's sigmoid)"
+    "of at least two classes (a binary problem, or labels that do not exclude each other:"
+    " sigmoid_kd_loss and sigmoid_dist_loss)"
 )
+ONE_CLASS = "of at least one class"
 REDUCTIONS = {"none": 0, "mean": 1, "batchmean": 1, "sum": 2}
 """Reduction names and the code the kernels know them by; ``batchmean`` is ``mean``."""
 NO_INDEX = -(2**63)
@@ -113,7 +114,8 @@ def logits(student: Tensor, teacher: Tensor, least: int = 2, teacher_grad: bool 
     else:
         raise fail("student_logits", "(N, C), (B, S, V) or (N, C, H, W)", f"shape {tuple(shape)}")
     if shape[class_dim] < least:
-        raise fail("student_logits", TWO_CLASSES, f"shape {tuple(shape)}")
+        expected = TWO_CLASSES if least > 1 else ONE_CLASS
+        raise fail("student_logits", expected, f"shape {tuple(shape)}")
     if student.dtype not in FLOATS:
         dtype("student_logits", student)
     if teacher.dtype not in FLOATS:

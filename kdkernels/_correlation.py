@@ -34,7 +34,7 @@ def correlation_loss(
 ) -> Tensor:
     """Check the inputs, choose the backend and run it; ``beta`` weighs rows, ``gamma`` columns."""
     code = _checks.batch_reduction(reduction)
-    class_dim = _checks.logits(student, teacher, teacher_grad=teacher_grad)
+    class_dim = _checks.logits(student, teacher, spec.least_classes, teacher_grad)
     counted = counted_rows(spec, student, labels, class_dim, ignore_index)
     chosen = (choose if counted is None else choose_beside_cuda)(spec, student, backend)
     if chosen != "native":  # which checks it itself
@@ -49,7 +49,7 @@ def correlation_loss(
         )
     scale = loss_weight * tau * tau
     numbers = [beta * scale, gamma * scale, tau, eps]
-    call = CorrelationCall(spec.name, numbers, None, class_dim, code)
+    call = CorrelationCall(spec.rule, numbers, None, class_dim, code)
     if not wants_gradient(teacher):
         return apply(chosen, "correlation", student, call, teacher, counted)
     roles = (student, teacher), (teacher, student)  # the relations are symmetric

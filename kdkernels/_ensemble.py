@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from . import _checks
 from ._dtypes import working_dtype
 from ._shapes import ClassesAt
 from ._tracing import traced, transformed
+from .registry import LossSpec
 
 BLOCK = 1 << 19
 """Elements of a block: 2 MiB in float32, which stay in the cache from one teacher to the next."""
@@ -28,7 +30,8 @@ class EnsembleTeacher:
 
     .. math:: p = \\sum_m w_m \\operatorname{softmax}(t_m / T) \\Big/ \\sum_m w_m
 
-    which is not the softmax of averaged logits. A list of logits does the same with equal weights.
+    (the sigmoids, where the loss is of sigmoids), which is not the softmax of averaged logits. A
+    list of logits does the same with equal weights.
 
     Args:
         logits: one tensor a teacher, each of the shape and on the device of the student's logits,
@@ -72,6 +75,7 @@ TeacherLogits: TypeAlias = Tensor | Sequence[Tensor] | EnsembleTeacher
 
 
 def single(
+    spec: LossSpec,
     teacher: Any,
     student: Tensor,
     temperature: float | Tensor,
@@ -80,7 +84,8 @@ def single(
     tp_group: Any = None,
     teacher_grad: bool = False,
 ) -> Tensor:
-    """The logits whose softmax at T is the mean of several teachers': T log p, written once.
+    """The logits whose softmax at T is the mean of several teachers': T log p, written once; or
+    whose sigmoid is, T log p / (1 - p).
 
     ``class_dim`` is that of the student where it was named.
     """
@@ -98,10 +103,10 @@ def single(
     found = 0
     for x in members:
         if class_dim is None:
-            found = _checks.logits(student, x)
+            found = _checks.logits(student, x, spec.least_classes)
         else:
             shape = ClassesAt(class_dim, student, x)
-            _checks.logits(shape.logits(student), shape.logits(x))
+            _checks.logits(shape.logits(student), shape.logits(x), spec.least_classes)
             found = shape.dim
         _checks.allocated("teacher_logits", x)
     rows = student.shape[:found] + student.shape[found + 1 :]
@@ -116,15 +121,16 @@ def single(
     else:
         heat = _checks.temperature(temperature)
     kind = working_dtype(*members)
+    mean = _mean if spec.activation == "softmax" else _mean_of_sigmoids
     with torch.no_grad():
         if traced(*members) or transformed():
-            return _mean(members, weights, heat, found, kind)
+            return mean(members, weights, heat, found, kind)
         out = torch.empty(student.shape, dtype=kind, device=student.device)
         over, at = _blocks(student.shape, found)
         for begin, size in at:
             parts = [x.narrow(over, begin, size) for x in (*members, out)]
             cut = [_narrow(x, over, begin, size) for x in (*weights, heat)]
-            parts[-1].copy_(_mean(parts[:-1], cut[:-1], cut[-1], found, kind))
+            parts[-1].copy_(mean(parts[:-1], cut[:-1], cut[-1], found, kind))
     return out
 
 
@@ -170,3 +176,17 @@ def _mean(
         total = logs if total is None else torch.logaddexp(total, logs)
     assert total is not None  # EnsembleTeacher has at least one
     return total * heat
+
+
+def _mean_of_sigmoids(
+    members: list[Tensor], weights: list[Any], heat: Any, class_dim: int, kind: torch.dtype
+) -> Tensor:
+    """T (log sum_m w_m sigmoid(t_m / T) - log sum_m w_m sigmoid(-t_m / T))."""
+    sums: list[Tensor] = []
+    for sign in (1, -1):
+        logs = [
+            torch.nn.functional.logsigmoid(sign * x.to(kind) / heat) + weight
+            for x, weight in zip(members, weights, strict=True)
+        ]
+        sums.append(functools.reduce(torch.logaddexp, logs))
+    return (sums[0] - sums[1]) * heat

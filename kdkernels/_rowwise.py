@@ -1,4 +1,4 @@
-"""The public path of the row losses (families ``divergence`` and ``decoupled``)."""
+"""The public path of the row losses (families ``divergence``, ``decoupled`` and ``binary``)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ class RowOptions(TokenOptions, total=False):
     class_dim: int | None
 
 
+class SigmoidOptions(TypedDict, total=False):
+    """Those of row losses without a softmax: no cross-entropy or entropy of one, and no shards."""
+
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    token_weight: Tensor | None
+    num_items_in_batch: float | Tensor | None
+    teacher_grad: bool
+    class_dim: int | None
+    process_group: ProcessGroup | None
+    backend: str | None
+
+
 class LossParts(NamedTuple):
     """What ``return_parts=True`` gives beside the loss, the sum of the first two; detached."""
 
@@ -90,7 +104,7 @@ def row_loss(
     """
     if not isinstance(teacher, Tensor):
         teacher = _ensemble.single(
-            teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
+            spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
         )
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
@@ -112,7 +126,7 @@ def row_loss(
     if process_group is not None:
         reduction = by_group(process_group, reduction, num_items_in_batch, student, teacher)
         code = _checks.REDUCTIONS[reduction]
-    least = 2
+    least = spec.least_classes
     if tp_group is not None:
         _group.check_call(tp_group, student, teacher, name="tp_group")
         least = 2 if tp_group.size() == 1 else 0
@@ -240,7 +254,7 @@ def row_loss(
 
 
 def _of_classifiers(spec: LossSpec, keyword: str) -> None:
-    if spec.target_name == "labels":  # a loss of tokens
+    if spec.target_name == "labels" and spec.activation == "softmax":  # a loss of tokens
         raise TypeError(f"{spec.name}_loss() got an unexpected keyword argument {keyword!r}")
 
 

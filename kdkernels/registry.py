@@ -24,11 +24,13 @@ class End(NamedTuple):
 class LossSpec:
     """All that the project knows about one loss.
 
-    ``family`` names the traversal that runs it: ``divergence`` and ``decoupled`` are row losses
-    (one value a row), ``sampled`` those whose teacher is a sampled token a row, ``sparse`` those
-    whose teacher is a few ids a row, ``correlation`` couples the rows, ``embedding`` takes features
-    or embeddings of a batch. ``inputs`` makes small tensors for a loss that does not take a pair of
+    ``family`` names the traversal that runs it: ``divergence``, ``decoupled`` and ``binary`` are
+    row losses (one value a row; in the last each class is a distribution of its own), ``sampled``
+    those whose teacher is a sampled token a row, ``sparse`` those whose teacher is a few ids a row,
+    ``correlation`` couples the rows, ``embedding`` takes features or embeddings of a batch.
+    ``inputs`` makes small tensors for a loss that does not take a pair of
     logits, in the order of its arguments.
+    ``activation`` makes probabilities of the logits: a ``softmax`` needs two classes.
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
     ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;
@@ -65,6 +67,7 @@ class LossSpec:
     temperature: str
     reduction: str
     eps: str
+    activation: str = "softmax"
     needs_target: bool = False
     takes_target: bool = False
     target_name: str = "target"
@@ -113,7 +116,11 @@ class LossSpec:
     @property
     def by_row(self) -> bool:
         """Whether the loss is a sum over rows, so that ``reduction='none'`` exists."""
-        return self.family in ("divergence", "decoupled", "sampled", "sparse")
+        return self.family in ("divergence", "decoupled", "binary", "sampled", "sparse")
+
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.activation == "softmax" else 1
 
 
 SPECS: dict[str, LossSpec] = {}

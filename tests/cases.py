@@ -32,12 +32,16 @@ from kdkernels import _dispatch
 from kdkernels.registry import SPECS, LossSpec
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-LOGIT_FAMILIES = ("divergence", "decoupled", "correlation")
+LOGIT_FAMILIES = ("divergence", "decoupled", "binary", "correlation")
 """Families of losses that take a pair of logits."""
 
 LOSSES = [spec for spec in SPECS.values() if spec.family in LOGIT_FAMILIES]
 ROW_LOSSES = [spec for spec in LOSSES if spec.by_row]
-ONE_A_FAMILY = [SPECS[name] for name in ("kd", "dkd", "dist")]
+SOFTMAX = [spec for spec in LOSSES if spec.activation == "softmax"]
+"""Losses that see a row's logits but for a constant."""
+SOFTMAX_ROWS = [spec for spec in ROW_LOSSES if spec in SOFTMAX]
+"""Those to which the cross-entropy and the entropy of the softmax belong."""
+ONE_A_FAMILY = [SPECS[name] for name in ("kd", "dkd", "sigmoid_kd", "dist")]
 """A loss of each family, which stands for all in what their operator does."""
 assert {spec.family for spec in LOSSES} == {spec.family for spec in ONE_A_FAMILY}
 

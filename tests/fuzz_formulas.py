@@ -12,6 +12,7 @@ all -inf or holds NaN or +inf is NaN; a term whose weight is 0 is not there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,10 @@ Rows = tuple[Array, Array, Array]
 
 def bad_rows(x: Array) -> Array:
     return np.isnan(x).any(1) | (x == np.inf).any(1) | (x == -np.inf).all(1)
+
+
+def nan_rows(x: Array) -> Array:
+    return np.isnan(x).any(1)
 
 
 def log_softmax(x: Array) -> Array:
@@ -388,7 +393,27 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     return value.sum(-1), np.where(infinite[:, None], np.nan, gradient), size
 
 
+def sigmoid_kd(
+    s: Array, t: Array, target: Array, options: dict[str, Any], move: Callable[[Array], Array]
+) -> Rows:
+    """Two outcomes a class. NaN is its class's alone, and infinite logits are certain ones."""
+    temperature = WIDE(options["temperature"])
+    s, t = move(s / temperature), move(t / temperature)
+    nan = np.isnan(s) | np.isnan(t)
+    s, t = (np.where(nan, 0, x) for x in (s, t))
+    (log_q, log_p) = (-np.stack([np.logaddexp(0, -x), np.logaddexp(0, x)], -1) for x in (s, t))
+    value = kl(log_p, log_q, options["floor"]).sum(-1)
+    p, q = np.exp(log_p), np.exp(log_q)
+    likely = s > 0
+    slope = np.where(likely, p[..., 1] - q[..., 1], q[..., 0] - p[..., 0])
+    size = np.where(likely, p[..., 1] + q[..., 1], q[..., 0] + p[..., 0])
+    factor = temperature * WIDE(options["loss_weight"])
+    value = np.where(nan.any(-1), np.nan, times(factor * temperature, value))
+    return value, np.where(nan, np.nan, factor * slope), abs(factor) * size
+
+
 ROWS: dict[str, Callable[..., Rows]] = {
+    "sigmoid_kd": sigmoid_kd,
     "kd": kd,
     "dkd": dkd,
     "aekt": aekt,
@@ -408,12 +433,12 @@ ROWS: dict[str, Callable[..., Rows]] = {
 
 def dist(s: Tensor, t: Tensor, labels: Tensor | None = None, *, ignore_index: int, beta: Any,
          gamma: Any, tau: Any, eps: Any, reduction: str, loss_weight: Any, move: Any = None,
-         floor: float = 1e-28) -> Tensor:  # fmt: skip
+         floor: float = 1e-28, sigmoids: bool = False) -> Tensor:  # fmt: skip
     if labels is not None:
         s, t = (x[labels.flatten().long() != ignore_index] for x in (s, t))
     if len(s) == 0:
         return s.sum()
-    q, p = (torch.softmax(x / tau, 1) for x in (s, t))
+    q, p = (torch.sigmoid(x / tau) if sigmoids else torch.softmax(x / tau, 1) for x in (s, t))
     total: Any = 0.0
     for dim, weight in ((1, beta), (0, gamma)):
         means = [x.mean(dim, keepdim=True) for x in (q, p)]
@@ -438,6 +463,9 @@ def dist(s: Tensor, t: Tensor, labels: Tensor | None = None, *, ignore_index: in
         far = 1 - torch.where(product == 0, 0.0, rho)
         total = total + weight * (far.sum() if reduction == "sum" else far.mean())
     return loss_weight * tau * tau * total
+
+
+sigmoid_dist = functools.partial(dist, sigmoids=True)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -616,7 +644,7 @@ def topk_kd(s: Tensor, ids: Tensor, logprobs: Tensor, *, temperature: Any, diver
 BATCHES: dict[str, Callable[..., Tensor]] = {
     name: globals()[name]
     for name in (
-        "dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching", "local_classifier",
-        "sampled_kl", "topk_kd",
+        "dist", "sigmoid_dist", "iekd", "attention", "hint", "pkd", "rkd", "tuple_matching",
+        "local_classifier", "sampled_kl", "topk_kd",
     )
 }  # fmt: skip

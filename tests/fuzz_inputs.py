@@ -141,6 +141,8 @@ class Draw:
 
     def logits(self, spec: LossSpec) -> dict[str, Tensor]:
         rows, classes = self.sizes()
+        if classes <= 3 and spec.least_classes == 1:
+            classes = 1
         target = torch.randint(classes, (rows,), generator=self.generator)
         student, teacher = self.values(rows, classes, target, spec)
         kinds = self.dtypes(2)

@@ -155,6 +155,16 @@ _of(
     ("own_term", "of_p = lost ? R(0) : «-inverse»;", "inverse"),
 )  # fmt: skip
 _of(
+    "csrc/rules", "sigmoid_kd.h", "test_sigmoid.py", "native and kd",
+    ("side", "slope = «select(likely, F(-difference), difference)»;", "difference"),
+    ("near_by_the_logarithms", "square < R(«0.0625»)", "0.0"),
+    ("series_too_far", "square < R(«0.0625»)", "4.0"),
+    ("other_outcome", "F(close + «others * under»)", "under"),
+    ("certain_of_infinity", "«select(rare == R(0), F{}, F(rare * y))»;", "F(rare * y)"),
+    ("impossible", "«select(p == R(0), F{}, F(p * g))»;", "F(p * g)"),
+    ("nan", "value = «select(z == z, value, z)»;", "value"),
+)  # fmt: skip
+_of(
     "csrc/rules", "iekd.h", "test_embedding_losses.py test_embedding_laws.py", "native",
     ("cosine_half", "term = «R(0.5)» * d * d;", "R(1)"),
     ("tie_direction", "select(d > F{}, one, F{}) - select(d < F{}, one, F{})",
@@ -280,12 +290,26 @@ _of(
     ("ignored_chunk_counts", "merge(total, m, double(before), «double(c.counts[chunk])»);",
      "double(c.chunk_rows)", "test_dist_ignored.py", "native and equals"),
     ("columns_of_the_ignored",
-     "merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, «counted»,", "count",
+     "merge_tile<R>(students, tiles.second, c.stride, problem.classes, «counted»,", "count",
      "test_dist_ignored.py", "native and equals"),
     ("gradient_of_the_ignored", "for (int64_t i = 0; i < problem.classes; ++i) «q[i] = R(0);»",
      "", "test_dist_ignored.py", "native and equals"),
-    ("first_of_a_group", "if («first == step») continue;", "first",
-     "test_dist_ignored.py", "native and equals"),
+    ("sigmoid_derivative", "x * «(R(1) - x)» * factor * g", "x",
+     "test_sigmoid.py", "native and dist"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "tiles.h", "test_dist_ignored.py test_sigmoid.py", "native and (equals or dist)",
+    ("first_of_a_group", "if («first == span») return;", "first"),
+    ("rows_of_a_span", "transpose<R>(lanes, «span», span, tile", "kLanes<R>"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "probabilities.h", "test_sigmoid.py", "native and dist",
+    ("mean_of_a_row", "first_q[0] «+ reduce_sum<R>(sum_q.total) * share»;", ""),
+    ("rest_of_a_row", "a = mask_rest(mode, a);", ""),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "binary.h", "test_sigmoid.py", "native and kd",
+    ("temperature_of_the_slope", "S(row.coefficient «* row.inverse_temperature»)", ""),
 )  # fmt: skip
 _of(
     "csrc/cpu", "embedding_factor.h", "test_embedding_losses.py test_embedding_laws.py", "native",
@@ -394,6 +418,21 @@ _of(
     ("lost_kept", "tl.where(«lost | (norm_a == 0), 0.0, on_a»)", "norm_a < 0, 0.0, on_a"),
 )  # fmt: skip
 _of(
+    "kdkernels/triton", "sigmoid_kd.py", "test_sigmoid.py", "triton and kd",
+    ("side", "tl.where(likely, «-difference», difference)", "difference"),
+    ("other_outcome", "close + «others * under»", "under"),
+    ("certain_of_infinity", "tl.where(rare == 0, 0.0, rare * y)", "rare * y"),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "binary_kernel.py", "test_masks.py", "triton and sigmoid_kd",
+    ("mask_of_gradient", "gradient = tl.where(valid, «slope * factor», 0.0)", "slope"),
+    ("ignored_rows_read", "valid = exists & (index != ignore_index)", "valid = exists"),
+)  # fmt: skip
+_of(
+    "kdkernels/losses", "sigmoid_kd.py", "test_row_keywords.py", "unknown",
+    ("keywords_of_a_softmax", "if «name not in KEYWORDS»:", "False"),
+)  # fmt: skip
+_of(
     "kdkernels/triton", "numerics.py", "test_contract.py", "triton and digits",
     ("softplus", "tl.where(exact, x, tl.log(rounded) * (x / tl.where(exact, 1.0, gap)))",
      "tl.log(rounded)"),
@@ -432,7 +471,8 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/triton", "cross_kernels.py", "test_losses.py", "triton and dist",
-    ("softmax_derivative", "q * (g «- along») * factor", ""),
+    ("softmax_derivative", "else q * (g «- along»)", ""),
+    ("sigmoid_derivative", "q * «(1.0 - q)» * g", "1.0", "test_sigmoid.py", "triton and dist"),
     ("loss_of_the_ignored", "«tl.where(counts, value * weight, 0.0)»", "value * weight",
      "test_dist_ignored.py", "triton and equals"),
 )  # fmt: skip

@@ -28,8 +28,19 @@ def _logits(*shape: int) -> tuple[Tensor, list[Tensor], Tensor]:
     return student, list(teachers), target
 
 
-def _mean(teachers: list[Tensor], weights: Any, temperature: float, dim: int) -> Tensor:
+def _mean(
+    spec: LossSpec, teachers: list[Tensor], weights: Any, temperature: float, dim: int
+) -> Tensor:
     """The logits that one teacher would need, by hand."""
+    if spec.activation == "sigmoid":
+        odds = [
+            sum(
+                w * (sign * x / temperature).sigmoid()
+                for w, x in zip(weights, teachers, strict=True)
+            )
+            for sign in (1, -1)
+        ]
+        return temperature * (odds[0] / odds[1]).log()
     p = sum(w * (x / temperature).softmax(dim) for w, x in zip(weights, teachers, strict=True))
     assert isinstance(p, Tensor)
     return temperature * p.div(p.sum(dim, keepdim=True)).log()
@@ -71,7 +82,7 @@ def test_equals_the_mean_of_probabilities(
     for ensemble, weights in given:
         members = ensemble.logits if isinstance(ensemble, EnsembleTeacher) else ensemble
         found = _value(spec, student, ensemble, **options)
-        wanted = _value(spec, student, _mean(list(members), weights, 2.5, dim), **options)
+        wanted = _value(spec, student, _mean(spec, list(members), weights, 2.5, dim), **options)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     # It is not the mean of the logits.
     pair = [_value(spec, student, x, **options) for x in (torch.stack(teachers).mean(0), teachers)]
@@ -85,7 +96,7 @@ def test_modules_half_precision_and_certain_teachers(spec: LossSpec) -> None:
     student, teachers, target = _logits(4, 7)
     teachers[0][:, 2] = 900.0
     teachers[1][:, 2] = -torch.inf
-    wanted = _mean(teachers, (1, 1, 1), 1.0, 1)
+    wanted = _mean(spec, teachers, (1, 1, 1), 1.0, 1)
     options = {**_options(spec, target), _heat(spec): 1.0}
     expected = _value(spec, student, wanted, **options)
     module = spec.module(**{_heat(spec): 1.0})
@@ -126,7 +137,7 @@ def test_with_class_dim(spec: LossSpec) -> None:
     ensemble = EnsembleTeacher(teachers, by_row)
     found = _value(spec, student, ensemble, **options)
     default = inspect.signature(spec.function).parameters[_heat(spec)].default
-    wanted = _mean(teachers, by_row.unsqueeze(2), default, 1)
+    wanted = _mean(spec, teachers, by_row.unsqueeze(2), default, 1)
     torch.testing.assert_close(found, _value(spec, student, wanted, **options))
 
 

@@ -36,6 +36,26 @@ def ln(a: int, b: int = 1) -> float:
 
 
 GOLDEN: dict[str, list[Golden]] = {
+    "sigmoid_kd": [
+        # Of each class w / (1 + w): q = (1/2, 3/4), p = (3/4, 1/2)
+        Golden(
+            [[1, 3]],
+            [[3, 1]],
+            0.75 * ln(3, 2) + 0.25 * ln(1, 2) + 0.5 * ln(4, 3),
+            [[R(-1, 4), R(1, 4)]],
+        ),
+    ],
+    "sigmoid_dist": [
+        # q = (1/2, 3/4, 1/2), p = (3/4, 1/2, 1/2): a = (-1, 2, -1) / 12, b = (2, -1, -1) / 12, and
+        # rho = -1/2. The derivative by q is -24 (b + a / 2), that of the sigmoid q (1 - q).
+        Golden(
+            [[1, 3, 1]],
+            [[3, 1, 1]],
+            1.5,
+            [[R(-3, 4), 0, R(3, 4)]],
+            options={"eps": 0.0, "gamma": 0.0},
+        ),
+    ],
     "kd": [
         # q = (1/4, 3/4), p = (1/2, 1/2):  1/2 ln 2 + 1/2 ln 2/3
         Golden([[1, 3]], [[1, 1]], ln(4, 3) / 2, [[R(-1, 4), R(1, 4)]]),

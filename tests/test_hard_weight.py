@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ROW_LOSSES, Case, at_temperature, call, each, row_weights
+from cases import SOFTMAX_ROWS, Case, at_temperature, call, each, row_weights
 from inputs import make
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -21,7 +21,7 @@ from kdkernels import _dispatch
 from kdkernels.functional import kd_loss, mixed_kl_loss
 from kdkernels.registry import SPECS, LossSpec
 
-row_losses = pytest.mark.parametrize("spec", ROW_LOSSES, ids=lambda spec: spec.name)
+row_losses = pytest.mark.parametrize("spec", SOFTMAX_ROWS, ids=lambda spec: spec.name)
 WEIGHT = 0.75
 
 
@@ -77,7 +77,7 @@ def test_a_certain_label_keeps_its_digits(case: Case, gap: float) -> None:
 
 
 @each(
-    ROW_LOSSES,
+    SOFTMAX_ROWS,
     reduction=("mean", "sum", "none"),
     dtype={"f64": torch.float64, "f32": torch.float32},
     shared=("dtype",),
@@ -96,7 +96,7 @@ def test_adds_the_cross_entropy_of_the_labels(case: Case, reduction: str, dtype:
 
 
 @each(
-    ROW_LOSSES,
+    SOFTMAX_ROWS,
     layout=("dense", "tokens", "strided", "half", "bfloat16", "long"),
     temperature=(1.0, 2.0, 3.0, 4.0),
     # Of 15000 probabilities two are equal but for a rounding, where a gradient may jump.
@@ -125,13 +125,15 @@ def test_in_every_traversal_at_every_temperature(
     _check(case, student, teacher, 2e-5, target=target, **options)
 
 
-@each([spec for spec in ROW_LOSSES if "standardize" in inspect.signature(spec.function).parameters])
+@each(
+    [spec for spec in SOFTMAX_ROWS if "standardize" in inspect.signature(spec.function).parameters]
+)
 def test_the_logits_of_the_cross_entropy_are_not_standardised(case: Case) -> None:
     student, teacher, target = _inputs(case)
     _check(case, student, teacher, 1e-11, target=target, standardize=True)
 
 
-@each(ROW_LOSSES)
+@each(SOFTMAX_ROWS)
 def test_a_certain_student_keeps_its_digits(case: Case) -> None:
     """1 - probability would be 0 in float32; the loss and its gradient are exp(-60) here."""
     student = torch.zeros(2, 5, device=case.device)
@@ -148,7 +150,7 @@ def test_a_certain_student_keeps_its_digits(case: Case) -> None:
     assert gradient.double().sum(0).tolist() == pytest.approx(rest, rel=1e-5, abs=0)
 
 
-@each(ROW_LOSSES)
+@each(SOFTMAX_ROWS)
 def test_impossible_labels_and_dead_rows(case: Case) -> None:
     """A label of probability 0 costs infinitely, with a finite gradient; NaN stays in its row."""
     student, teacher, target = make("gaussian", 4, 9, dtype=torch.float64, device=case.device)
@@ -167,7 +169,7 @@ def test_impossible_labels_and_dead_rows(case: Case) -> None:
     assert gradient[1:3].isnan().any(-1).all() and gradient[3].isfinite().all()
 
 
-@each(ROW_LOSSES)
+@each(SOFTMAX_ROWS)
 def test_weights_and_counts_that_are_tensors(case: Case) -> None:
     student, teacher, target = _inputs(case)
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -190,7 +192,7 @@ def test_weights_and_counts_that_are_tensors(case: Case) -> None:
 
 
 @each(
-    ROW_LOSSES,
+    SOFTMAX_ROWS,
     reduction=("mean", "sum", "none"),
     temperature=(1.0, 2.5),
     shared=("reduction", "temperature"),
@@ -223,7 +225,7 @@ def test_parts(case: Case, reduction: str, temperature: float) -> None:
     assert not again.hard.any()
 
 
-@each(ROW_LOSSES)
+@each(SOFTMAX_ROWS)
 def test_parts_of_weights_and_counts(case: Case) -> None:
     student, teacher, target = _inputs(case)
     options: dict[str, Any] = {"target": target, "hard_weight": WEIGHT, "return_parts": True}

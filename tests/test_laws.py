@@ -15,6 +15,7 @@ from cases import (
     DEVICES,
     LOSSES,
     ROW_LOSSES,
+    SOFTMAX,
     Case,
     alone_if_interpreted,
     at_temperature,
@@ -27,6 +28,8 @@ from cases import (
 from hypothesis import given, settings, strategies as st
 from inputs import make
 from torch import Tensor
+
+from kdkernels.registry import SPECS
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -86,6 +89,26 @@ def shift(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
 
 
 @_law
+def odds(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
+    """Each class is a softmax of two: of its logit and 0."""
+    student, teacher, _ = inputs
+
+    def pairs(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.zeros_like(x)], -1).flatten(0, -2)
+
+    def of_two(student: Tensor) -> Tensor:
+        given = {**options, "reduction": "sum", "backend": "reference"}
+        return SPECS["kd"].function(pairs(student), pairs(teacher), **given) / len(student)
+
+    for a, b in zip(
+        value_and_grad(case, student, teacher, **options),
+        value_and_grad(of_two, student),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@_law
 def temperature_scaling(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
     """L(s, t, T) = L(s / T, t / T, 1), times T^2 where that is in."""
     student, teacher, target = inputs
@@ -123,9 +146,13 @@ def affine(case: Case, inputs: Inputs, options: dict[str, Any]) -> None:
     name = temperature_name(case.spec)
     assert name is not None
     tau = options[name]
-    p = torch.softmax(teacher / tau, -1)
+    softmax = case.spec.activation == "softmax"
+    if not softmax:  # ties would be constants
+        ramp = torch.linspace(0, 1, teacher.numel(), dtype=torch.float64)
+        teacher = teacher + ramp.reshape(teacher.shape).to(teacher)
+    p = torch.softmax(teacher / tau, -1) if softmax else torch.sigmoid(teacher / tau)
     q = 0.7 * p + 0.3 / p.shape[1]
-    student = tau * q.log()
+    student = tau * (q.log() if softmax else q.logit())
     rows = {name: tau, "beta": 1.0, "gamma": 0.0, "eps": 0.0}
     columns = {**rows, "beta": 0.0, "gamma": 1.0}
     for weights in (rows, columns):  # the same a and b in every row: columns are affine too
@@ -241,7 +268,7 @@ def test_batches_add_up(case: Case) -> None:
     _for_examples(case, check)
 
 
-@each(keep=alone_if_interpreted)
+@each(SOFTMAX, keep=alone_if_interpreted)
 def test_gradient_rows_sum_to_zero(case: Case) -> None:
     def check(draw: st.DataObject) -> None:
         inputs, options = _draw(case, draw), _options(case, draw)

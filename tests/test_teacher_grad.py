@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LOSS_IDS, LOSSES, ROW_LOSSES, Case, each, each_sample, row_weights, same_bits
+from cases import (
+    LOSS_IDS,
+    LOSSES,
+    ROW_LOSSES,
+    SOFTMAX,
+    Case,
+    each,
+    each_sample,
+    row_weights,
+    same_bits,
+)
 from inputs import make
 from ranks import needs_processes, run_on_ranks
 from torch import Tensor
@@ -94,6 +104,8 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]] = {
     ),
     "skew_kl": lambda p, q, y, o: _kl(p, o["alpha"] * p + (1 - o["alpha"]) * q),
     "skew_reverse_kl": lambda p, q, y, o: _kl(q, (1 - o["alpha"]) * p + o["alpha"] * q),
+    "sigmoid_kd": lambda p, q, y, o: _kl(p, q) + _kl(1 - p, 1 - q),
+    "sigmoid_dist": _dist,
 }
 
 
@@ -107,7 +119,8 @@ def _plain(
     s, t = student.double(), teacher.double()
     if o.get("standardize"):
         s, t = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7) for x in (s, t))
-    q, p = (s / heat).softmax(-1), (t / heat).softmax(-1)
+    softmax = spec.activation == "softmax"
+    q, p = ((x / heat).softmax(-1) if softmax else (x / heat).sigmoid() for x in (s, t))
     square = heat**2 if spec.by_row and spec.t_squared else 1.0
     return square * o["loss_weight"] * PLAIN[spec.name](p, q, target, o)
 
@@ -226,11 +239,13 @@ def test_keywords_of_rows(case: Case) -> None:
     weight = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
     heats = torch.linspace(1.0, 3.0, 6, dtype=torch.float64)
     learned = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    loss, parts = case(
+    softmax = case.spec in SOFTMAX  # only it has a cross-entropy beside it
+    given: Any = case(
         student, teacher, target, token_weight=weight, temperature=heats, num_items_in_batch=9,
-        loss_weight=learned, hard_weight=0.5, return_parts=True, **ON,
+        loss_weight=learned, **ON, **({"hard_weight": 0.5, "return_parts": True} if softmax else {}),
         **({} if case.spec.needs_target else {"target": target}),
     )  # fmt: skip
+    loss = given[0] if softmax else given
     rows = [
         _plain(
             case.spec, student[i : i + 1], teacher[i : i + 1], target[i : i + 1],
@@ -238,11 +253,14 @@ def test_keywords_of_rows(case: Case) -> None:
         )
         for i in range(6)
     ]  # fmt: skip
-    hard = torch.nn.functional.cross_entropy(student, target, reduction="none")
-    expected = (weight * (learned * torch.cat(rows) + 0.5 * hard)).sum() / 9
+    values = learned * torch.cat(rows)
+    if softmax:
+        values = values + 0.5 * torch.nn.functional.cross_entropy(student, target, reduction="none")
+    expected = (weight * values).sum() / 9
     leaves = student, teacher, learned
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(parts.distillation + parts.hard, loss.detach())
+    if softmax:
+        torch.testing.assert_close(given[1].distillation + given[1].hard, loss.detach())
     pairs = zip(_gradients(loss, *leaves), _gradients(expected, *leaves), strict=True)
     for actual, wanted in pairs:
         torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-11)
@@ -451,7 +469,7 @@ def _check_group(spec: LossSpec) -> None:
     loss = spec.function(s, t, **options, process_group=group)
     for actual, wanted in zip(_gradients(loss, s, t), expected, strict=True):
         torch.testing.assert_close(actual, world * wanted[own], rtol=1e-9, atol=1e-12)
-    if spec.by_row:
+    if spec.by_row and spec in SOFTMAX:
         with pytest.raises(ValueError, match=r"^teacher_grad must be False where tp_group"):
             spec.function(s, t, **options, tp_group=group)
 

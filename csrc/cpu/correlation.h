@@ -1,27 +1,23 @@
-// The correlation family: Pearson relations of the rows and of the columns of two softmaxes.
+// The correlation family: Pearson relations of the rows and of the columns of two softmaxes, or of the
+// sigmoids of all logits.
 //
-// Three phases. (1) Rows, in chunks fixed by the shape: normalisers, row moments centred at 1/C, and
-// the centred moments of each column over a tile of rows, merged into the chunk's by Chan's formula
+// Three phases. (1) Rows, in chunks fixed by the shape: normalisers (of a softmax), row moments centred
+// at the rows' means (1/C of a softmax), and the centred moments of each column over a tile of rows, merged into the chunk's by Chan's formula
 // (raw moments would cancel in columns that hardly vary). (2) Columns: chunks merged in order,
 // relation and coefficients. (3) Rows again: gradient. Nothing of size N x C is kept but the
-// gradient, which holds the student's softmax in between; the result does not depend on the number
+// gradient, which holds the student's probabilities in between; the result does not depend on the number
 // of threads. Rows that do not count are left out: their gradients are zeros.
 #pragma once
 
-#include "convert.h"
-#include "row_kernel.h"
+#include "probabilities.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace kdkernels::KDK_ISA {
 
 
 constexpr int64_t kChunkRows = 64, kMostChunks = 32;
-constexpr int kMostTile = 16;
-
-template <class R>
-struct RowTerms {  // what the gradient needs of a row
-  R max_s, max_t, inverse_s, inverse_t, of_p, of_q;
-};
+constexpr int kTile = 16, kMostTile = int(kSpan);
 
 // Centred moments of a column over some rows: mean of q and p, sums of squares and of products.
 enum Moment { kMeanQ, kMeanP, kQQ, kPP, kQP, kMoments };
@@ -36,96 +32,42 @@ struct CorrelationContext {
   R* columns;  // [4][stride]: of_p, of_q, mean p, mean q
   int64_t* counts;  // [chunks]: rows that count
 
-  // Whether the student's softmax stays in the gradient between the first and the last phase.
-  KDK_FN bool keeps_softmax() const {
+  // Whether the student's probabilities stay in the gradient between the first and the last phase.
+  KDK_FN bool keeps_probabilities() const {
     return problem.gradient.data && direct<R>(problem.gradient);
   }
 };
 
-// Rows -> tile[r][class], in the working type; what does not count may be left out. `lanes` is scratch for
-// rows whose classes are far apart.
-template <class R>
-void read_tile(const CorrelationContext<R>& c, const Rows& x, int64_t row, int64_t count, R* tile,
-               R* lanes) {
-  constexpr int kW = kLanes<R>;
-  const int64_t classes = c.problem.classes, stride = c.stride;
-  const bool gather = x.class_stride != 1 && x.stride[x.dims - 1] == 1;
-  int64_t step;
-  for (int64_t r = 0; r < count; r += step) {
-    step = gather && count - r >= kW ? kW : 1;
-    int64_t first = 0;
-    while (first < step && !c.problem.counts(row + r + first)) ++first;
-    if (first == step) continue;
-    if (step == 1) {
-      read_row(x, row + r, classes, tile + r * stride);
-      continue;
-    }
-    read_lanes(x, row + r, kW, classes, lanes);
-    for (int lane = 0; lane < kW; ++lane)
-      for (int64_t i = 0; i < classes; ++i) tile[(r + lane) * stride + i] = lanes[i * kW + lane];
-  }
-}
-
-template <class R>
-void write_tile(const Rows& x, int64_t row, int64_t count, int64_t classes, const R* tile,
-                int64_t stride, R* lanes) {
-  constexpr int kW = kLanes<R>;
-  const bool scatter = x.class_stride != 1 && x.stride[x.dims - 1] == 1;
-  for (int64_t r = 0; r < count;) {
-    if (scatter && count - r >= kW) {
-      for (int lane = 0; lane < kW; ++lane)
-        for (int64_t c = 0; c < classes; ++c) lanes[c * kW + lane] = tile[(r + lane) * stride + c];
-      write_lanes(x, row + r, kW, classes, lanes);
-      r += kW;
-    } else {
-      write_row(x, row + r, classes, tile + r * stride);
-      ++r;
-    }
-  }
-}
-
-// Softmaxes of one row into q and p, and its relation. p is padded with zeros to whole vectors; q may
-// be the row's gradient, which keeps it for the last phase.
+// Probabilities of one row into q and p, and its relation. p is padded with zeros to whole vectors; q
+// may be the row's gradient, which keeps it for the last phase.
 template <class Rule, class R>
 inline R relate_row(const CorrelationProblem& problem, const R* s, const R* t, R* q, R* p,
                     RowTerms<R>& terms) {
   using V = Vec<R>;
   const ByClass<R> mode{problem.classes};
-  const R fill = -kInfinity<R>;
-  maxima<false>(mode, InPlace<R>{s}, InPlace<R>{t}, terms.max_s, terms.max_t);
-  const V origin_s = splat<R>(terms.max_s), origin_t = splat<R>(terms.max_t);
-  const Exponential<R> exponential(splat<R>(R(1.0 / problem.tau)));
-  Blocked<V> sum_s, sum_t;
-  sweep(
-      mode,
-      [&](int64_t i, auto part) KDK_LAMBDA {
-        constexpr bool kPart = decltype(part)::value;
-        const V e = exponential(V(mode.template get<kPart>(s, i, fill) - origin_s));
-        const V f = exponential(V(mode.template get<kPart>(t, i, fill) - origin_t));
-        mode.template put<kPart>(q, i, e);
-        store<R>(p + i * kLanes<R>, f);
-        sum_s.add(e);
-        sum_t.add(f);
-      },
-      [&]() KDK_LAMBDA {
-        sum_s.flush();
-        sum_t.flush();
-      });
-  terms.inverse_s = R(1) / reduce_sum<R>(sum_s.total);
-  terms.inverse_t = R(1) / reduce_sum<R>(sum_t.total);
-
-  const V scale_s = splat<R>(terms.inverse_s), scale_t = splat<R>(terms.inverse_t);
-  const V mean = splat<R>(R(1.0 / double(problem.classes)));
+  V scale_s{}, scale_t{};
+  if constexpr (Rule::sigmoid) {
+    sigmoids_of_row<R>(problem, s, t, q, p, terms);
+  } else {
+    exponentials_of_row<R>(problem, s, t, q, p, terms);
+    scale_s = splat<R>(terms.inverse_s);
+    scale_t = splat<R>(terms.inverse_t);
+  }
+  const V mean_q = splat<R>(terms.mean_q), mean_p = splat<R>(terms.mean_p);
   Blocked<V> aa, bb, ab;
   sweep(
       mode,
       [&](int64_t i, auto part) KDK_LAMBDA {
         constexpr bool kPart = decltype(part)::value;
-        const V x = rounded(V(mode.template get<kPart>(q, i, R(0)) * scale_s));
-        const V y = rounded(V(load<R>(p + i * kLanes<R>) * scale_t));
-        mode.template put<kPart>(q, i, x);
-        store<R>(p + i * kLanes<R>, y);
-        V a = x - mean, b = y - mean;
+        V x = mode.template get<kPart>(q, i, R(0));
+        V y = load<R>(p + i * kLanes<R>);
+        if constexpr (!Rule::sigmoid) {
+          x = rounded(V(x * scale_s));
+          y = rounded(V(y * scale_t));
+          mode.template put<kPart>(q, i, x);
+          store<R>(p + i * kLanes<R>, y);
+        }
+        V a = x - mean_q, b = y - mean_p;
         if constexpr (kPart) {
           a = mask_rest(mode, a);
           b = mask_rest(mode, b);
@@ -212,7 +154,7 @@ template <class R>
 struct Tiles {  // scratch of a thread: two tiles, and lanes for gathering
   R *first, *second, *lanes;
   KDK_FN Tiles(const CorrelationContext<R>& c) {
-    const int64_t size = c.tile * c.stride, gathered = c.stride * kLanes<R>;
+    const int64_t size = c.tile * c.stride, gathered = kTransposed * kSpan;
     first = static_cast<R*>(cpu::scratch(sizeof(R) * (2 * size + gathered)));
     second = first + size;
     lanes = second + size;
@@ -226,16 +168,16 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
   const int64_t end = begin + c.chunk_rows < problem.rows ? begin + c.chunk_rows : problem.rows;
   const Tiles<R> tiles(c);
   const bool direct_s = direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
-  const bool kept = c.keeps_softmax();
+  const bool kept = c.keeps_probabilities();
   R* const loss = static_cast<R*>(problem.loss);
   R* const moments = c.moments + chunk * kMoments * c.stride;
-  const R* softmax[kMostTile];
+  const R* students[kMostTile];
   int64_t before = 0;
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
-    // The softmaxes, side by side, overwrite the logits where those had to be gathered into the tile.
-    if (!direct_s) read_tile(c, problem.student, row, count, tiles.first, tiles.lanes);
-    if (!direct_t) read_tile(c, problem.teacher, row, count, tiles.second, tiles.lanes);
+    // The probabilities, side by side, overwrite the logits where those had to be gathered into the tile.
+    if (!direct_s) read_tile(problem, problem.student, row, count, tiles.first, c.stride, tiles.lanes);
+    if (!direct_t) read_tile(problem, problem.teacher, row, count, tiles.second, c.stride, tiles.lanes);
     int64_t counted = 0;
     for (int64_t r = 0; r < count; ++r) {
       if (!problem.counts(row + r)) {
@@ -251,7 +193,7 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
       if (direct_t)
         t = static_cast<const R*>(problem.teacher.data) + problem.teacher.offset(row + r);
       if (kept) q = static_cast<R*>(problem.gradient.data) + problem.gradient.offset(row + r);
-      softmax[counted++] = q;
+      students[counted++] = q;
       RowTerms<R> terms;
       loss[row + r] = relate_row<Rule, R>(problem, s, t, q, p, terms) * R(problem.inter);
       terms.of_p *= R(problem.inter);
@@ -259,7 +201,7 @@ void relate_rows(const CorrelationContext<R>& c, int64_t chunk) {
       c.rows[row + r] = terms;
     }
     if (!counted) continue;
-    merge_tile<R>(softmax, tiles.second, c.stride, problem.classes, counted, before, moments);
+    merge_tile<R>(students, tiles.second, c.stride, problem.classes, counted, before, moments);
     before += counted;
   }
   c.counts[chunk] = before;
@@ -293,10 +235,10 @@ void relate_columns(const CorrelationContext<R>& c, int64_t begin, int64_t end) 
   }
 }
 
-// Gradient of one row. Where kKept, `gradient` holds the student's softmax; else it is computed from
-// the logits s into q. `pull` is scratch and may be where the teacher's logits t are. The row
+// Gradient of one row. Where kKept, `gradient` holds the student's probabilities; else they are computed
+// from the logits s into q. `pull` is scratch and may be where the teacher's logits t are. The row
 // `ahead` elements further is fetched meanwhile: these are too many streams for the hardware.
-template <bool kKept, class R>
+template <class Rule, bool kKept, class R>
 KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>& terms, const R* s,
                               const R* t, R* q, R* pull, R* gradient, int64_t ahead) {
   using V = Vec<R>;
@@ -308,7 +250,7 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
   const V row_p = splat<R>(terms.of_p), row_q = splat<R>(terms.of_q);
   const V factor = splat<R>(R(1.0 / problem.tau));
   const Exponential<R> exponential(factor);
-  const V mean = splat<R>(R(1.0 / double(problem.classes)));
+  const V mean_q = splat<R>(terms.mean_q), mean_p = splat<R>(terms.mean_p);
   Blocked<V> dot;
   sweep(
       mode,
@@ -317,20 +259,29 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
         const int64_t at = i * kLanes<R>;
         __builtin_prefetch(t + ahead + at, 0, 2);
         if constexpr (kKept) __builtin_prefetch(gradient + ahead + at, 0, 2);
-        V x;
-        if constexpr (kKept) x = mode.template get<kPart>(gradient, i, R(0));
-        else x = rounded(V(scale_s * exponential(V(mode.template get<kPart>(s, i, fill) - origin_s))));
-        const V y =
-            rounded(V(scale_t * exponential(V(mode.template get<kPart>(t, i, fill) - origin_t))));
-        V g = row_p * (y - mean) + row_q * (x - mean);
+        V x = mode.template get<kPart>(kKept ? gradient : s, i, kKept ? R(0) : fill);
+        V y = mode.template get<kPart>(t, i, fill);
+        if constexpr (Rule::sigmoid) {
+          if constexpr (!kKept) x = sigmoid<R>(x, exponential);
+          y = sigmoid<R>(y, exponential);
+        } else {
+          if constexpr (!kKept) x = rounded(V(scale_s * exponential(V(x - origin_s))));
+          y = rounded(V(scale_t * exponential(V(y - origin_t))));
+        }
+        V g = row_p * (y - mean_p) + row_q * (x - mean_q);
         g += load<R>(c.columns + at) * (y - load<R>(c.columns + 2 * c.stride + at));
         g += load<R>(c.columns + c.stride + at) * (x - load<R>(c.columns + 3 * c.stride + at));
-        if constexpr (kPart) g = mask_rest(mode, g);
-        if constexpr (!kKept) store<R>(q + at, x);
-        store<R>(pull + at, g);
-        dot.add(x * g);
+        if constexpr (Rule::sigmoid) {
+          mode.template put<kPart>(gradient, i, V(x * (R(1) - x) * factor * g));
+        } else {
+          if constexpr (kPart) g = mask_rest(mode, g);
+          if constexpr (!kKept) store<R>(q + at, x);
+          store<R>(pull + at, g);
+          dot.add(x * g);
+        }
       },
       [&]() KDK_LAMBDA { dot.flush(); });
+  if constexpr (Rule::sigmoid) return;
   const V centre = splat<R>(reduce_sum<R>(dot.total));
   sweep(
       mode,
@@ -345,11 +296,11 @@ KDK_FN void differentiate_row(const CorrelationContext<R>& c, const RowTerms<R>&
       [&]() KDK_LAMBDA {});
 }
 
-template <class R>
+template <class Rule, class R>
 void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t end) {
   const CorrelationProblem& problem = c.problem;
   const Tiles<R> tiles(c);
-  const bool kept = c.keeps_softmax();
+  const bool kept = c.keeps_probabilities();
   const bool direct_s = kept || direct<R>(problem.student), direct_t = direct<R>(problem.teacher);
   const int64_t last = problem.rows - 1;
   const auto gradient_of = [&](int64_t row) {
@@ -357,8 +308,8 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
   };
   for (int64_t row = begin; row < end; row += c.tile) {
     const int64_t count = end - row < c.tile ? end - row : c.tile;
-    if (!direct_s) read_tile(c, problem.student, row, count, tiles.first, tiles.lanes);
-    if (!direct_t) read_tile(c, problem.teacher, row, count, tiles.second, tiles.lanes);
+    if (!direct_s) read_tile(problem, problem.student, row, count, tiles.first, c.stride, tiles.lanes);
+    if (!direct_t) read_tile(problem, problem.teacher, row, count, tiles.second, c.stride, tiles.lanes);
     for (int64_t r = 0; r < count; ++r) {
       R* q = tiles.first + r * c.stride;
       if (!problem.counts(row + r)) {
@@ -373,13 +324,14 @@ void differentiate_rows(const CorrelationContext<R>& c, int64_t begin, int64_t e
       if (kept) {
         R* gradient = gradient_of(row + r);
         const int64_t ahead = row + r < last ? problem.classes : 0;
-        differentiate_row<true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient, ahead);
+        differentiate_row<Rule, true, R>(c, c.rows[row + r], nullptr, t, nullptr, pull, gradient,
+                                         ahead);
         continue;
       }
       const R* s = q;
       if (direct_s)
         s = static_cast<const R*>(problem.student.data) + problem.student.offset(row + r);
-      differentiate_row<false, R>(c, c.rows[row + r], s, t, q, pull, q, 0);
+      differentiate_row<Rule, false, R>(c, c.rows[row + r], s, t, q, pull, q, 0);
     }
     if (!kept)
       write_tile(problem.gradient, row, count, problem.classes, tiles.first, c.stride, tiles.lanes);
@@ -392,9 +344,15 @@ void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor paralle
   const int64_t stride = (classes + 63) / 64 * 64 + 64;
   int64_t chunks = rows / kChunkRows < kMostChunks ? rows / kChunkRows : kMostChunks;
   if (chunks < 2) chunks = rows >= 16 && rows * classes >= 65536 ? 2 : 1;
-  const int64_t chunk_rows = (rows + chunks - 1) / chunks;
+  const bool far = across(problem.student) || across(problem.teacher);
+  const int tile = far && classes <= 1024 ? kMostTile
+                   : classes <= 4096      ? kTile
+                   : classes <= 65536     ? kTile / 2
+                                          : kTile / 4;
+  // Whole tiles, so that rows whose classes are far apart are read in vectors to the end.
+  int64_t chunk_rows = (rows + chunks - 1) / chunks;
+  if (far) chunk_rows = (chunk_rows + tile - 1) / tile * tile;
   chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const int tile = classes <= 4096 ? kMostTile : classes <= 65536 ? 8 : 4;
   cpu::Buffer buffer(sizeof(RowTerms<R>) * rows + sizeof(R) * stride * (chunks * kMoments + 4));
   int64_t counts[kMostChunks];
   CorrelationContext<R> context{problem, chunks, chunk_rows, stride, tile, nullptr, nullptr, nullptr,
@@ -425,7 +383,7 @@ void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor paralle
       [](void* opaque, int64_t begin, int64_t end) {
         const auto& c = *static_cast<const CorrelationContext<R>*>(opaque);
         const int64_t last = end * c.tile;
-        differentiate_rows<R>(c, begin * c.tile, last < c.problem.rows ? last : c.problem.rows);
+        differentiate_rows<Rule, R>(c, begin * c.tile, last < c.problem.rows ? last : c.problem.rows);
       },
       &context);
 }

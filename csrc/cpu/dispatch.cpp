@@ -67,6 +67,7 @@ const char* name(Family family) {
   switch (family) {
     case Family::divergence: return "divergence";
     case Family::decoupled: return "decoupled";
+    case Family::binary: return "binary";
     case Family::correlation: return "correlation";
     case Family::factor:
     case Family::tuple: return "embedding";

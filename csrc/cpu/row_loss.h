@@ -1,6 +1,7 @@
 // All rows of a problem: which rows a thread takes, where their logits lie, masks and coefficients.
 #pragma once
 
+#include "binary.h"
 #include "convert.h"
 #include "row_kernel.h"
 #include "scratch.h"
@@ -54,7 +55,8 @@ struct Scratch {
 
 template <class Rule>
 KDK_FN bool reads_logits_again(const RowProblem& problem) {
-  return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
+  if constexpr (kBinary<Rule>) return false;
+  else return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
 }
 
 // A row's number, or that of all rows.
@@ -154,7 +156,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
                    [&](const auto& s) KDK_LAMBDA {
       with_source<R>(problem.teacher, row, classes, scratch.teacher(set), state.t,
                      [&](const auto& t) KDK_LAMBDA {
-        find_maxima<Rule>(state, problem, temperature, s, t);
+        stage_one<Rule>(state, problem, temperature, s, t);
       });
     });
   };
@@ -165,7 +167,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
       if constexpr (kGradient) std::memset(to.to, 0, sizeof(G) * classes);
     } else {
       RowState<ByClass<R>>& state = states[row % abreast];
-      const R value = finish<Rule, kGradient>(state, problem, temperature, to);
+      const R value = stage_three<Rule, kGradient>(state, problem, temperature, to);
       const RowFactors<R> factors(problem, temperature, row);
       put_values<R>(problem, row, rules::weighted(value, factors.value),
                     temperature.hard ? rules::weighted(state.hard_value, factors.hard) : R(0),
@@ -180,7 +182,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     if (row < end && !ignored(row)) start(row);
     const int64_t second = row - lag, third = row - 2 * lag;
     if (second >= begin && second < end && !ignored(second))
-      exponentiate<Rule>(states[second % abreast], problem, temperature);
+      stage_two<Rule>(states[second % abreast], problem, temperature);
     if (third >= begin) end_row(third);
   }
 }
@@ -232,11 +234,11 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     }
     read_lanes(problem.student, row, count, classes, scratch.student(0));
     read_lanes(problem.teacher, row, count, classes, scratch.teacher(0));
-    find_maxima<Rule>(state, problem, temperature, InPlace<R>{state.s}, InPlace<R>{state.t});
-    exponentiate<Rule>(state, problem, temperature);
+    stage_one<Rule>(state, problem, temperature, InPlace<R>{state.s}, InPlace<R>{state.t});
+    stage_two<Rule>(state, problem, temperature);
     Vec<R> value;
     if (problem.gradient.data) {
-      value = finish<Rule, true>(state, problem, temperature, sink);
+      value = stage_three<Rule, true>(state, problem, temperature, sink);
       if (problem.target) {
         for (int64_t c = 0; c < classes; ++c) {
           const Vec<R> out = load<R>(sink.to + c * kW);
@@ -245,7 +247,7 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
       }
       write_lanes(problem.gradient, row, count, classes, sink.to);
     } else {
-      value = finish<Rule, false>(state, problem, temperature, sink);
+      value = stage_three<Rule, false>(state, problem, temperature, sink);
     }
     value = rules::select(ignored, Vec<R>{}, rules::weighted(value, weight));
     Vec<R> hard{}, entropy{};

@@ -1,4 +1,4 @@
-// What a rule of the divergence or the decoupled family gives, and what the traversals may rely on.
+// What a rule of the divergence, the decoupled or the binary family gives, and what the traversals may rely on.
 // Its Triton twin is kdkernels/triton/contract.py; tests/test_rules.py tries both on every rule.
 //
 //   struct Rule {
@@ -39,6 +39,17 @@
 // with slope = d value / d (log-odds of the target), and the weight of the other term. Its options serve
 // both. All functions are called with F = float, double and SIMD vectors of them.
 //
+// A binary rule takes each class as a two-point distribution of its own, whose log-odds are the logit
+// over the temperature: nothing is normalised over the row, and the loss is the sum of the values.
+//
+//     template <class F> KDK_FN static void
+//     pointwise(const Options&, const F& s, const F& t, const F& gap, F& value, F& slope);
+//
+// with the log-odds s of the student and t of the teacher, gap = t - s, which keeps its relative accuracy
+// near 0, and slope = d value / d s. value >= 0 everywhere; both are 0 where s = t, and keep their
+// relative accuracy near it. -inf and inf are the probabilities 0 and 1, and gap may be NaN where both
+// are the same of them. NaN in s or t gives NaN.
+//
 // A rule that CUDA is not to compile says `static constexpr bool cuda = false;` with the reason.
 #pragma once
 
@@ -69,13 +80,15 @@ template <class Rule>
 constexpr bool keeps_contract() {
   constexpr bool kDecoupled = Rule::family == Family::decoupled;
   using Pointwise = typename PointwiseOf<Rule>::type;
-  static_assert(kDecoupled || Rule::family == Family::divergence,
-                "a rule of rows is of the family divergence or decoupled");
-  static_assert(Pointwise::family == Family::divergence, "Implicit is a divergence");
-  static_assert(std::is_same_v<decltype(Pointwise::centred), const bool>,
-                "a divergence says whether its slopes are centred");
+  if constexpr (Rule::family != Family::binary) {
+    static_assert(kDecoupled || Rule::family == Family::divergence,
+                  "a rule of rows is of the family divergence, decoupled or binary");
+    static_assert(Pointwise::family == Family::divergence, "Implicit is a divergence");
+    static_assert(std::is_same_v<decltype(Pointwise::centred), const bool>,
+                  "a divergence says whether its slopes are centred");
+  }
   static_assert(gives_pointwise<Pointwise, float>() && gives_pointwise<Pointwise, double>(),
-                "a divergence has a pointwise function of float and double");
+                "a rule of rows has a pointwise function of float and double");
   if constexpr (kDecoupled)
     static_assert(gives_explicit_term<Rule, float>() && gives_explicit_term<Rule, double>(),
                   "a decoupled rule has an explicit term of float and double");

@@ -7,6 +7,7 @@ namespace kdkernels::rules::dist {
 
 struct Rule {
   static constexpr Family family = Family::correlation;
+  static constexpr bool sigmoid = false;  // of softmaxes
 
   // 1 - rho from the centred sums of squares and products of a = q~ and b = p~ over a row or a
   // column, and the derivative as coefficients: d(1 - rho) / d q = of_p * b + of_q * a.

@@ -24,7 +24,7 @@
 namespace kdkernels {
 
 // The traversal that a rule asks for.
-enum class Family { divergence, decoupled, correlation, factor, tuple, sparse };
+enum class Family { divergence, decoupled, binary, correlation, factor, tuple, sparse };
 
 // Options of a loss, in the order in which its file in kdkernels/losses passes them.
 struct Options {

@@ -30,6 +30,11 @@ from .refilled import (
 from .reverse_kl import ReverseKLLoss as ReverseKLLoss, reverse_kl_loss as reverse_kl_loss
 from .rkd import RKDLoss as RKDLoss, rkd_loss as rkd_loss
 from .sampled_kl import SampledKLLoss as SampledKLLoss, sampled_kl_loss as sampled_kl_loss
+from .sigmoid_dist import (
+    SigmoidDISTLoss as SigmoidDISTLoss,
+    sigmoid_dist_loss as sigmoid_dist_loss,
+)
+from .sigmoid_kd import SigmoidKDLoss as SigmoidKDLoss, sigmoid_kd_loss as sigmoid_kd_loss
 from .skew_kl import SkewKLLoss as SkewKLLoss, skew_kl_loss as skew_kl_loss
 from .skew_reverse_kl import (
     SkewReverseKLLoss as SkewReverseKLLoss,

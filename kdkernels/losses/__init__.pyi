@@ -19,6 +19,8 @@ from .refilled import local_classifier_loss as local_classifier_loss
 from .pkd import pkd_loss as pkd_loss
 from .rkd import rkd_loss as rkd_loss
 from ._tuples import semihard_tuples as semihard_tuples
+from .sigmoid_dist import sigmoid_dist_loss as sigmoid_dist_loss
+from .sigmoid_kd import sigmoid_kd_loss as sigmoid_kd_loss
 from .refilled import tuple_matching_loss as tuple_matching_loss
 
 @overload
@@ -1326,6 +1328,56 @@ class SampledKLLoss(SampledLoss):
         return_parts: bool = ...,
         process_group: ProcessGroup | None = ...,
         tp_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class SigmoidDISTLoss(DISTLoss):
+    beta: float
+    gamma: float
+    tau: float
+    ignore_index: int | None
+    eps: float
+    reduction: str
+    loss_weight: float
+    teacher_grad: bool
+    class_dim: int | None
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        beta: float = ...,
+        gamma: float = ...,
+        tau: float = ...,
+        *,
+        ignore_index: int | None = ...,
+        eps: float = ...,
+        reduction: str = ...,
+        loss_weight: float = ...,
+        teacher_grad: bool = ...,
+        class_dim: int | None = ...,
+        process_group: ProcessGroup | None = ...,
+        backend: str | None = ...,
+    ) -> None: ...
+
+class SigmoidKDLoss(TokenLoss):
+    temperature: float | Tensor
+    ignore_index: int | None
+    reduction: str
+    loss_weight: float | Tensor
+    teacher_grad: bool
+    class_dim: int | None
+    process_group: ProcessGroup | None
+    backend: str | None
+    def __init__(
+        self,
+        temperature: float | Tensor = ...,
+        *,
+        ignore_index: int | None = ...,
+        reduction: str = ...,
+        loss_weight: float | Tensor = ...,
+        teacher_grad: bool = ...,
+        class_dim: int | None = ...,
+        process_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...
 

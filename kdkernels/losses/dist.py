@@ -88,6 +88,32 @@ def dist_loss(
     Raises:
         ValueError, TypeError: ``name must be <expected>, got <got>``.
     """
+    return relations(
+        DIST, student_logits, teacher_logits, labels, ignore_index, class_dim, process_group,
+        reduction, backend, teacher_grad,
+        beta=beta, gamma=gamma, tau=tau, eps=eps, loss_weight=loss_weight,
+    )  # fmt: skip
+
+
+def relations(
+    spec: LossSpec,
+    student: Tensor,
+    teacher: TeacherLogits,
+    labels: Tensor | None,
+    ignore_index: int | None,
+    class_dim: int | None,
+    group: ProcessGroup | None,
+    reduction: str,
+    backend: str | None,
+    teacher_grad: bool,
+    *,
+    beta: float,
+    gamma: float,
+    tau: float,
+    eps: float,
+    loss_weight: float,
+) -> Tensor:
+    """Check the numbers, and bring tensors into the form that ``correlation_loss`` takes."""
     numbers = {
         "beta": _checks.non_negative("beta", beta),
         "gamma": _checks.non_negative("gamma", gamma),
@@ -95,33 +121,34 @@ def dist_loss(
         "eps": _checks.non_negative("eps", eps),
         "loss_weight": _checks.number("loss_weight", loss_weight),
     }
-    if not isinstance(teacher_logits, Tensor):
-        teacher_logits = single(
-            teacher_logits, student_logits, numbers["tau"], class_dim, teacher_grad=teacher_grad
+    if not isinstance(teacher, Tensor):
+        teacher = single(
+            spec, teacher, student, numbers["tau"], class_dim, teacher_grad=teacher_grad
         )
     teacher_grad = _checks.flag("teacher_grad", teacher_grad)
     if class_dim is not None:
-        shape = ClassesAt(class_dim, student_logits, teacher_logits)
-        student_logits, teacher_logits = shape.logits(student_logits), shape.logits(teacher_logits)
+        shape = ClassesAt(class_dim, student, teacher)
+        student, teacher = shape.logits(student), shape.logits(teacher)
         labels = shape.of_rows("labels", labels)
-    if process_group is None:
+    if group is None:
         return correlation_loss(
-            DIST, student_logits, teacher_logits, labels=labels, ignore_index=ignore_index,
+            spec, student, teacher, labels=labels, ignore_index=ignore_index,
             reduction=reduction, backend=backend, teacher_grad=teacher_grad, **numbers,
         )  # fmt: skip
-    _group.check_call(process_group, student_logits, teacher_logits)
-    _checks.logits(student_logits, teacher_logits, teacher_grad=teacher_grad)
-    roles = [(student_logits, teacher_logits)]
-    if wants_gradient(teacher_logits):
+    _group.check_call(group, student, teacher)
+    _checks.logits(student, teacher, spec.least_classes, teacher_grad)
+    roles = [(student, teacher)]
+    if wants_gradient(teacher):
         roles = [(x, y.detach()) for x, y in (*roles, roles[0][::-1])]
     by = [
-        _of_group(x, y, labels, ignore_index, process_group, reduction, backend, **numbers)
+        _of_group(spec, x, y, labels, ignore_index, group, reduction, backend, **numbers)
         for x, y in roles
     ]
     return joined(*by) if len(by) == 2 else by[0]
 
 
 def _of_group(
+    spec: LossSpec,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -138,17 +165,19 @@ def _of_group(
 ) -> Tensor:
     """The row term of this rank's rows by the kernel, the column term of all ranks' moments."""
     mean = _checks.batch_reduction(reduction) == _checks.REDUCTIONS["mean"]
-    class_dim = _checks.logits(student, teacher)
-    counted = counted_rows(DIST, student, labels, class_dim, ignore_index)
+    class_dim = _checks.logits(student, teacher, spec.least_classes)
+    counted = counted_rows(spec, student, labels, class_dim, ignore_index)
     s, t = (_reduce.as_rows(x, class_dim) for x in _reduce.promote(student, teacher))
     by_rows = correlation_loss(
-        DIST, s, t, labels=counted, ignore_index=None, beta=beta, gamma=0.0, tau=tau, eps=eps,
+        spec, s, t, labels=counted, ignore_index=None, beta=beta, gamma=0.0, tau=tau, eps=eps,
         reduction="sum", loss_weight=loss_weight, backend=backend,
     )  # fmt: skip
     if counted is not None:
         counted = counted.unsqueeze(1)
         s, t = (torch.where(counted, x, 0.0) for x in (s, t))
-    q, p = (torch.softmax(x / tau, 1) for x in (s, t))
+    s, t = s / tau, t / tau
+    softmax = spec.activation == "softmax"
+    q, p = (torch.softmax(x, 1) if softmax else torch.sigmoid(x) for x in (s, t))
     inter, moments = _moments.merged(q, p, (0,), by_rows, group, counted)
     rho = _moments.correlation(moments, eps, s.dtype)
     columns = torch.where(moments.rows > 0, 1 - rho, 0.0)

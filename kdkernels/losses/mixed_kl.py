@@ -71,7 +71,7 @@ def _by_token(
 ) -> Tensor:
     if not isinstance(teacher, Tensor):
         teacher = single(
-            teacher, student, temperature, None, tp_group=common.get("tp_group"),
+            MIXED_KL, teacher, student, temperature, None, tp_group=common.get("tp_group"),
             teacher_grad=common.get("teacher_grad", False),
         )  # fmt: skip
     least = 2 if common.get("tp_group") is None else 0

@@ -15,6 +15,8 @@ the gradient 0, whatever they hold. No rows: 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,16 +51,20 @@ def dist(
     tau: float = 1.0,
     eps: float = 1e-8,
     reduction: str = "mean",
+    activation: Callable[[Tensor, int], Tensor] = torch.softmax,
 ) -> Tensor:
-    """The loss of a batch: (rows, classes) x (rows, classes) -> scalar; ``counted`` is (rows,)."""
+    """The loss of a batch: (rows, classes) x (rows, classes) -> scalar; ``counted`` is (rows,).
+
+    ``activation`` makes probabilities of logits, along a dimension.
+    """
     if student.shape[0] == 0:
         return student.sum()
     mask = None
     if counted is not None:
         mask = counted.unsqueeze(1)
         student, teacher = (torch.where(mask, x, 0.0) for x in (student, teacher))
-    q = torch.softmax(student / tau, -1)
-    p = torch.softmax(teacher / tau, -1)
+    q = activation(student / tau, -1)
+    p = activation(teacher / tau, -1)
     inter = 1 - pearson(q, p, 1, eps)
     intra = 1 - pearson(q, p, 0, eps, mask)
     rows: int | Tensor = inter.shape[0]

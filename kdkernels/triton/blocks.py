@@ -111,3 +111,14 @@ def add_to_moments(mean, squares, before, values, inside, count):
 def softmax(logits, maximum, total, k):
     """Probabilities from a row's normaliser."""
     return tl.exp((logits - maximum) * k) / total
+
+
+@triton.jit
+def probability(logits, maximum, total, k, SIGMOID: tl.constexpr):
+    """That of a softmax from its row's normaliser, or the sigmoid of the logit alone."""
+    if SIGMOID:
+        x = logits * k
+        e = tl.exp(-tl.abs(x))
+        return tl.where(x < 0, e, 1.0) / (1.0 + e)
+    else:
+        return softmax(logits, maximum, total, k)

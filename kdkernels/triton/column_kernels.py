@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import VARYING, block_columns, load_logits, row_offset, rows_that_count, softmax
+from .blocks import VARYING, block_columns, load_logits, probability, row_offset, rows_that_count
 
 
 @triton.jit
@@ -45,6 +45,7 @@ def column_kernel(
     teacher_inner_stride,
     teacher_class_stride,
     inverse_tau: tl.float64,
+    SIGMOID: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,8 +82,8 @@ def column_kernel(
         )
         student = load_logits(student_row, columns, student_class_stride, inside, ACC)
         teacher = load_logits(teacher_row, columns, teacher_class_stride, inside, ACC)
-        q = softmax(student, student_max, student_sum, k)
-        p = softmax(teacher, teacher_max, teacher_sum, k)
+        q = probability(student, student_max, student_sum, k, SIGMOID)
+        p = probability(teacher, teacher_max, teacher_sum, k, SIGMOID)
 
         number = tl.sum(exists.to(tl.int64))
         count = number.to(ACC)

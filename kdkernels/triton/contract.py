@@ -32,7 +32,17 @@ target, and::
         return value, slope, weight
 
 the explicit term, its derivative by the student's log-odds of the target, and the weight of the
-other term. ``numerics`` has functions that keep their accuracy near 0.
+other term.
+
+A rule of the family ``binary`` takes each class as a distribution of its own, from the log-odds s
+of the student and t of the teacher, and gap = t - s, which is better near 0 and NaN where both are
+the same infinity; slope = d value / d s::
+
+    @triton.jit
+    def rule(s, t, gap, first, second, third, fourth):
+        return value, slope
+
+``numerics`` has functions that keep their accuracy near 0.
 """
 
 from __future__ import annotations
@@ -41,6 +51,7 @@ import inspect
 from types import ModuleType
 
 RULE = ("p", "q", "d")
+BINARY = ("s", "t", "gap")
 EXPLICIT = ("log_p_target", "log_p_rest", "log_q_target", "log_q_rest")
 OPTIONS = 4
 
@@ -48,9 +59,10 @@ OPTIONS = 4
 def check(module: ModuleType) -> None:
     """Raise if a rule of the row losses breaks the contract in form."""
     name = module.__name__
-    if not isinstance(getattr(module, "CENTRED", None), bool):
+    binary = module.FAMILY == "binary"
+    if not binary and not isinstance(getattr(module, "CENTRED", None), bool):
         raise TypeError(f"{name}.CENTRED must be a bool")
-    functions: dict[str, tuple[str, ...]] = {"rule": RULE}
+    functions: dict[str, tuple[str, ...]] = {"rule": BINARY if binary else RULE}
     if module.FAMILY == "decoupled":
         functions["explicit"] = EXPLICIT
     for function, leading in functions.items():

@@ -71,7 +71,9 @@ def _run(
     by_column = launch.column_launch(rows, classes, itemsize)
     combine = launch.combine_launch(by_column.chunks, classes, itemsize)
     shared = dict(ACC=accumulator, **launch.OPTIONS)
+    module = rule_module(call.rule)
     row_shape = dict(
+        SIGMOID=module.SIGMOID,
         TWO_LEVEL=two_level,
         RESIDENT=by_row.resident,
         ROWS=by_row.rows,
@@ -85,22 +87,21 @@ def _run(
     column_statistics = student.new_empty([4, classes], dtype=dtype)
     partial = student.new_empty([5, by_column.chunks, classes], dtype=dtype)
     counts = student.new_empty([by_column.chunks], dtype=torch.int64)
-    rule_function = rule_module(call.rule).rule
     with launch.on_device(student):
         cross_kernels.correlation_row_kernel[row_grid](
             student, teacher, counted, count if mean else None, losses, row_statistics,
             rows, classes, inner, *of_student, *of_teacher, 1.0 / tau, inter, eps,
-            RULE=rule_function, **row_shape,
+            RULE=module.rule, **row_shape,
         )  # fmt: skip
         column_kernels.column_kernel[(by_column.chunks * triton.cdiv(classes, by_column.block),)](
             student, teacher, counted, row_statistics, partial, counts, rows, classes, inner,
             by_column.chunk_rows, by_column.chunks, *of_student, *of_teacher, 1.0 / tau,
-            TWO_LEVEL=two_level, ROWS=by_column.rows, BLOCK=by_column.block,
+            SIGMOID=module.SIGMOID, TWO_LEVEL=two_level, ROWS=by_column.rows, BLOCK=by_column.block,
             num_warps=by_column.num_warps, **shared,
         )  # fmt: skip
         column_kernels.combine_kernel[(triton.cdiv(classes, combine.block),)](
             partial, count, counts, losses[rows:], column_statistics, rows, classes,
-            by_column.chunks, intra, eps, RULE=rule_function,
+            by_column.chunks, intra, eps, RULE=module.rule,
             ROWS=combine.rows, BLOCK=combine.block, num_warps=combine.num_warps, **shared,
         )  # fmt: skip
         if written is not None:

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 FAMILY = "correlation"
+SIGMOID = False
+"""Of softmaxes."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The row losses on the host: allocation and launch of ``row_kernel``."""
+"""The row losses on the host: allocation and launch of ``row_kernel`` and ``binary_kernel``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from .._calls import RowCall, numbers_of
 from .._dtypes import STANDARDIZE_EPS, working_dtype
 from . import launch, rule_module
+from .binary_kernel import binary_kernel
 from .layout import rows_of
 from .row_kernel import row_kernel
 
@@ -102,54 +103,45 @@ def _run(
         upstream_stride = upstream.stride(0)
     accumulator = launch.accumulator(student.dtype, teacher.dtype)
     classes = student.shape[class_dim]
+    binary = module.FAMILY == "binary"
+    centred = binary or module.CENTRED
     # A rule that is not centred keeps slopes and q beside the logits, and the cross-entropy its
     # exponentials: half the classes a thread.
-    kept = 1 if module.CENTRED and not hard else 2
+    kept = 1 if centred and not hard else 2
     config = launch.row_launch(classes, kept * accumulator.primitive_bitwidth // 8)
     wide = accumulator.primitive_bitwidth == 64
-    if (hard or wide) and not module.CENTRED and not config.resident:  # both
+    if (hard or wide) and not centred and not config.resident:  # both
         config = config._replace(block=max(config.block // (4 if wide else 2), 1))
-    first, second, third, fourth = (*options, 0.0, 0.0, 0.0, 0.0)[:4]
+    numbers = (
+        rows.rows, classes, rows.inner, *rows.strides[0], *rows.strides[1], *rows.strides[2],
+        0 if target is None else target.stride(0), upstream_stride, call.ignore_index,
+        1.0 / temperature, scale,
+    )  # fmt: skip
+    options = [*options, 0.0, 0.0, 0.0, 0.0][:4]
+    grid = (triton.cdiv(rows.rows, config.rows),)
+    shape = dict(
+        RULE=module.rule,
+        TWO_LEVEL=rows.two_level,
+        RESIDENT=config.resident,
+        ACC=accumulator,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        **launch.OPTIONS,
+    )
     with launch.on_device(student):
-        row_kernel[(triton.cdiv(rows.rows, config.rows),)](
-            student,
-            teacher,
-            target,
-            *of_rows,
-            count,
-            upstream,
-            losses,
-            parts,
-            written,
-            rows.rows,
-            classes,
-            rows.inner,
-            *rows.strides[0],
-            *rows.strides[1],
-            *rows.strides[2],
-            0 if target is None else target.stride(0),
-            upstream_stride,
-            call.ignore_index,
-            1.0 / temperature,
-            scale,
-            hard,
-            first,
-            second,
-            third,
-            fourth,
-            RULE=module.rule,
-            EXPLICIT=getattr(module, "explicit", None),
-            CENTRED=module.CENTRED,
-            STANDARDIZE=call.standardize,
-            HARD=hard != 0.0,
-            EPS=STANDARDIZE_EPS,
-            TWO_LEVEL=rows.two_level,
-            RESIDENT=config.resident,
-            ACC=accumulator,
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            **launch.OPTIONS,
-        )
+        if binary:
+            weight, _, heat = of_rows
+            binary_kernel[grid](
+                student, teacher, target, weight, heat, count, upstream, losses, written,
+                *numbers, *options, **shape,
+            )  # fmt: skip
+        else:
+            row_kernel[grid](
+                student, teacher, target, *of_rows, count, upstream, losses, parts, written,
+                *numbers, hard, *options,
+                EXPLICIT=getattr(module, "explicit", None), CENTRED=module.CENTRED,
+                STANDARDIZE=call.standardize, HARD=hard != 0.0, EPS=STANDARDIZE_EPS, **shape,
+            )  # fmt: skip
     if gradient is not None and written is not None and written is not gradient:
         gradient.copy_(written)
