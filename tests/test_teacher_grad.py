@@ -240,9 +240,10 @@ def test_keywords_of_rows(case: Case) -> None:
     heats = torch.linspace(1.0, 3.0, 6, dtype=torch.float64)
     learned = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     softmax = case.spec in SOFTMAX  # only it has a cross-entropy beside it
+    beside = {"hard_weight": 0.5, "return_parts": True} if softmax else {}
     given: Any = case(
         student, teacher, target, token_weight=weight, temperature=heats, num_items_in_batch=9,
-        loss_weight=learned, **ON, **({"hard_weight": 0.5, "return_parts": True} if softmax else {}),
+        loss_weight=learned, **ON, **beside,
         **({} if case.spec.needs_target else {"target": target}),
     )  # fmt: skip
     loss = given[0] if softmax else given
