@@ -110,6 +110,22 @@ def test_a_student_without_other_classes(case: Case) -> None:
     torch.testing.assert_close(gradient[0], explicit[0])
 
 
+@each([spec for spec in LOSSES if spec.name == "alpha_beta"], gap=(3.0, 80.0, 200.0))
+def test_a_divergence_that_is_infinite_by_its_exponent(case: Case, gap: float) -> None:
+    """beta = 0 and a class that the student excludes: (q^alpha - p^alpha) / alpha by log q."""
+    student = torch.tensor([[1.0, 2.0, -torch.inf, 0.0], [0.0, 1.0, 2.0, 3.0]], device=case.device)
+    teacher = torch.tensor([[1.0, 0.0, -gap, 3.0], [3.0, 1.0, 2.0, 0.0]], device=case.device)
+    options = {"alpha": 0.9, "beta": 0.0, "reduction": "none"}
+    loss, gradient = value_and_grad(case, student, teacher, upstream=torch.ones(2), **options)
+    # A probability that float32 does not have is 0.
+    assert loss[0] == torch.inf if gap < 100 else loss[0].isfinite()
+    assert loss[1].isfinite()
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    slope = (q**0.9 - p**0.9) / 0.9
+    wanted = slope - q * slope.sum(-1, keepdim=True)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 @each_emulated([s for s in LOSSES if s.family == "correlation"], eps=(0.0, 1e-8), shared=("eps",))
 def test_constants_have_no_correlation_whatever_eps(case: Case, eps: float) -> None:
     """One row: every column is a constant. Not 0 / 0."""

@@ -44,7 +44,7 @@ def alpha_beta(
     student, teacher = rescale(student, teacher, temperature, standardize)
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     # A power that underflows is 0, whatever it would be multiplied with.
-    neither = torch.maximum(log_p, log_q).detach() * operand(alpha + beta) < -700.0
+    neither = (torch.maximum(log_p, log_q).detach() * operand(alpha + beta)).exp() == 0
     neither = neither | ((log_p == -torch.inf) & (log_q == -torch.inf))
     d = torch.where(neither, 0.0, log_p - log_q)
     of_student = d < 0
@@ -63,9 +63,11 @@ def _parts(x: Tensor, a: float, b: float) -> Tensor:
     """f of the classes of which a is the exponent of the smaller probability."""
     first = x.new_zeros(()) if a == 0 else _bounded(x * a) / a
     decay = torch.exp(-x * a) if a else torch.ones_like(x)
-    gone = decay == 0
-    near = torch.where(gone, 0.0, x)
+    endless = x == torch.inf  # where a is 0: f is x / s there, whose derivative is finite
+    near = torch.where(endless | (decay == 0), 0.0, x)
     second = x.new_zeros(()) if b == 0 else near * _ratio(near * b) * decay
+    if a == 0:
+        second = second + torch.where(endless, x, 0.0)
     return (first + second) / (a + b)
 
 
