@@ -849,8 +849,8 @@ _of(
     ("target_stays", "[x.scatter(1, index, «-torch.inf») for x in (s, t)]", "0.0"),
     ("weight_lost", "explicit = weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, kappa,"
      " ratio_max)»)", "1.0"),
-    ("ignored_count", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "some",
-     "test_teacher_grad.py", "native and ignored"),
+    ("nothing_else", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "valid",
+     "test_teacher_grad.py", "excluded"),
     ("one_temperature", "rescale(s, t, «temperature», standardize)", "1.0"),
 )  # fmt: skip
 _of(

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import LOSS_IDS, LOSSES, ROW_LOSSES, Case, each, each_sample, row_weights, same_bits
-from inputs import make
+from inputs import FAMILIES, make
 from ranks import needs_processes, run_on_ranks
 from torch import Tensor
 
@@ -196,6 +196,27 @@ def test_hard_inputs_in_float32(case: Case, family: str) -> None:
     if not jumps:
         size = expected.abs().amax(-1, keepdim=True)
         assert ((given - expected).abs() <= 2e-4 * size + 1e-5).all()
+
+
+EXCLUDING = [name for name in FAMILIES if name not in HARD]
+
+
+@losses
+@pytest.mark.parametrize("family", EXCLUDING)
+def test_excluded_classes_and_bad_rows(spec: LossSpec, family: str) -> None:
+    """Kernels are finite in the rows in which the reference is, and equal there."""
+    found = []
+    for backend in ("native", "reference"):
+        student, teacher, target = make(family, 6, 9, dtype=torch.float64)
+        student.requires_grad_()
+        teacher.requires_grad_()
+        options = {"reduction": "none"} if spec.by_row else {}
+        loss = Case(spec, backend, "cpu")(student, teacher, target, **options, **ON)
+        found.append(_gradients(loss, student, teacher)[1])
+    finite = [x.isfinite().all(1) for x in found]
+    assert torch.equal(*finite)
+    given, expected = (x[finite[0]] for x in found)
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-10)
 
 
 @each([spec for spec in LOSSES if spec.takes_target])
