@@ -815,12 +815,12 @@ _of(
 # The teacher's gradient.
 
 _of(
-    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native or second or group",
+    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native and roles",
     ("roles_kept", "roles = «teacher, student.detach()»\n", "student, teacher.detach()"),
     ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
      "test_teacher_grad.py", "native and keywords"),
     ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
-     "test_teacher_grad.py", "names_no_exchanged"),
+     "test_teacher_grad_surroundings.py", "names_no_exchanged"),
 )  # fmt: skip
 _of(
     "kdkernels", "_autograd.py", "test_teacher_grad.py", "native and roles",
