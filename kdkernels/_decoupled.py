@@ -29,19 +29,23 @@ def by_teacher(
     teacher: Tensor,
     target: Tensor,
     temperature: float | Tensor,
+    token_weight: Tensor | None,
+    *,
+    scale: float,
     standardize: bool,
     ignore_index: int,
     class_dim: int,
-    *,
+    reduction: int,
     alpha: float,
     beta: float,
     kappa: float = 0.0,
     ratio_max: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Values of the rows, of which the gradient by the teacher counts, and which are not ignored.
+) -> Tensor:
+    """The loss, of which the gradient by the teacher counts.
 
     ``temperature`` is a number, or one a row, (rows, 1).
     """
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     s, t = (_reduce.as_rows(x, class_dim) for x in _reduce.promote(student, teacher))
     y = target.reshape(-1).long()
     valid = y != ignore_index
@@ -63,4 +67,7 @@ def by_teacher(
     implicit = reverse_kl(others[1], others[0], valid & some)
     log_q, log_p = (x.detach().log_softmax(1)[:, 0] for x in (pair_s, pair_t))
     explicit = weighted(explicit, weight_of_ratio(log_p, log_p - log_q, kappa, ratio_max))
-    return weighted(explicit, alpha) + weighted(implicit, beta), valid
+    values = weighted(explicit, alpha) + weighted(implicit, beta)
+    soft = _reduce.weigh(values, scale, token_weight, valid)
+    none = torch.zeros_like(soft)
+    return _reduce.finish(soft, none, none, valid, shape, reduction, False)[0]

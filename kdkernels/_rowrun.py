@@ -62,16 +62,13 @@ def run(
                 )[0]  # fmt: skip
 
             heat = _by_row(row_temperature, student, class_dim)
-            values, valid = _decoupled.by_teacher(
+            other = _decoupled.by_teacher(
                 reverse_kl, student.detach(), teacher, target,
-                temperature if heat is None else heat.reshape(-1, 1), standardize, ignore_index,
-                class_dim, **dict(zip(spec.options, options, strict=True)),
+                temperature if heat is None else heat.reshape(-1, 1),
+                _by_row(token_weight, student, class_dim), scale=scale, standardize=standardize,
+                ignore_index=ignore_index, class_dim=class_dim, reduction=reduction,
+                **dict(zip(spec.options, options, strict=True)),
             )  # fmt: skip
-            weight = _by_row(token_weight, student, class_dim)
-            soft = _reduce.weigh(values, scale, weight, valid)
-            none = torch.zeros_like(soft)
-            shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-            other, _ = _reduce.finish(soft, none, none, valid, shape, reduction, False)
             return joined(loss, other), separate
         exchanged = spec.exchanged(*options)
         if exchanged is None:

@@ -857,12 +857,12 @@ _of(
 # The teacher's gradient.
 
 _of(
-    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native or second or group",
+    "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native and roles",
     ("roles_kept", "roles = «teacher, student.detach()»\n", "student, teacher.detach()"),
     ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
      "test_teacher_grad.py", "native and keywords"),
     ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
-     "test_teacher_grad.py", "names_no_exchanged"),
+     "test_teacher_grad_surroundings.py", "names_no_exchanged"),
 )  # fmt: skip
 _of(
     "kdkernels", "_autograd.py", "test_teacher_grad.py", "native and roles",
@@ -891,8 +891,8 @@ _of(
     ("target_stays", "[x.scatter(1, index, «-torch.inf») for x in (s, t)]", "0.0"),
     ("weight_lost", "explicit = weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, kappa,"
      " ratio_max)»)", "1.0"),
-    ("ignored_count", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "some",
-     "test_teacher_grad.py", "native and ignored"),
+    ("nothing_else", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "valid",
+     "test_teacher_grad.py", "excluded"),
     ("one_temperature", "rescale(s, t, «temperature», standardize)", "1.0"),
 )  # fmt: skip
 _of(

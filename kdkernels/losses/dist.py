@@ -71,8 +71,9 @@ def dist_loss(
         reduction: ``'mean'`` (alias ``'batchmean'``) as published; ``'sum'`` sums 1 - rho over rows
             and over classes. The loss couples the rows, so there is no ``'none'``.
         loss_weight: multiplies the loss inside the kernel.
-        teacher_grad: gives the teacher its gradient too, by a second pass of the kernels with the
-            roles exchanged, which leave the loss as it is; not of several teachers.
+        teacher_grad: gives the teacher its gradient too, by a second call with the roles exchanged,
+            a second collective beside ``process_group``; the loss stays as it is. Not of several
+            teachers. False: a teacher that requires grad raises.
         class_dim: the dimension of the classes in logits of any shape, such as 1 for (N, C, L) and
             (N, C, D, H, W); all others are rows. None: as above.
         process_group: the batch is that of all ranks of this group, whose rows may differ in number
