@@ -369,6 +369,22 @@ _of(
      "products[2] * factor[0] * factor[1]"),
 )  # fmt: skip
 _of(
+    "csrc/cuda", "row_cluster.cu", "test_cuda_clusters.py", "next_row and float32",
+    ("fence_of_slices", "«fence_bulk();»\n    sync_block();", ""),
+    ("wait_of_slices", "barrier_wait(barriers_ + begin / part_, parity_);", ""),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "correlation_columns.cu", "test_cuda_kernels.py", "correlation and columns",
+    ("fence_of_tiles", "phases ^= 1u << stage;\n        «fence_bulk();»", ""),
+)  # fmt: skip
+_of(
+    "csrc/cuda", "correlation_walk.cuh", "test_cuda_slices.py", "slices",
+    ("fence_of_rows", "if (bulk) «fence_bulk();»", ""),
+    ("wait_of_the_block", "if (cluster > 1) «barrier_wait_cluster(barriers + i % kHandings, "
+     "unsigned(i / kHandings) % 2);»",
+     "barrier_wait(barriers + i % kHandings, unsigned(i / kHandings) % 2);"),
+)  # fmt: skip
+_of(
     "csrc/cuda", "tuple_pairs.cu", "test_cuda_embedding.py", "tuples or margin",
     ("margin", "gap = student - anchor.at[p];\n    if (!(gap > R(0) && «gap <= k.margin»))",
      "gap < k.margin"),

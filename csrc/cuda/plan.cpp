@@ -40,6 +40,7 @@ bool by_cluster(const RowShape& shape, const Device& device, RowPlan& plan) {
     for (const int32_t cluster : {1, 2, 4, 8, 16}) {
       const int64_t slice = round_up(ceil_divide(shape.classes, cluster), pack);
       if (cluster > device.most_cluster) break;
+      // Two clusters of 16 on the same multiprocessors: a measurement decides (README.md, at its end).
       if (shared(slice) > room || (cluster == 16 && together == 2)) continue;
       if (together == 1 && device.clusters_of(cluster) < 1) continue;
       // What a thread does once a row costs as much as a dozen classes: few threads, each with many

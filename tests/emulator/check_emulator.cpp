@@ -147,7 +147,7 @@ void grid_sync() {
 
 // Copies pieces of `in` through two buffers, in uses of their barriers that take turns.
 struct Faults {
-  bool no_wait, no_sync, no_fence;
+  bool no_wait, no_sync, no_fence, no_fence_bulk;
   uint32_t wrong_bytes, wrong_parity, offset;
 };
 KDK_KERNEL void copy_pieces(const int* in, int* out, int pieces, Faults faults) {
@@ -169,8 +169,10 @@ KDK_KERNEL void copy_pieces(const int* in, int* out, int pieces, Faults faults) 
   for (int piece = 0; piece < 2; ++piece) start(piece);
   for (int piece = 0; piece < pieces; ++piece) {
     if (!faults.no_wait) barrier_wait(&barriers[piece % 2], piece / 2 % 2 ^ faults.wrong_parity);
-    out[piece * count + thread] = buffer[piece % 2 * count + (thread + 1) % count];
-    fence_bulk();
+    const int from = (thread + 1) % count;
+    const Bits16 four = load16_shared(buffer + piece % 2 * count + from / 4 * 4);
+    out[piece * count + thread] = int(four.word[from % 4]);
+    if (!faults.no_fence_bulk || thread != 5) fence_bulk();
     sync_block();
     start(piece + 2);
   }
@@ -211,6 +213,10 @@ void bulk_copy() {
     faults = {};
     faults.no_sync = true;
     demand_error([&] { run(2, faults); }, {"barrier"});
+    faults = {};
+    faults.no_fence_bulk = true;
+    run(2, faults);  // nothing is copied to a place that was read
+    demand_error([&] { run(3, faults); }, {"bulk_load: thread 5 has read there", "fence_bulk"});
   }
 }
 
@@ -218,7 +224,7 @@ void bulk_copy() {
 struct Handing {
   int rounds;
   uint32_t wrong_bytes;
-  bool no_sync;
+  bool no_sync, narrow = false;
 };
 KDK_KERNEL void hand_around(float* out, Handing handing) {
   auto* const barriers = reinterpret_cast<Barrier*>(shared_memory());
@@ -238,7 +244,8 @@ KDK_KERNEL void hand_around(float* out, Handing handing) {
     }
     if (round == 0) continue;
     const int before = (round - 1) % 4;
-    barrier_wait_cluster(&barriers[before], unsigned((round - 1) / 4) % 2);
+    const auto wait = handing.narrow ? barrier_wait : barrier_wait_cluster;
+    wait(&barriers[before], unsigned((round - 1) / 4) % 2);
     float sum = lane < blocks ? places[before][lane][0] : 0;
     for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) out[block_index() * handing.rounds + round - 1] = sum;
@@ -266,6 +273,7 @@ void remote_stores() {
     demand_error([&] { run(2, {1, 16, false}); }, {"deadlock", "barrier_wait", "lacks 16 bytes"});
     demand_error([&] { run(2, {kRounds, uint32_t(-16), false}); }, {"emulate: "});
     demand_error([&] { run(2, {1, 0, true}); }, {"barrier"});
+    demand_error([&] { run(2, {1, 0, false, true}); }, {"barrier_wait_cluster"});
   }
 }
 
@@ -389,6 +397,12 @@ void alignment() {
   const auto load = [](const float* p) { load16(p + 4 * thread_index() + (thread_index() == 3)); };
   demand_error([&] { emulate({1, 8}, load, &data[0]); },
                {"block 0, thread 3", "load16: misaligned"});
+  const auto again = [](float* p) {
+    store16(p + 4 * thread_index(), {});
+    load16_written(p + 4 * thread_index());
+    if (thread_index() == 2) load16(p + 8);
+  };
+  demand_error([&] { emulate({1, 8}, again, &data[0]); }, {"thread 2", "load16_written"});
   const auto store = [](float* p) { store16(p + 4 * thread_index() + (thread_index() == 3), {}); };
   demand_error([&] { emulate({1, 8}, store, &data[0]); }, {"store16: misaligned"});
   const auto load_shared = [](int offset) { load16_shared(shared_memory() + offset); };

@@ -109,6 +109,17 @@ inline BarrierState& barrier_state(const char* call, uint64_t* barrier, Block& o
   fail(std::string(call) + ": the barrier was not initialised");
 }
 
+// Before a bulk copy: whoever has read there by load16_shared has called fence_bulk since.
+inline void check_fenced(const void* to, uint32_t bytes) {
+  const Fiber* const first =
+      &launch->fibers[size_t(&block() - launch->blocks.data()) * size_t(launch->shape.threads)];
+  for (int thread = 0; thread < launch->shape.threads; ++thread)
+    for (const uintptr_t at : first[thread].unfenced)
+      if (at - uintptr_t(to) < bytes)
+        fail("bulk_load: thread " + std::to_string(thread) +
+             " has read there, and not called fence_bulk since");
+}
+
 }  // namespace emulator
 
 using Barrier = uint64_t;
@@ -157,6 +168,7 @@ KDK_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* b
   if (bytes % 16 != 0) emulator::fail("bulk_load: the size is not a multiple of 16");
   if (bytes > 0) emulator::check_shared("bulk_load, target", to, bytes);
   emulator::check_global("bulk_load, source", from);
+  emulator::check_fenced(to, bytes);
   std::memset(to, 0xff, bytes);
   emulator::launch->copies.push_back({&emulator::block(), &state, to, from, bytes, {}});
   emulator::pause();
@@ -172,6 +184,7 @@ KDK_DEVICE void store_remote(float* mine, const Four& v, Barrier* barrier, int r
   emulator::Block& owner = emulator::block().cluster->first[rank];
   auto& state = emulator::barrier_state("store_remote", cluster_shared(barrier, rank), owner);
   if (owner.finished == thread_count()) emulator::fail("store_remote: the block has returned");
+  state.stored = true;
   float* const there = cluster_shared(mine, rank);
   std::memset(there, 0xff, sizeof v);
   emulator::Copy copy{&owner, &state, there, nullptr, sizeof v, {}};
@@ -179,25 +192,39 @@ KDK_DEVICE void store_remote(float* mine, const Four& v, Barrier* barrier, int r
   emulator::launch->copies.push_back(copy);
   emulator::pause();
 }
-KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
-  emulator::pause();
-  auto& state = emulator::barrier_state("barrier_wait", barrier);
+namespace emulator {
+
+// What is stored from another block is seen by a wait of the cluster's scope alone.
+inline void wait_for(Barrier* barrier, uint32_t parity, bool cluster) {
+  pause();
+  auto& state = barrier_state("barrier_wait", barrier);
   const uint64_t use = state.waits[thread_index()]++;
   if (parity != use % 2)
-    emulator::fail("barrier_wait: wrong parity " + std::to_string(parity) + " for use " +
-                   std::to_string(use) + " of the barrier");
+    fail("barrier_wait: wrong parity " + std::to_string(parity) + " for use " +
+         std::to_string(use) + " of the barrier");
   if (state.uses <= use) {
-    emulator::self().waits = emulator::Wait::copies;
-    state.waiting.push_back(&emulator::self());
-    emulator::launch->suspend();
+    self().waits = Wait::copies;
+    state.waiting.push_back(&self());
+    launch->suspend();
   }
   if (state.uses > use + 1)
-    emulator::fail("barrier_wait: the use after the one waited for may be over before it is seen");
+    fail("barrier_wait: the use after the one waited for may be over before it is seen");
+  if (state.stored && !cluster)
+    fail("barrier_wait: other blocks have stored: barrier_wait_cluster sees it");
+}
+
+}  // namespace emulator
+
+KDK_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+  emulator::wait_for(barrier, parity, false);
 }
 KDK_DEVICE void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
-  barrier_wait(barrier, parity);
+  emulator::wait_for(barrier, parity, true);
 }
-KDK_DEVICE void fence_bulk() { emulator::pause(); }
+KDK_DEVICE void fence_bulk() {
+  emulator::self().unfenced.clear();
+  emulator::pause();
+}
 
 // Made when it is waited for, from what the source holds then; until then the target is NaN.
 KDK_DEVICE void copy16_async(void* to, const void* from) {
@@ -247,15 +274,25 @@ struct alignas(16) Bits16 {
 KDK_DEVICE Bits16 load16(const void* p) {
   emulator::check_aligned("load16", p);
   emulator::check_global("load16", p);
+  if (emulator::launch && emulator::launch->written.count(uintptr_t(p) / 16))
+    emulator::fail("load16: this launch has written there: load16_written");
   Bits16 v;
   std::memcpy(&v, p, 16);
   return v;
 }
-KDK_DEVICE Bits16 load16_written(const void* p) { return load16(p); }
+KDK_DEVICE Bits16 load16_written(const void* p) {
+  emulator::check_aligned("load16_written", p);
+  emulator::check_global("load16_written", p);
+  Bits16 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
 KDK_DEVICE Bits16 load16_shared(const void* p) {
   emulator::check_aligned("load16_shared", p);
   if (emulator::launch && !emulator::launch->owner(p, 16))
     emulator::fail("load16_shared: the address is not in shared memory");
+  if (emulator::launch && !emulator::block().barriers.empty())
+    emulator::self().unfenced.insert(uintptr_t(p));
   Bits16 v;
   std::memcpy(&v, p, 16);
   return v;
@@ -263,6 +300,7 @@ KDK_DEVICE Bits16 load16_shared(const void* p) {
 KDK_DEVICE void store16(void* p, const Bits16& v) {
   emulator::check_aligned("store16", p);
   emulator::check_global("store16", p);
+  if (emulator::launch) emulator::launch->written.insert(uintptr_t(p) / 16);
   std::memcpy(p, &v, 16);
 }
 

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_set>
 #include <vector>
 
 #include "fibers.h"
@@ -57,6 +58,7 @@ struct Fiber {
   };
   std::vector<Ahead> ahead;
   uint64_t commits = 0;
+  std::unordered_set<uintptr_t> unfenced;  // sixteens of bytes that it read since its last fence_bulk
 };
 
 // Threads that wait for each other.
@@ -79,7 +81,8 @@ struct BarrierState {
   uint64_t uses = 0;      // completed
   bool announced = false;
   int64_t missing = 0;    // bytes announced and not copied; negative if copied before they were
-  std::vector<uint64_t> waits;  // of each thread
+  std::vector<uint64_t> waits;   // of each thread
+  bool stored = false;           // store_remote has used it
   std::vector<Fiber*> waiting;
 };
 constexpr uint64_t kInitialised = 0xba551e55ba551e55u;
@@ -119,6 +122,7 @@ class Launch {
   std::vector<Fiber> fibers;
   std::vector<Fiber*> runnable;
   std::vector<Copy> copies;
+  std::unordered_set<uintptr_t> written;  // sixteens of bytes of global memory, by store16
   Group grid;
   std::exception_ptr error;
 
@@ -230,6 +234,7 @@ class Launch {
         fiber.waits = Wait::nothing;
         fiber.finished = false;
         fiber.commits = 0;
+        fiber.unfenced.clear();
         prepare(fiber.context, fiber.stack, fiber_main);
         runnable.push_back(&fiber);
       }
