@@ -157,9 +157,8 @@ _of(
 _of(
     "csrc/rules", "sigmoid_kd.h", "test_sigmoid.py", "native and kd",
     ("side", "slope = «select(likely, F(-difference), difference)»;", "difference"),
-    ("near_by_the_logarithms", "square < R(«0.0625»)", "0.0"),
-    ("series_too_far", "square < R(«0.0625»)", "4.0"),
-    ("other_outcome", "F(close + «others * under»)", "under"),
+    ("near_by_the_logarithms", "g * g < R(«4»)", "0"),
+    ("other_outcome", "F(p * of_p + «others * under»)", "under"),
     ("certain_of_infinity", "«select(rare == R(0), F{}, F(rare * y))»;", "F(rare * y)"),
     ("impossible", "«select(p == R(0), F{}, F(p * g))»;", "F(p * g)"),
     ("nan", "value = «select(z == z, value, z)»;", "value"),
@@ -436,7 +435,7 @@ _of(
 _of(
     "kdkernels/triton", "sigmoid_kd.py", "test_sigmoid.py", "triton and kd",
     ("side", "tl.where(likely, «-difference», difference)", "difference"),
-    ("other_outcome", "close + «others * under»", "under"),
+    ("other_outcome", "«others * excess(-log, z)»", "excess(-log, z)"),
     ("certain_of_infinity", "tl.where(rare == 0, 0.0, rare * y)", "rare * y"),
 )  # fmt: skip
 _of(

@@ -67,7 +67,9 @@ def test_families_together(case: Case) -> None:
 def _other_dtypes_here(case: Case, family: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
     """Where kernels are slow, one other pair of dtypes for each family of inputs."""
     if case.interpreted:
-        here = dtypes == DTYPES["bfloat16-float32"]
+        # The interpreter cuts bfloat16 off, which shows where a row's gradients have one sign.
+        half = "float16-float16" if case.spec.family == "binary" else "bfloat16-float32"
+        here = dtypes == DTYPES[half]
     elif case.emulated:
         others = list(OTHER_DTYPES.values())
         here = dtypes == others[list(FAMILIES.values()).index(family) % len(others)]

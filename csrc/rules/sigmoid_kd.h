@@ -12,7 +12,7 @@ struct Rule {
 
   // Of the outcome that the student finds rarer, q <= 1/2, with log-odds x and y of student and teacher:
   //   KL = p g - log((1 + e^y) / (1 + e^x)),  g = y - x.
-  // Where g is small that is p phi(log p/q) + (1 - p) phi(log (1-p)/(1-q)), whose terms are >= 0.
+  // Unless g is large that is p phi(log p/q) + (1 - p) phi(log (1-p)/(1-q)), whose terms are >= 0.
   template <class F>
   KDK_FN static void pointwise(const Options&, const F& s, const F& t, const F& gap, F& value,
                                F& slope) {
@@ -27,22 +27,22 @@ struct Rule {
     const F rare = a * of_teacher, q = b * of_student;
     const F p = select(above, of_teacher, rare), others = select(above, rare, of_teacher);
 
-    const F square = g * g;
-    const auto near = square < R(0.0625);
-    const F grown = phi_series(F(-g)) * square + g;  // exp(g) - 1
+    const auto near = g * g < R(4);
+    const F grown = exponential_less_one(select(near, g, F{}));
     const F z = select(near, F(q * grown), F((a - b) * of_student));
-    F log, over, under;  // log((1 + e^y) / (1 + e^x)), less y where that is above 0 and not near x
+    const F w = of_student * grown / (grown + R(1));  // 1 - q / p, as z is (1 - q) / (1 - p) - 1
+    F log, over, under, of_p;
+    logarithm_terms(F(one - w), F(-w), log, over, of_p);
+    // log is log((1 + e^y) / (1 + e^x)), less y where that is above 0 and not near x.
     logarithm_terms(F(z + R(1)), z, log, over, under);
-    const F d = g - log;  // log p/q
-    const F close = phi_series(d) * (p * (d * d));
 
     // y may be infinite where the weight that it has is 0.
     const F certain = -(p * x) - select(rare == R(0), F{}, F(rare * y));
     const F unsure = select(p == R(0), F{}, F(p * g));
     const F far = select(above, certain, unsure) - log;
-    value = select(near, F(close + others * under), far);
+    value = select(near, F(p * of_p + others * under), far);
     value = select(z == z, value, z);  // NaN
-    const F difference = select(near, F(close - p * d), F(q - p));
+    const F difference = select(near, F(-(p * w)), F(q - p));
     slope = select(likely, F(-difference), difference);
   }
 };
