@@ -348,7 +348,7 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     alpha, beta = WIDE(options["alpha"]), WIDE(options["beta"])
     total = alpha + beta
     # A power of what counts as 0 is 0; options["floor"] says what does.
-    least = np.log(options["floor"]) if options["pivot"] else -700 / total
+    least = np.log(options["floor"]) / (1 if options["pivot"] else total)
     lost = np.maximum(log_p, log_q) < least
     q = np.exp(log_q)
     neither = (log_p == -np.inf) & (log_q == -np.inf)
