@@ -33,7 +33,7 @@ def use(backend=None):
     s = torch.randn(3, 5, requires_grad=True)
     y = {"target": torch.tensor([0, 1, 2])}
     for spec in SPECS.values():
-        if spec.family in ("divergence", "decoupled", "correlation"):
+        if spec.family in ("divergence", "decoupled", "binary", "correlation"):
             kwargs = y if spec.needs_target else {}
             spec.function(s, torch.randn(3, 5), backend=backend, **kwargs).backward()
 """

@@ -179,7 +179,7 @@ def test_rules_keep_their_digits(rule: str, numbers: list[float]) -> None:
 
 
 def test_triton_rules_keep_the_form() -> None:
-    rows = ("divergence", "decoupled")
+    rows = ("divergence", "decoupled", "binary")
     modules = [m for m in (*_rule_modules().values(), *toy.MODULES.values()) if m.FAMILY in rows]
     assert len(modules) >= 5
     for module in modules:
@@ -193,6 +193,9 @@ def test_triton_rules_keep_the_form() -> None:
         )
         with pytest.raises(TypeError, match=text):
             contract.check(module)  # type: ignore[arg-type]
+    module = type("M", (), {"FAMILY": "binary", "rule": toy.rule})
+    with pytest.raises(TypeError, match="must take s, t, gap and 4 options"):
+        contract.check(module)  # type: ignore[arg-type]
 
 
 # The traversals.

@@ -31,6 +31,7 @@ else:  # by its path: the package itself would import torch, which a build may n
 
 TRAVERSALS = {
     "row": ("divergence", "decoupled"),
+    "binary": ("binary",),
     "correlation": ("correlation",),
     "factor": ("factor",),
     "tuple": ("tuple",),
