@@ -482,7 +482,10 @@ def by_batch(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: T
         noise = 12 * move.max(initial=0) + working * abs(truth).max(initial=0) / 2
         terms = scale * float(upstream.abs().amax()) if upstream.numel() else 0.0
         far = options["tau"] if spec.family == "correlation" else max(spread(x), 1e-30)
-        far = min(options["temperature"], 1.0) if spec.family == "sparse" else far
+        if spec.family == "sparse":
+            far = min(options["temperature"], 1.0)
+            if working < 1e-10:  # the formula's: its log-probabilities are of this size
+                far /= max(8 * spread(x) / options["temperature"], 1.0)
         rows = int(counted.sum()) if spec.family == "correlation" else len(truth)
         noise += working * terms / max(rows, 1) / 4 / far
         close(wide(actual.numpy()), truth, noise, x.dtype, f"gradient of {name}")
