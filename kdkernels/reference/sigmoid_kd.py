@@ -19,6 +19,13 @@ from torch import Tensor
 from ._rows import kl_terms
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """Of PyTorch's own the bits depend on where in a tensor an element lies."""
+    below = x < 0
+    e = torch.exp(torch.where(below, x, -x))
+    return torch.where(below, e, 1.0) / (1.0 + e)
+
+
 def sigmoid_kd(
     student: Tensor,
     teacher: Tensor,
@@ -37,9 +44,9 @@ def sigmoid_kd(
     gap = torch.where(near, gap, 0.0)
     terms = torch.zeros_like(s)
     for sign in (1, -1):  # the two outcomes
-        q, p = torch.sigmoid(sign * s), torch.sigmoid(sign * t)
+        q, p = sigmoid(sign * s), sigmoid(sign * t)
         # log p - log q, which rounding of two logarithms would drown.
-        close = -torch.log1p(torch.sigmoid(-sign * s) * torch.expm1(-sign * gap))
+        close = -torch.log1p(sigmoid(-sign * s) * torch.expm1(-sign * gap))
         d = torch.where(near, close, F.logsigmoid(sign * t) - F.logsigmoid(sign * s))
         terms = terms + kl_terms(p, q, d)
     return terms.sum(-1)
