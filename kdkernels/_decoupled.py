@@ -59,7 +59,7 @@ def by_teacher(
     some = others[1].detach().amax(1) != -torch.inf  # without other classes there is nothing to say
     kept = torch.where(some.unsqueeze(1), others[1], 0.0)
     rest = torch.stack([others[0].logsumexp(1), kept.logsumexp(1)])
-    rest = torch.where(torch.stack([some | True, some]), rest, -torch.inf)
+    rest = torch.where(torch.stack([torch.ones_like(some), some]), rest, -torch.inf)
     pair_s, pair_t = (
         torch.stack([x.gather(1, index)[:, 0], r], 1) for x, r in zip((s, t), rest, strict=True)
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from trainer import EXAMPLES, digits
 
-NAMES = ("mutual_learning", "mixup", "segmentation")
+NAMES = ("mutual_learning", "mixup", "multi_label", "segmentation")
 
 
 @pytest.fixture(autouse=True)

@@ -256,8 +256,8 @@ _ARGUMENTS = {
     "teacher_grad": """gives the teacher its gradient too, for mutual learning (Zhang et al., CVPR
         2018; 1706.00384); the loss stays as it is. A second call of the kernels makes it, of the
         loss with the roles exchanged; of DKD and AEKT two calls do, on copies of the logits without
-        their targets. Not beside ``tp_group``, nor of several teachers. False: a teacher that
-        requires grad raises.""",
+        their targets, and of sigmoid KD torch's operations. Not beside ``tp_group``, nor of several
+        teachers. False: a teacher that requires grad raises.""",
     "num_items_in_batch": """the denominator of ``'mean'`` where a step's batch comes in parts: a
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
