@@ -285,9 +285,11 @@ inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, 
   const V top = splat<R>(row.number(kRestTop));
   const V rest = splat<R>(R(double(row.number(kRestSum)) * row.temperature));
   const V of_rest = splat<R>(R(a)), of_hard = splat<R>(R(b));
+  // Of the ids and of the target, which are written over, the exponents may be above 0.
+  const auto below = [](const V& x) KDK_LAMBDA { return rules::select(x > R(0), V{}, x); };
   const auto gradient = [&](const V& logits) KDK_LAMBDA {
-    V out = softened(logits - top - rest) * of_rest;
-    if constexpr (kHardTerm) out += bare(logits - origin - others) * of_hard;
+    V out = softened(below(logits - top - rest)) * of_rest;
+    if constexpr (kHardTerm) out += bare(below(logits - origin - others)) * of_hard;
     return out;
   };
   const int64_t classes = row.problem.classes, whole = classes / kW * kW;
