@@ -227,30 +227,34 @@ def _inter(q: Tensor, p: Tensor) -> Tensor:
     return 1 - _pearson(q, p).mean()
 
 
-def dist(
-    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0
+def _relations(
+    activation: Callable[[Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    beta: float,
+    gamma: float,
+    tau: float,
 ) -> Tensor:
     if student.dim() == 4:
         classes = student.shape[1]
         student = student.transpose(1, 3).reshape(-1, classes)
         teacher = teacher.transpose(1, 3).reshape(-1, classes)
-    q = (student / tau).softmax(dim=1)
-    p = (teacher / tau).softmax(dim=1)
+    q, p = activation(student / tau), activation(teacher / tau)
     inter = tau**2 * _inter(q, p)
     intra = tau**2 * _inter(q.transpose(0, 1), p.transpose(0, 1))
     return beta * inter + gamma * intra
 
 
+def dist(
+    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0
+) -> Tensor:
+    return _relations(lambda x: x.softmax(dim=1), student, teacher, beta, gamma, tau)
+
+
 def sigmoid_dist(
     student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0
 ) -> Tensor:
-    if student.dim() == 4:
-        classes = student.shape[1]
-        student = student.transpose(1, 3).reshape(-1, classes)
-        teacher = teacher.transpose(1, 3).reshape(-1, classes)
-    q, p = (student / tau).sigmoid(), (teacher / tau).sigmoid()
-    intra = _inter(q.transpose(0, 1), p.transpose(0, 1))
-    return tau**2 * (beta * _inter(q, p) + gamma * intra)
+    return _relations(torch.sigmoid, student, teacher, beta, gamma, tau)
 
 
 def sigmoid_kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:

@@ -185,7 +185,7 @@ class _FusedSeveral(torch.autograd.Function):
 _apply_several: Callable[..., Tensor] = super(torch.autograd.Function, _FusedSeveral).apply
 
 
-class _Joined(torch.autograd.Function):
+class _BothGradients(torch.autograd.Function):
     """The first loss, with the gradients of both."""
 
     @staticmethod
@@ -197,7 +197,7 @@ class _Joined(torch.autograd.Function):
         return upstream, upstream
 
 
-joined: Callable[[Tensor, Tensor], Tensor] = _Joined.apply
+both_gradients: Callable[[Tensor, Tensor], Tensor] = _BothGradients.apply
 """A loss by its student and, with the roles exchanged, by its teacher. A sum that takes the second
 value off again would be NaN where it is infinite."""
 
@@ -221,6 +221,13 @@ differentiable_once: Callable[[Tensor], Tensor] = _DifferentiableOnce.apply
 def wants_gradient(teacher: Tensor) -> bool:
     """Whether the teacher's gradient is asked for; without ``teacher_grad`` checks have refused."""
     return teacher.requires_grad and torch.is_grad_enabled()
+
+
+def by_both(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    """A symmetric loss, with the teacher's gradient where that is asked for."""
+    if not wants_gradient(teacher):
+        return loss(student, teacher)
+    return both_gradients(loss(student, teacher.detach()), loss(teacher, student.detach()))
 
 
 def apply(backend: str, family: str, student: Tensor, call: Any, *constants: Any) -> Tensor:

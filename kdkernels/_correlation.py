@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _checks, _reduce
-from ._autograd import apply, joined, wants_gradient
+from ._autograd import apply, by_both
 from ._calls import CorrelationCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtensor import gathered
@@ -50,11 +50,7 @@ def correlation_loss(
     scale = loss_weight * tau * tau
     numbers = [beta * scale, gamma * scale, tau, eps]
     call = CorrelationCall(spec.rule, numbers, None, class_dim, code)
-    if not wants_gradient(teacher):
-        return apply(chosen, "correlation", student, call, teacher, counted)
-    roles = (student, teacher), (teacher, student)  # the relations are symmetric
-    by = [apply(chosen, "correlation", x, call, y.detach(), counted) for x, y in roles]
-    return joined(*by)
+    return by_both(lambda x, y: apply(chosen, "correlation", x, call, y, counted), student, teacher)
 
 
 def counted_rows(

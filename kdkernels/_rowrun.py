@@ -13,8 +13,8 @@ from . import _checks, _decoupled, _reduce
 from ._autograd import (
     apply,
     apply_with_parts,
+    both_gradients,
     differentiable_once,
-    joined,
     wants_gradient,
 )
 from ._calls import RowCall
@@ -53,23 +53,15 @@ def run(
             row_temperature, reduction,
         )  # fmt: skip
         if spec.family == "decoupled" and target is not None:
-
-            def reverse_kl(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-                mask = counted.long() - 1
-                return run(
-                    SPECS["reverse_kl"], backend, (), 1.0, 1.0, 0.0, False, False, -1, 1,
-                    student, teacher, mask, None, None, None, 0,
-                )[0]  # fmt: skip
-
             heat = _by_row(row_temperature, student, class_dim)
             other = _decoupled.by_teacher(
-                reverse_kl, student.detach(), teacher, target,
+                functools.partial(_reverse_kl, backend), student.detach(), teacher, target,
                 temperature if heat is None else heat.reshape(-1, 1),
                 _by_row(token_weight, student, class_dim), scale=scale, standardize=standardize,
                 ignore_index=ignore_index, class_dim=class_dim, reduction=reduction,
                 **dict(zip(spec.options, options, strict=True)),
             )  # fmt: skip
-            return joined(loss, other), separate
+            return both_gradients(loss, other), separate
         exchanged = spec.exchanged(*options)
         if exchanged is None:
             backend, roles = "reference", (student.detach(), differentiable_once(teacher))
@@ -80,7 +72,7 @@ def run(
             spec, backend, options, temperature, scale, 0.0, standardize, False, ignore_index,
             class_dim, *roles, target, token_weight, None, row_temperature, reduction,
         )  # fmt: skip
-        return joined(loss, other), separate
+        return both_gradients(loss, other), separate
     if spec.evaluate is not None:
         return _by_evaluation(
             spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,
@@ -155,6 +147,14 @@ def run(
     if parts:
         return apply_with_parts(chosen, "row", *tensors)
     return apply(chosen, "row", *tensors), None
+
+
+def _reverse_kl(backend: str | None, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """Of each row of (rows, classes) that counts, at temperature 1."""
+    return run(
+        SPECS["reverse_kl"], backend, (), 1.0, 1.0, 0.0, False, False, -1, 1,
+        student, teacher, counted.long() - 1, None, None, None, 0,
+    )[0]  # fmt: skip
 
 
 def _by_steps(

@@ -28,9 +28,9 @@ class LossSpec:
     row losses (one value a row; in the last each class is a distribution of its own), ``sampled``
     those whose teacher is a sampled token a row, ``sparse`` those whose teacher is a few ids a row,
     ``correlation`` couples the rows, ``embedding`` takes features or embeddings of a batch.
-    ``inputs`` makes small tensors for a loss that does not take a pair of
-    logits, in the order of its arguments.
-    ``activation`` makes probabilities of the logits: a ``softmax`` needs two classes.
+    ``inputs`` makes small tensors for a loss that does not take a pair of logits, in the order of
+    its arguments. ``activation`` makes probabilities of the logits: a ``softmax`` needs two
+    classes.
     ``samples`` are the option sets that the tests exercise, ``laws`` the names of the laws of
     ``tests/test_laws.py`` that it obeys.
     ``takes_target`` says that the loss accepts class indices, ``needs_target`` that it reads them;

@@ -5,41 +5,27 @@ Its checks are a C++ program, tests/emulator/check_runtime.cpp.
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
+import check_programs
 import pytest
+from check_programs import EMULATOR, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-EMULATOR = ROOT / "tests" / "emulator"
-CHECKS = re.findall(
-    r'^ +\{"(\w+)", \1\},$', (EMULATOR / "check_runtime.cpp").read_text(), flags=re.MULTILINE
-)
+CHECKS = check_programs.names("check_runtime.cpp")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("the emulated runtime needs a C++ compiler: $CXX, or else g++")
-    path = tmp_path_factory.mktemp("runtime") / "check_runtime"
-    folders = [f"-I{ROOT / 'csrc'}", f"-I{EMULATOR / 'runtime'}"]
-    sources = [str(EMULATOR / "check_runtime.cpp"), str(ROOT / "csrc" / "cuda" / "runtime.cpp")]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", *folders]
-    command = [compiler, *flags, *sources, "-o", str(path)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return path
+    return check_programs.build(
+        tmp_path_factory.mktemp("runtime"), "check_runtime.cpp", ROOT / "csrc/cuda/runtime.cpp",
+        include=EMULATOR / "runtime",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(program: Path, check: str) -> None:
-    ran = subprocess.run([program, check], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}"
+    check_programs.passes(program, check)
 
 
 def test_every_check_is_listed(program: Path) -> None:
-    assert subprocess.check_output([program], text=True).split() == sorted(CHECKS)
+    assert check_programs.listed(program) == sorted(CHECKS)

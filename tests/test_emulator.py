@@ -6,43 +6,31 @@ formats is compared with torch's.
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import subprocess
 from pathlib import Path
 
+import check_programs
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "tests" / "emulator" / "check_emulator.cpp"
-CHECKS = re.findall(r'^ +\{"(\w+)", \1\},$', SOURCE.read_text(), flags=re.MULTILINE)
+CHECKS = check_programs.names("check_emulator.cpp")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("the emulator needs a C++ compiler: $CXX, or else g++")
-    path = tmp_path_factory.mktemp("emulator") / "check_emulator"
-    folders = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-DKDK_EMULATED"]
-    command = [compiler, *flags, *folders, str(SOURCE), "-o", str(path)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return path
+    return check_programs.build(
+        tmp_path_factory.mktemp("emulator"), "check_emulator.cpp", flags=("-DKDK_EMULATED",)
+    )
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(program: Path, check: str) -> None:
-    ran = subprocess.run([program, check], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}"
+    check_programs.passes(program, check)
 
 
 def test_every_check_is_listed(program: Path) -> None:
-    assert subprocess.check_output([program], text=True).split() == sorted(CHECKS)
+    assert check_programs.listed(program) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])

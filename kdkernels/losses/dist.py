@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _group, _moments, _reduce
-from .._autograd import joined, wants_gradient
+from .._autograd import by_both
 from .._correlation import correlation_loss, counted_rows
 from .._ensemble import TeacherLogits, single
 from .._group import ProcessGroup
@@ -138,14 +138,12 @@ def relations(
         )  # fmt: skip
     _group.check_call(group, student, teacher)
     _checks.logits(student, teacher, spec.least_classes, teacher_grad)
-    roles = [(student, teacher)]
-    if wants_gradient(teacher):
-        roles = [(x, y.detach()) for x, y in (*roles, roles[0][::-1])]
-    by = [
-        _of_group(spec, x, y, labels, ignore_index, group, reduction, backend, **numbers)
-        for x, y in roles
-    ]
-    return joined(*by) if len(by) == 2 else by[0]
+    return by_both(
+        lambda x, y: _of_group(
+            spec, x, y, labels, ignore_index, group, reduction, backend, **numbers
+        ),
+        student, teacher,
+    )  # fmt: skip
 
 
 def _of_group(

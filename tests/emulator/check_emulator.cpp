@@ -11,15 +11,12 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cuda/device.cuh"
 
 using namespace kdkernels::cuda;
 
 namespace {
-
-void demand(bool holds, const std::string& what) {
-  if (!holds) throw std::logic_error(what);
-}
 
 // The launch must fail with a message that contains all of `parts`.
 void demand_error(const std::function<void()>& launch, const std::vector<std::string>& parts) {
@@ -506,15 +503,5 @@ int main(int argc, char** argv) {
       {"stack_overflow", stack_overflow},
       {"speed", speed},
   };
-  if (argc != 2 || checks.count(argv[1]) == 0) {
-    for (const auto& check : checks) std::puts(check.first.c_str());
-    return argc != 1;
-  }
-  try {
-    checks.at(argv[1])();
-  } catch (const std::exception& error) {
-    std::puts(error.what());
-    return 1;
-  }
-  return 0;
+  return run_checks(checks, argc, argv);
 }

@@ -1,12 +1,12 @@
 // Checks of csrc/cuda/runtime.cpp on the runtime of tests/emulator/runtime: `check_runtime NAME` runs one and
 // prints what went wrong.
-#include <cstdio>
 #include <functional>
 #include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
 
+#include "checks.h"
 #include "cuda/common.h"
 #include "cuda_runtime_api.h"
 
@@ -15,10 +15,6 @@ using namespace kdkernels::cuda;
 const void* kdkernels::cuda::probe_kernel() { return &fake; }
 
 namespace {
-
-void demand(bool holds, const std::string& what) {
-  if (!holds) throw std::logic_error(what);
-}
 
 void demand_error(const std::function<void()>& run, const std::string& part) {
   std::string message;
@@ -145,15 +141,5 @@ int main(int argc, char** argv) {
       {"memory_is_taken_beside_a_capture", memory_is_taken_beside_a_capture},
       {"no_ticket_is_no_error", no_ticket_is_no_error},
   };
-  if (argc != 2 || checks.count(argv[1]) == 0) {
-    for (const auto& check : checks) std::puts(check.first.c_str());
-    return argc != 1;
-  }
-  try {
-    checks.at(argv[1])();
-  } catch (const std::exception& error) {
-    std::puts(error.what());
-    return 1;
-  }
-  return 0;
+  return run_checks(checks, argc, argv);
 }
