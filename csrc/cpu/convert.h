@@ -75,7 +75,6 @@ KDK_FN To narrow(double x) {
 template <class T>
 constexpr bool kHalf = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
 typedef uint16_t VecH __attribute__((vector_size(kBytes / 2)));
-typedef uint32_t VecU __attribute__((vector_size(kBytes)));
 
 template <class T>
 KDK_FN VecF widen_vector(const T* from) {

@@ -36,6 +36,7 @@ typedef float VecF __attribute__((vector_size(kBytes)));
 typedef double VecD __attribute__((vector_size(kBytes)));
 typedef int32_t VecI __attribute__((vector_size(kBytes)));
 typedef int64_t VecL __attribute__((vector_size(kBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kBytes)));
 
 template <class R>
 struct Simd;
@@ -174,9 +175,16 @@ KDK_FN float reduce_max<float>(VecF v) {
 }
 #endif
 
-// 2^(x scale) for x <= 0 (or NaN) and scale > 0: relative error 2 ulp, 0 for x = -inf.
+// 2^(x scale) for x <= 0 (or NaN) and scale > 0: relative error 2 ulp, 0 for x = -inf. `lowest` is
+// kLowestPower / scale, below which powers are 0.
+#if defined(__AVX512F__)
+constexpr float kLowestPower = -200.0f;
+#else
+constexpr float kLowestPower = -127.0f;  // the exponent that the bits below make 0
+#endif
 KDK_FN VecF exp2_scaled(const VecF& x, const VecF& scale, const VecF& lowest) {
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  // 1.5 * 2^23: adding it rounds to an integer; 127 more, and its low bits are the power's exponent.
+  const float kRound = 12582912.0f + 127.0f;
   const VecF bounded = maximum(lowest, x);  // the second operand where either is NaN
   const VecF shifted = bounded * scale + kRound;
   const VecF n = shifted - kRound;
@@ -190,12 +198,12 @@ KDK_FN VecF exp2_scaled(const VecF& x, const VecF& scale, const VecF& lowest) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-  VecI bits;
+  VecU bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000;  // 2^n: the low bits of `shifted` hold n
+  bits <<= 23;
   VecF power;
   __builtin_memcpy(&power, &bits, sizeof power);
-  return rules::select(n < -126.0f, VecF{}, VecF(y * power));
+  return y * power;
 #endif
 }
 KDK_FN VecD exp2_scaled(const VecD& x, const VecD& scale, const VecD&) {
@@ -210,7 +218,7 @@ struct Exponential {
   Vec<R> scale, lowest;
   Exponential() = default;
   KDK_FN explicit Exponential(const Vec<R>& factor)
-      : scale(factor * R(1.442695040888963407)), lowest(R(-200) / scale) {}
+      : scale(factor * R(1.442695040888963407)), lowest(R(kLowestPower) / scale) {}
   KDK_FN Vec<R> operator()(const Vec<R>& x) const { return exp2_scaled(x, scale, lowest); }
 };
 
