@@ -55,6 +55,43 @@ void row(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient
   run(pair, problem, chosen, call.reduction, loss);
 }
 
+// The loss of rows against K ids each, whose teacher is the small logits `buckets`.
+void topk_loss(std::uintptr_t student, std::uintptr_t gradient, std::uintptr_t ids,
+               std::uintptr_t buckets, const py::tuple& of_rows, std::uintptr_t loss,
+               std::uintptr_t parts, int student_type, int64_t rows, int64_t classes, int64_t k,
+               const py::tuple& given_rows, const py::tuple& given) {
+  const TopKCall of_call = topk_call(given_rows);
+  const RowCall call = row_call(given);
+  TopKLossProblem problem{};
+  TopKProblem& topk = problem.rows;
+  topk.rows = rows;
+  topk.classes = classes;
+  topk.k = k;
+  topk.student = contiguous_rows(reinterpret_cast<void*>(student), Scalar(student_type), rows, classes);
+  topk.gradient = topk.student;
+  topk.gradient.data = reinterpret_cast<void*>(gradient);
+  topk.ids = reinterpret_cast<const int64_t*>(ids);
+  of_call.fill(topk);
+  call.fill(problem.dense);
+  problem.hard = problem.dense.hard;
+  problem.dense.hard = 0.0;
+  RowProblem weights{};
+  RowAddresses(of_rows).fill(weights);
+  topk.target = weights.target;
+  topk.row_temperature = weights.row_temperature;
+  problem.dense.token_weight = weights.token_weight;
+  problem.hard_token_weight = weights.hard_token_weight;
+  problem.parts = reinterpret_cast<void*>(parts);
+  const bool wide = of_call.wide || student_type == 0;
+  problem.dense.teacher = contiguous_rows(reinterpret_cast<void*>(buckets),
+                                          wide ? Scalar::f64 : Scalar::f32, rows, k + 1);
+  const py::gil_scoped_release release;
+  const double value = kdkernels::cpu::run(problem, kernels("topk"), kernels(call.rule), wide,
+                                           call.reduction, parallel_for);
+  if (wide) *reinterpret_cast<double*>(loss) = value;
+  else *reinterpret_cast<float*>(loss) = float(value);
+}
+
 void correlation(std::uintptr_t student, std::uintptr_t teacher, std::uintptr_t gradient,
                  std::uintptr_t counted, std::uintptr_t loss, int student_type, int teacher_type,
                  int64_t rows, int64_t classes, const py::tuple& given) {
@@ -123,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capabilities", &kdkernels::cpu::capabilities, "The instruction sets compiled in.");
   m.def("row", &row, "kdkernels::row on contiguous CPU tensors, by address.");
   m.def("correlation", &correlation, "kdkernels::correlation likewise.");
+  m.def("topk_loss", &topk_loss, "A loss of rows against K ids each, likewise.");
   m.def("rules", &kdkernels::cpu::rules, "The rules of a family.", pybind11::arg("family"));
   m.def("cuda_row_plan", &row_plan, "How csrc/cuda would walk rows on a device.");
   m.def("cuda_correlation_plan", &correlation_plan, "Likewise for a correlation.");

@@ -20,6 +20,11 @@ inline RowCall row_call(const pybind11::tuple& call) {
           field<int64_t>(call, 7)};
 }
 
+inline TopKCall topk_call(const pybind11::tuple& call) {
+  return {field<Numbers>(call, 0), field<bool>(call, 2), field<bool>(call, 3),
+          field<bool>(call, 4),    field<bool>(call, 5), field<int64_t>(call, 6)};
+}
+
 inline CorrelationCall correlation_call(const pybind11::tuple& call) {
   return {field<std::string>(call, 0), field<Numbers>(call, 1), field<int64_t>(call, 3),
           field<int64_t>(call, 4)};

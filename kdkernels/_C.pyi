@@ -1,6 +1,6 @@
 """The compiled extension (csrc/bindings.cpp); a pure-Python installation has none."""
 
-from ._calls import CorrelationCall, RowCall
+from ._calls import CorrelationCall, RowCall, TopKCall
 
 def build_info() -> dict[str, str]: ...
 def cpu_capability() -> str: ...
@@ -64,5 +64,21 @@ def correlation(
     rows: int,
     classes: int,
     call: CorrelationCall,
+    /,
+) -> None: ...
+def topk_loss(
+    student: int,
+    gradient: int,
+    ids: int,
+    buckets: int,
+    of_rows: tuple[int, int, int, int],
+    loss: int,
+    parts: int,
+    student_type: int,
+    rows: int,
+    classes: int,
+    k: int,
+    rows_call: TopKCall,
+    call: RowCall,
     /,
 ) -> None: ...

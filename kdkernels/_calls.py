@@ -78,6 +78,15 @@ class TopKCall(NamedTuple):
     ignore_index: int
 
 
+class TopKLossCall(NamedTuple):
+    """The loss of a sparse teacher at once, eagerly: it has no operator."""
+
+    rows: TopKCall
+    dense: RowCall
+    """Of the dense loss on the rows' small logits, with the weights and the reduction."""
+    reduction: int
+
+
 class ComposedCall(NamedTuple):
     """A loss of torch operations with a written gradient; it has no operator."""
 
@@ -162,6 +171,8 @@ FACTORS = Family("iekd", ("inheritance", "exploration"), ("teacher",), FactorCal
 TUPLES = Family("tuple_matching", ("student",), ("teacher", "target"), TupleCall, recomputes=False)
 TOPK = Family("topk", ("student",), ("ids", "target?", "row_temperature?"), TopKCall)
 """It has operators of its own (``_ops_topk``): what it gives are two tensors with gradients."""
+TOPK_LOSS = "topk_loss"
+"""The compiled kernels that compute a sparse teacher's loss at once."""
 NO_ID = -(2**63)
 """The id of an absent entry."""
 FAMILIES = {family.name: family for family in (ROW, CORRELATION, FACTORS, TUPLES)}

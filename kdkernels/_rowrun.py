@@ -205,12 +205,20 @@ def _by_evaluation(
     if target is not None:
         target = target.reshape(-1).to(torch.int64).contiguous()
     rows = _reduce.as_rows(student, class_dim).contiguous()
-    values, hard_values, spread, valid = spec.evaluate(
-        chosen, rows, target, temperature, None if heats is None else heats.reshape(-1),
-        ignore_index, hard != 0.0, parts, *options,
-    )  # fmt: skip
+    heats = None if heats is None else heats.reshape(-1)
     weight, hard_weight = (
         _by_row(x, student, class_dim) for x in (token_weight, hard_token_weight)
+    )
+    if spec.at_once is not None and chosen == "native":
+        given = spec.at_once(
+            rows, target, temperature, heats, ignore_index, scale, hard, weight, hard_weight,
+            parts, reduction, *options,
+        )  # fmt: skip
+        if given is not None:
+            loss, separate = given
+            return loss, None if separate is None else separate.reshape(3, *shape)
+    values, hard_values, spread, valid = spec.evaluate(
+        chosen, rows, target, temperature, heats, ignore_index, hard != 0.0, parts, *options
     )
     soft = _reduce.weigh(values, scale, weight, valid)
     if hard != 0.0:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._calls import NO_ID, TOPK, TopKCall, traceable
+from ._autograd import apply, apply_with_parts, stores_gradient
+from ._calls import NO_ID, TOPK, TOPK_LOSS, TopKCall, TopKLossCall, traceable
 from ._ops import once, operator
 from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
 from ._tracing import keepable, traced
@@ -89,6 +90,36 @@ class _Eager(torch.autograd.Function):
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Eager).apply
+
+
+def at_once(student: Tensor, ids: Tensor, reduction: int) -> bool:
+    """Whether ``loss_at_once`` may be called: nobody looks on, and the gradient may be computed in
+    the forward pass."""
+    if reduction == 0 or traced(student, ids) or student.is_neg() or student.data_ptr() == 0:
+        return False
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    return not needs_grad or stores_gradient(student, reduction)
+
+
+def loss_at_once(
+    student: Tensor,
+    ids: Tensor,
+    buckets: Tensor,
+    of_rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    call: TopKLossCall,
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss by compiled kernels that compute the gradient in the forward pass, and its
+    parts by row.
+
+    ``buckets`` are the teacher's small logits in the working dtype; ``of_rows`` are the target, the
+    weights of the divergences and of the cross-entropies, and the temperatures.
+    """
+    target, *others = of_rows
+    numbers = [None if x is None else x.reshape(-1).to(buckets.dtype).contiguous() for x in others]
+    tensors = (student, call, ids, buckets, target, *numbers)
+    if call.dense.parts:
+        return apply_with_parts("native", TOPK_LOSS, *tensors)
+    return apply("native", TOPK_LOSS, *tensors), None
 
 
 def rows_of(

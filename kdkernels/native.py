@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _cuda_code, _remedies, _toolchain
-from ._calls import FAMILIES, CorrelationCall, RowCall
+from ._calls import FAMILIES, TOPK_LOSS, CorrelationCall, RowCall, TopKLossCall
 from ._checks import allocated
 from ._dtypes import FLOATS, working_dtype
 
@@ -286,6 +286,46 @@ def correlation(
     return loss, gradient
 
 
+def topk_loss(
+    student: Tensor,
+    ids: Tensor,
+    buckets: Tensor,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    call: TopKLossCall,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss of contiguous rows on the CPU against K ids each, whose teacher's small
+    logits are ``buckets`` in the working dtype; its gradient; the parts by row."""
+    rows, classes = student.shape
+    loss = torch.empty_like(_SCALARS[buckets.dtype])
+    gradient = torch.empty_like(student) if need_gradient else None
+    parts = buckets.new_empty((3, rows)) if call.dense.parts else None
+    _extension.topk_loss(
+        student.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        ids.data_ptr(),
+        buckets.data_ptr(),
+        (
+            _address("target", target),
+            _address("token_weight", token_weight),
+            _address("hard_token_weight", hard_token_weight),
+            _address("row_temperature", row_temperature),
+        ),
+        loss.data_ptr(),
+        0 if parts is None else parts.data_ptr(),
+        _CODES[student.dtype],
+        rows,
+        classes,
+        ids.shape[1],
+        call.rows,
+        call.dense,
+    )
+    return loss, gradient, parts
+
+
 def _through_operator(family: str, suffix: str = "") -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         """The operator: its arguments are the tensors, the call's fields and the flags."""
@@ -294,6 +334,10 @@ def _through_operator(family: str, suffix: str = "") -> Callable[..., Any]:
         return operator(*args[:tensors], *args[tensors], *args[tensors + 1 :])
 
     return run
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("the gradient is computed in the forward pass")
 
 
 _EAGER: dict[str, Callable[..., Any]] = {"row": row, "correlation": correlation}
@@ -307,3 +351,4 @@ for _name, _family in FAMILIES.items():
             scale_,
         ),
     )
+_backends.register("native", TOPK_LOSS, _backends.Kernels(topk_loss, _never, scale_))

@@ -45,7 +45,9 @@ class LossSpec:
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
     ``steps`` makes each row's value of those of other losses, which its first argument evaluates,
     where no rule alone gives it; ``evaluate`` gives the values, cross-entropies, entropies and the
-    mask of rows on a backend, where the teacher is no logits. ``by_temperature`` gives each row's
+    mask of rows on a backend, where the teacher is no logits, and ``at_once`` the reduced loss by
+    compiled kernels that compute the gradient in the forward pass, or None where they cannot.
+    ``by_temperature`` gives each row's
     derivative by its temperature, for those who learn it. ``exchanged`` gives, of the options, the
     name and options of the loss that this is with teacher and student in exchanged roles: its
     kernels make the teacher's gradient, which is autograd's of the reference where there is none.
@@ -81,6 +83,7 @@ class LossSpec:
     rule_numbers: Callable[..., tuple[float, ...]] | None = None
     steps: Callable[..., Tensor] | None = None
     evaluate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
+    at_once: Callable[..., tuple[Tensor, Tensor | None] | None] | None = None
     by_temperature: Callable[..., Tensor] | None = None
     exchanged: Callable[..., tuple[str, tuple[Any, ...]] | None] = lambda *_: None
     constant_weight: str = ""

@@ -132,21 +132,69 @@ double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64
   return total(values.data, problem.rows + problem.classes, wide);
 }
 
-void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor parallel_for) {
-  const auto kernel = wide ? kernels.topk_f64 : kernels.topk_f32;
-  if (!kernel) throw std::invalid_argument("rule must be of sparse teachers, got another family");
+namespace {
+
+void require_classes(const TopKProblem& problem) {
   if (problem.hard && !problem.target && problem.rows)
     throw std::invalid_argument("target must be a Tensor of class indices, got None");
   for (int64_t row = 0; problem.hard && row < problem.rows; ++row) {
     const int64_t target = problem.target[row];
     if (target != problem.ignore_index) require_class(problem, target);
   }
+}
+
+}  // namespace
+
+void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor parallel_for) {
+  const auto kernel = wide ? kernels.topk_f64 : kernels.topk_f32;
+  if (!kernel) throw std::invalid_argument("rule must be of sparse teachers, got another family");
+  require_classes(problem);
   if (problem.rows == 0) return;
   if (problem.gradient.data != problem.student.data) expect_writes(problem);
   int64_t bad = 0;
   problem.bad = &bad;
   kernel(problem, parallel_for);
   if (bad) fail_ids(problem);
+}
+
+double run(TopKLossProblem& problem, const Kernels& kernels, const Kernels& dense_kernels, bool wide,
+           int64_t reduction, ParallelFor parallel_for) {
+  const auto kernel = wide ? kernels.topk_loss_f64 : kernels.topk_loss_f32;
+  problem.dense_rows = wide ? dense_kernels.row_f64 : dense_kernels.row_f32;
+  if (!kernel || !problem.dense_rows)
+    throw std::invalid_argument("rule must be a row loss, got another family");
+  TopKProblem& rows = problem.rows;
+  require_classes(rows);
+  if (rows.rows == 0) return 0.0;
+  RowProblem& dense = problem.dense;
+  int64_t live = 0;
+  for (int64_t row = 0; row < rows.rows; ++row)
+    live += !rows.target || rows.target[row] != rows.ignore_index;
+  if (reduction == kMean && live) {
+    dense.scale /= double(live);
+    problem.hard /= double(live);
+  }
+  const int64_t bytes = wide ? 8 : 4, small = rows.rows * (rows.k + 1);
+  const Buffer values(rows.rows * bytes), numbers(kTopKNumbers * rows.rows * bytes);
+  const Buffer logits(small * bytes), upstream(rows.gradient.data ? small * bytes : 1);
+  const Buffer hard_upstream(rows.hard ? rows.rows * bytes : 1);
+  const Scalar type = wide ? Scalar::f64 : Scalar::f32;
+  dense.classes = rows.k + 1;
+  dense.student = contiguous_rows(logits.data, type, rows.rows, dense.classes);
+  dense.gradient = dense.student;
+  dense.gradient.data = rows.gradient.data ? upstream.data : nullptr;
+  dense.temperature = 1.0;
+  dense.loss = values.data;
+  rows.small = logits.data;
+  rows.numbers = numbers.data;
+  rows.small_upstream = upstream.data;
+  rows.hard_upstream = hard_upstream.data;
+  if (rows.gradient.data != rows.student.data) expect_writes(rows);
+  int64_t bad = 0;
+  rows.bad = &bad;
+  kernel(problem, parallel_for);
+  if (bad) fail_ids(rows);
+  return total(values.data, rows.rows, wide);
 }
 
 }  // namespace kdkernels::cpu

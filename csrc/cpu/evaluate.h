@@ -24,4 +24,10 @@ double run(CorrelationProblem& problem, const Kernels& kernels, bool wide, int64
 // where a target that is read or a present id is out of range, and where a row has an id twice.
 void run(TopKProblem& problem, const Kernels& kernels, bool wide, ParallelFor parallel_for);
 
+// The loss of rows against K ids, by the kernels of a dense loss on the small logits: their sum, where
+// `reduction` is kMean over the rows that count. Of `dense` the caller gives the teacher's small logits, the
+// weights and the options.
+double run(TopKLossProblem& problem, const Kernels& kernels, const Kernels& dense_kernels, bool wide,
+           int64_t reduction, ParallelFor parallel_for);
+
 }  // namespace kdkernels::cpu

@@ -9,6 +9,16 @@ namespace kdkernels::cpu {
 using Task = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Task task, void* context);
 
+// A loss of rows against K ids each: what a row is, and the dense loss of its small logits.
+struct TopKLossProblem {
+  TopKProblem rows;
+  RowProblem dense;  // student, gradient: `rows.small`, `rows.small_upstream`; no mask and no hard term
+  void (*dense_rows)(const RowProblem&, ParallelFor);
+  double hard;                    // multiplies the cross-entropies
+  const void* hard_token_weight;  // factor of each row's cross-entropy in the working type, or null
+  void* parts;                    // as of RowProblem
+};
+
 // The kernels of one rule for one instruction set; null where the family does not apply.
 struct Kernels {
   Family family;
@@ -22,6 +32,8 @@ struct Kernels {
   void (*tuples_f64)(const TupleProblem&, ParallelFor);
   void (*topk_f32)(const TopKProblem&, ParallelFor);
   void (*topk_f64)(const TopKProblem&, ParallelFor);
+  void (*topk_loss_f32)(const TopKLossProblem&, ParallelFor);
+  void (*topk_loss_f64)(const TopKLossProblem&, ParallelFor);
 };
 
 }  // namespace kdkernels::cpu

@@ -12,7 +12,7 @@
 #include "embedding_factor.h"
 #include "embedding_tuple.h"
 #include "row_loss.h"
-#include "topk.h"
+#include "topk_loss.h"
 
 namespace kdkernels::cpu {
 
@@ -33,6 +33,8 @@ constexpr Kernels kernels() {
   } else if constexpr (Rule::family == Family::sparse) {
     table.topk_f32 = isa::run_topk<float>;
     table.topk_f64 = isa::run_topk<double>;
+    table.topk_loss_f32 = isa::run_topk_loss<float>;
+    table.topk_loss_f64 = isa::run_topk_loss<double>;
   } else {
     table.row_f32 = isa::run_rows<Rule, float>;
     table.row_f64 = isa::run_rows<Rule, double>;

@@ -275,9 +275,12 @@ inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, co
   row.number(kEntropy) = problem.entropy ? R(total - moment * inverse / std::exp(total)) : R(0);
 }
 
-// a exp((z - top) / T - sum) of the rest, and b exp(z - origin - others), of all classes.
+// a exp((z - top) / T - sum) of the rest, and b exp(z - origin - others), of all classes. Of the ids and of
+// the target, which are written over, the exponents may be above 0, and what comes of them is anything.
+// Logits `ahead` are fetched meanwhile.
 template <class R, bool kHardTerm, class T>
-inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, double b) {
+inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, double b,
+                      const T* ahead) {
   using V = Vec<R>;
   constexpr int kW = kLanes<R>;
   const Exponential<R> softened(splat<R>(R(1.0 / row.temperature))), bare(splat<R>(R(1)));
@@ -285,15 +288,20 @@ inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, 
   const V top = splat<R>(row.number(kRestTop));
   const V rest = splat<R>(R(double(row.number(kRestSum)) * row.temperature));
   const V of_rest = splat<R>(R(a)), of_hard = splat<R>(R(b));
-  // Of the ids and of the target, which are written over, the exponents may be above 0.
-  const auto below = [](const V& x) KDK_LAMBDA { return rules::select(x > R(0), V{}, x); };
   const auto gradient = [&](const V& logits) KDK_LAMBDA {
-    V out = softened(below(logits - top - rest)) * of_rest;
-    if constexpr (kHardTerm) out += bare(below(logits - origin - others)) * of_hard;
+    V out = softened(logits - top - rest) * of_rest;
+    if constexpr (kHardTerm) out += bare(logits - origin - others) * of_hard;
     return out;
   };
   const int64_t classes = row.problem.classes, whole = classes / kW * kW;
-  for (int64_t i = 0; i < whole; i += kW) give<R>(to + i, gradient(take<R>(z + i)));
+  if (ahead) {
+    for (int64_t i = 0; i < whole; i += kW) {
+      __builtin_prefetch(ahead + i, 0, 2);
+      give<R>(to + i, gradient(take<R>(z + i)));
+    }
+  } else {
+    for (int64_t i = 0; i < whole; i += kW) give<R>(to + i, gradient(take<R>(z + i)));
+  }
   if (whole == classes) return;
   read_run(z + whole, 1, classes - whole, x, 1);
   store<R>(x, gradient(load<R>(x)));
@@ -301,7 +309,8 @@ inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, 
 }
 
 template <class R, class T>
-inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z, T* to) {
+inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z, T* to,
+                         const T* ahead = nullptr) {
   const TopKProblem& problem = row.problem;
   const double inverse = 1.0 / row.temperature, origin = double(row.number(kOrigin));
   const double others = double(row.number(kOthers)), rest = double(row.small()[problem.k]);
@@ -328,8 +337,8 @@ inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, c
     a += b * std::exp(rest - others);  // one exponential serves both
     b = 0.0;
   }
-  if (b != 0.0) sweep_row<R, true>(row, scratch.block, z, to, a, others == none ? 0.0 : b);
-  else if (a != 0.0) sweep_row<R, false>(row, scratch.block, z, to, a, b);
+  if (b != 0.0) sweep_row<R, true>(row, scratch.block, z, to, a, others == none ? 0.0 : b, ahead);
+  else if (a != 0.0) sweep_row<R, false>(row, scratch.block, z, to, a, b, ahead);
   else std::memset(to, 0, sizeof(T) * problem.classes);
   for (int64_t k = 0; k < problem.k; ++k)
     if (row.ids[k] != kAbsent) to[row.ids[k]] = narrow<T>(R(scratch.logits[k]));

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .. import _checks, _topk
-from .._calls import NO_ID, TopKCall
+from .._calls import NO_ID, RowCall, TopKCall, TopKLossCall
 from .._dtensor import any_sharded
 from .._dtypes import INTEGERS, working_dtype
 from .._rowrun import run
@@ -195,11 +195,7 @@ def _evaluate(
     """The rows' divergences, cross-entropies, entropies, and which of them count."""
     dtype = working_dtype(student, logprobs)
     marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
-    if target is None:
-        target, ignore_index = torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX
-    else:
-        valid = valid & (target != ignore_index)
-        target = torch.where(valid, target, ignore_index)
+    target, ignore_index, valid = _counted(valid, target, ignore_index)
     looked_at = student.is_cpu and not traced(student, ids) and not transformed()
     if backend != "native" and looked_at:
         _topk.check_ids(marked, valid, student.shape[1])
@@ -224,6 +220,57 @@ def _evaluate(
         values = mass * values + torch.special.xlogy(mass, mass)
     hard_values = numbers[_topk.HARD] if hard else torch.zeros_like(values)
     return values, hard_values, numbers[_topk.ENTROPY].detach(), valid
+
+
+def _at_once(
+    student: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    heats: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    hard: float,
+    weight: Tensor | None,
+    hard_weight: Tensor | None,
+    parts: bool,
+    reduction: int,
+    divergence: str,
+    beta: float,
+    tail: str,
+    ids: Tensor,
+    logprobs: Tensor,
+    log_rest: Tensor | None,
+    masses: list[TopKMass] | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The reduced loss, by kernels that compute the gradient in the forward pass."""
+    if tail == "drop" or masses is not None or not _topk.at_once(student, ids, reduction):
+        return None
+    dtype = working_dtype(student, logprobs)
+    marked, p, valid, _ = buckets(ids, logprobs, log_rest, tail, dtype)
+    target, ignore_index, _ = _counted(valid, target, ignore_index)
+    spec, numbers, _ = DENSE[divergence].at((beta,) if divergence == "jsd" else ())
+    if spec.rule_numbers is not None:
+        numbers = spec.rule_numbers(*numbers)
+    rows = TopKCall(
+        [temperature], None, dtype == torch.float64, tail != "renormalize", hard != 0.0, parts,
+        ignore_index,
+    )  # fmt: skip
+    dense = RowCall(
+        spec.rule, [1.0, scale, hard, *numbers], None, False, parts, ignore_index, 1, reduction
+    )
+    call = TopKLossCall(rows, dense, reduction)
+    return _topk.loss_at_once(student, marked, p, (target, weight, hard_weight, heats), call)
+
+
+def _counted(
+    valid: Tensor, target: Tensor | None, ignore_index: int
+) -> tuple[Tensor, int, Tensor]:
+    """The target that ignores rows of which the teacher says nothing, what it ignores, and the
+    rows that count."""
+    if target is None:
+        return torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX, valid
+    valid = valid & (target != ignore_index)
+    return torch.where(valid, target, ignore_index), ignore_index, valid
 
 
 def _dense(
@@ -290,6 +337,7 @@ TOPK_KD = register(
         t_squared=False,
         rule="topk",
         evaluate=_evaluate,
+        at_once=_at_once,
         options={
             "divergence": _divergence,
             "beta": _checks.fraction,
