@@ -18,6 +18,17 @@ const void* data_of(const char* name, const Tensor& x, ScalarType type, int64_t 
   return x.const_data_ptr();
 }
 
+// Rows whose classes lie together, maybe with a gap between the rows.
+Rows rows_apart(const char* name, const Tensor& x, int64_t rows, int64_t classes) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == classes &&
+                      (x.stride(1) == 1 || classes == 1) && (x.stride(0) >= classes || rows <= 1),
+                  name, " must be (rows, classes), the classes of a row contiguous");
+  require_memory(x, name);
+  Rows made = contiguous_rows(const_cast<void*>(x.const_data_ptr()), scalar_of(x), rows, classes);
+  made.stride[0] = x.stride(0);
+  return made;
+}
+
 struct Setting {
   bool wide;
   ScalarType type;
@@ -26,10 +37,8 @@ struct Setting {
 
 Setting setting(const TopKCall& call, const Tensor& student, const Tensor& ids,
                 const std::optional<Tensor>& target, const std::optional<Tensor>& row_temperature) {
-  STD_TORCH_CHECK(student.dim() == 2 && student.is_contiguous() && student.size(1) > 0,
-                  "student must be (rows, classes) and contiguous");
+  STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, "student must be (rows, classes)");
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == student.size(0), "ids must be (rows, K)");
-  require_memory(student, "student_logits");
   Setting made{};
   made.wide = call.wide || scalar_of(student) == Scalar::f64;
   made.type = made.wide ? ScalarType::Double : ScalarType::Float;
@@ -37,8 +46,7 @@ Setting setting(const TopKCall& call, const Tensor& student, const Tensor& ids,
   problem.rows = student.size(0);
   problem.classes = student.size(1);
   problem.k = ids.size(1);
-  problem.student = contiguous_rows(const_cast<void*>(student.const_data_ptr()), scalar_of(student),
-                                    problem.rows, problem.classes);
+  problem.student = rows_apart("student_logits", student, problem.rows, problem.classes);
   problem.gradient = problem.student;
   problem.gradient.data = nullptr;
   call.fill(problem);
@@ -78,8 +86,8 @@ void topk_gradient_into(Tensor into, const Tensor& small, const Tensor& of_rows,
   Setting made = setting(call, student, ids, target, row_temperature);
   TopKProblem& problem = made.problem;
   const int64_t columns = problem.rows * (problem.k + 1);
-  problem.gradient.data = const_cast<void*>(
-      data_of("into", into, student.scalar_type(), problem.rows * problem.classes));
+  STD_TORCH_CHECK(into.scalar_type() == student.scalar_type(), "into must be of the student's dtype");
+  problem.gradient = rows_apart("into", into, problem.rows, problem.classes);
   problem.small = const_cast<void*>(data_of("small", small, made.type, columns));
   problem.numbers =
       const_cast<void*>(data_of("numbers", of_rows, made.type, kTopKNumbers * problem.rows));

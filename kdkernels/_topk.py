@@ -3,7 +3,8 @@
 ``differentiable`` is for autograd. ``rows_of`` and ``gradient_of`` are its two halves, for those
 who call them from a backward pass of their own; the gradient may be written over the logits.
 
-The logits are (rows, V) and contiguous. The ids are int64 and contiguous, ``NO_ID`` marks an absent
+The logits are (rows, V) and contiguous; those without autograd on compiled kernels may have a gap
+between the rows. The ids are int64 and contiguous, ``NO_ID`` marks an absent
 entry. The compiled kernels raise for an id that is out of range or twice in a row; Triton's give a
 row of NaN, because the host would have to wait.
 """

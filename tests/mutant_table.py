@@ -761,6 +761,10 @@ _of(
     ("ids_unchecked", "    if «look»:", "False"),
 )  # fmt: skip
 _of(
+    "csrc", "ops_topk.cpp", "test_linear_logprob.py", "published or certain or inference",
+    ("rows_without_a_gap", "  made.stride[0] = x.stride(0);\n", ""),
+)  # fmt: skip
+_of(
     "kdkernels/linear", "_logprob.py", "test_linear_logprob.py",
     "published or certain or inference",
     ("others_of_all", "below.exp()«.scatter_(1, largest, 0.0)».sum(", ""),

@@ -25,6 +25,15 @@ def default_tokens(device: torch.device, vocab: int, *dtypes: torch.dtype) -> in
     return int(min(max(tokens // 64 * 64, _LEAST.get(device.type, 1024)), _LARGEST))
 
 
+def logits_buffer(like: Tensor, rows: int, vocab: int) -> Tensor:
+    """(rows, vocab) for a chunk's logits, with a gap between the rows where that begins each on a
+    cache line of a CPU: the product that makes the logits takes up to a third less time then."""
+    if like.device.type != "cpu" or like.element_size() < 4:
+        return like.new_empty(rows, vocab)
+    line = 64 // like.element_size()
+    return like.new_empty(rows, -(-vocab // line) * line)[:, :vocab]
+
+
 class Rows:
     """The rows that count, in chunks: slices where all do, else indices, on which the host waits.
 

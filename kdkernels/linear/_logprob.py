@@ -18,7 +18,7 @@ from .._calls import NO_ID, TopKCall, numbers_of
 from .._dtypes import working_dtype
 from .._head import Head
 from .._ops import TAGS, library, no_double_backward, once
-from ._chunks import Gradients, Rows, default_tokens, empty_gradients
+from ._chunks import Gradients, Rows, default_tokens, empty_gradients, logits_buffer
 
 ENTROPY = 3
 """The row of ``_topk``'s numbers."""
@@ -59,16 +59,19 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, ids: Tensor, head: Head, call: LogprobCall
+    hidden: Tensor, weight: Tensor, ids: Tensor, head: Head, call: LogprobCall, entropy: bool
 ) -> Iterator[_Chunk]:
     """Chunks of logits in one buffer, with their ids' small logits (``reference/topk.py``)."""
     how = TopKCall(
-        numbers_of(call), None, False, rest=True, hard=False, entropy=True, ignore_index=NO_ID
+        numbers_of(call), None, False, rest=True, hard=False, entropy=entropy, ignore_index=NO_ID
     )
     count, vocab = hidden.shape[0], weight.shape[0]
     tokens = call.tokens or default_tokens(hidden.device, vocab, hidden.dtype)
     rows = Rows(count, None, NO_ID, tokens)
-    buffer = hidden.new_empty(rows.tokens, vocab)
+    if call.backend == "native":
+        buffer = logits_buffer(hidden, rows.tokens, vocab)
+    else:
+        buffer = hidden.new_empty(rows.tokens, vocab)
     places = torch.arange(ids.shape[1], device=ids.device)
     for at in rows:
         h, asked = hidden[at], ids[at].long()
@@ -118,7 +121,7 @@ def logprob(
     count, dtype = hidden.shape[0], working_dtype(hidden)
     found = hidden.new_empty(ids.shape, dtype=dtype)
     sums, entropies = (hidden.new_empty(count, dtype=dtype) for _ in range(2))
-    for chunk in _chunks(hidden, weight, ids, head, call):
+    for chunk in _chunks(hidden, weight, ids, head, call, entropy=True):
         q = _softmax(chunk.small)
         found[chunk.at] = q.log.gather(1, chunk.first).to(dtype)
         sums[chunk.at] = (q.lse[:, 0] + chunk.of_rows[0] / chunk.how.numbers[0]).to(dtype)
@@ -133,7 +136,7 @@ def logprob_backward(
     call, needs = LogprobCall(*rest[:-3]), rest[-3:]
     head = Head(weight, bias, call.softcap, call.logit_scale)
     gradients = Gradients(hidden, head, needs)
-    for chunk in _chunks(hidden, weight, ids, head, call):
+    for chunk in _chunks(hidden, weight, ids, head, call, entropy=False):
         g = upstream[chunk.at].double()
         own = torch.zeros_like(chunk.small, dtype=g.dtype).scatter_add_(1, chunk.first, g)
         total = g.sum(1, keepdim=True)
