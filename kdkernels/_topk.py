@@ -117,10 +117,10 @@ def loss_at_once(
     """
     target, *others = of_rows
     numbers = [None if x is None else x.reshape(-1).to(buckets.dtype).contiguous() for x in others]
-    tensors = (student, call, ids, buckets, target, *numbers)
+    constants = (ids, buckets, target, *numbers)
     if call.dense.parts:
-        return apply_with_parts("native", TOPK_LOSS, *tensors)
-    return apply("native", TOPK_LOSS, *tensors), None
+        return apply_with_parts("native", TOPK_LOSS, student, call, *constants)
+    return apply("native", TOPK_LOSS, student, call, *constants), None
 
 
 def rows_of(

@@ -262,9 +262,7 @@ def _at_once(
     return _topk.loss_at_once(student, marked, p, (target, weight, hard_weight, heats), call)
 
 
-def _counted(
-    valid: Tensor, target: Tensor | None, ignore_index: int
-) -> tuple[Tensor, int, Tensor]:
+def _counted(valid: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int, Tensor]:
     """The target that ignores rows of which the teacher says nothing, what it ignores, and the
     rows that count."""
     if target is None:
