@@ -821,17 +821,14 @@ _of(
      "false"),
 )  # fmt: skip
 _of(
-    "csrc/cpu", "topk_loss.h", "test_topk.py", "native",
+    "csrc/cpu", "topk_loss.h", "test_topk.py", "at_once",
     ("cross_entropy_unweighted", "«(hard_weight ? hard_weight[i] : R(1))»", "R(1)"),
     ("cross_entropy_lost", "values[row] += hard;", ""),
     ("weight_of_the_first_row", "one.token_weight = «at(one.token_weight, 1)»;",
      "one.token_weight"),
-    ("ignored_gradient_unwritten",
-     "        if (wanted) std::memset(gradient + rows.gradient.offset(i), 0,"
-     " sizeof(T) * rows.classes);\n", ""),
 )  # fmt: skip
 _of(
-    "csrc/cpu", "evaluate.cpp", "test_topk.py", "native",
+    "csrc/cpu", "evaluate.cpp", "test_topk.py", "at_once",
     ("mean_over_ignored_ids", "«rows.target[row] != rows.ignore_index»", "true"),
     ("cross_entropy_of_all_rows", "    problem.hard /= double(live);\n", ""),
 )  # fmt: skip

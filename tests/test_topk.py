@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import LossParts, TopKKDLoss, TopKMass, _dispatch
+from kdkernels import LossParts, TopKKDLoss, TopKMass, _dispatch, _topk
 from kdkernels._calls import NO_ID
 from kdkernels.functional import jsd_loss, kd_loss, reverse_kl_loss, topk_kd_loss, tv_loss
 from kdkernels.registry import SPECS
@@ -412,3 +412,52 @@ def test_transforms_and_forward_mode_run_through_the_reference() -> None:
     torch.testing.assert_close(made, wanted)
     _, slope = torch.func.jvp(lambda x: topk_kd_loss(x, ids, logprobs), (student,), (student,))
     torch.testing.assert_close(slope, (wanted * student).sum())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "teacher"])
+def test_at_once_as_in_two_passes(
+    monkeypatch: pytest.MonkeyPatch, tail: str, reduction: str, dtype: torch.dtype
+) -> None:
+    """The gradient computed in the forward pass is that of the backward pass: rows long enough to
+    be fetched ahead and of a width that fills no vector, some ignored, with weights and
+    cross-entropies."""
+    if LACKS["native"]:
+        pytest.skip("; ".join(LACKS["native"]))
+    student, ids, logprobs, _ = draw((9,), 5003, 7)
+    student, logprobs = student.to(dtype), logprobs.float()
+    logprobs[0, 0] = -math.inf
+    labels = torch.arange(9)
+    labels[[1, 4, 8]] = IGNORED
+    student[labels == IGNORED] = math.nan
+    weight = torch.linspace(0.5, 2.0, 9)
+    heats = torch.linspace(0.7, 1.9, 9)
+    looked: list[bool] = []
+    at_once = _topk.at_once
+
+    def look(*given: Any) -> bool:
+        looked.append(at_once(*given))
+        return looked[-1]
+
+    def step(temperature: Any, hard: float) -> tuple[Tensor, Tensor, LossParts]:
+        leaf = student.clone().requires_grad_()
+        loss, parts = topk_kd_loss(
+            leaf, ids, logprobs, labels, temperature, tail=tail, reduction=reduction,
+            hard_weight=hard, token_weight=weight, return_parts=True, backend="native",
+        )  # fmt: skip
+        (0.5 * loss).backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad, parts
+
+    for temperature, hard in ((1.0, 0.0), (1.0, 0.7), (3.0, 0.7), (heats, 0.7)):
+        monkeypatch.setattr(_topk, "at_once", look)
+        loss, gradient, parts = step(temperature, hard)
+        monkeypatch.setattr(_topk, "at_once", lambda *_: False)
+        other_loss, other_gradient, other_parts = step(temperature, hard)
+        near = {"rtol": NEAR[dtype], "atol": NEAR[dtype] * float(other_gradient.abs().max())}
+        torch.testing.assert_close(gradient, other_gradient, **near)
+        torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=0.0)
+        for part, other in zip(parts, other_parts, strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-6)
+    assert looked == [dtype != torch.float16] * 4
