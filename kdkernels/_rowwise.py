@@ -132,8 +132,6 @@ def row_loss(
         least = 2 if tp_group.size() == 1 else 0
     if teacher_grad is not False:
         teacher_grad = _checks.flag("teacher_grad", teacher_grad)
-        if teacher_grad and tp_group is not None:
-            raise _checks.fail("teacher_grad", "False where tp_group is given", True)
     class_dim = _checks.logits(student, teacher, least, teacher_grad)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
