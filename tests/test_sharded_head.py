@@ -363,3 +363,29 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
 @pytest.mark.parametrize("world", (2, 4))
 def test_output_layers_of_shards_of_classes(world: int) -> None:
     run_on_ranks(world, _cases)
+
+
+@needs_processes
+def test_a_group_of_one_rank_changes_nothing(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
+    try:
+        given, on = layer(), {"tp_group": dist.group.WORLD}
+        tensors = given.hidden, given.weight, given.teacher, given.labels
+        assert torch.equal(linear_kd_loss(*tensors, **on), linear_kd_loss(*tensors))
+        ids = given.labels.clamp(min=0)
+        found = linear_logprob(given.hidden, given.weight, ids, **on)
+        assert torch.equal(found.logprob, linear_logprob(given.hidden, given.weight, ids).logprob)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrong", ["gloo", 0, object()], ids=str)
+def test_what_is_no_group_is_refused(wrong: Any) -> None:
+    given = layer()
+    said = r"^tp_group must be None or a torch.distributed.ProcessGroup of this process, got"
+    with pytest.raises(TypeError, match=said):
+        linear_kd_loss(given.hidden, given.weight, given.teacher, tp_group=wrong)
+    with pytest.raises(TypeError, match=said):
+        linear_logprob(given.hidden, given.weight, given.labels.clamp(min=0), tp_group=wrong)
+    with pytest.raises(TypeError, match=said):
+        FusedLinearKDLoss(tp_group=wrong)
