@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import FusedLinearKDLoss, linear_kd_loss, linear_logprob
+from kdkernels.linear import _chunks
 from kdkernels.linear.kd import DIVERGENCES
 from kdkernels.losses.topk_kd import DENSE, TAILS
 from kdkernels.teacher import LinearTeacher, TopKTeacher, top_k
@@ -266,6 +267,21 @@ def _check_memory() -> None:
         assert seen.found <= 4 * rows * dist.get_world_size() < rows * classes
 
 
+def _check_chunks() -> None:
+    """Chunks are of as many tokens on all ranks, whatever the width of their shards."""
+    given = layer(rows=(200,))
+    own = given.own("uneven")
+    expected = linear_kd_loss(given.hidden, given.weight, given.teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_chunks._BUDGET, "cpu", 16384)
+        actual = linear_kd_loss(own.hidden, own.weight, own.teacher, tp_group=dist.group.WORLD)
+        found = linear_logprob(own.hidden, own.weight, own.labels.clamp(min=0),
+                               tp_group=dist.group.WORLD)  # fmt: skip
+    torch.testing.assert_close(actual, expected)
+    wanted = linear_logprob(given.hidden, given.weight, given.labels.clamp(min=0))
+    torch.testing.assert_close(found.logprob, wanted.logprob)
+
+
 def _check_mismatch() -> None:
     given, rank, group = layer(), dist.get_rank(), dist.group.WORLD
     own = given.own("uneven")
@@ -354,6 +370,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "module and frozen", _check_module_and_frozen
     yield "collectives", _check_collectives
     yield "memory", _check_memory
+    yield "chunks", _check_chunks
     yield "mismatch", _check_mismatch
     if dist.get_world_size() == 2:
         yield "timeout", _check_timeout
