@@ -56,7 +56,11 @@ def run(
     reduction: int,
     exchanged: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``_rowrun.run``, of the classes of all ranks. ``exchanged``: with the roles so."""
+    """As ``_rowrun.run``, of the classes of all ranks.
+
+    ``exchanged`` says that the call is one of two, by the student and by the teacher, which ranks
+    must agree on.
+    """
     if (why := why_not(spec, options, standardize, teacher)) is not None:
         raise why
     if wants_gradient(teacher):
