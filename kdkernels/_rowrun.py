@@ -207,7 +207,7 @@ def _by_evaluation(
     rows = _reduce.as_rows(student, class_dim).contiguous()
     values, hard_values, spread, valid = spec.evaluate(
         chosen, rows, target, temperature, None if heats is None else heats.reshape(-1),
-        ignore_index, hard != 0.0, parts, *options,
+        ignore_index, hard != 0.0, parts, None, *options,
     )  # fmt: skip
     weight, hard_weight = (
         _by_row(x, student, class_dim) for x in (token_weight, hard_token_weight)

@@ -136,8 +136,6 @@ def row_loss(
         least = 2 if tp_group.size() == 1 else 0
     if teacher_grad is not False:
         teacher_grad = _checks.flag("teacher_grad", teacher_grad)
-        if teacher_grad and tp_group is not None:
-            raise _checks.fail("teacher_grad", "False where tp_group is given", True)
     class_dim = _checks.logits(student, teacher, least, teacher_grad)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
@@ -231,11 +229,11 @@ def row_loss(
         held = {n: x for n, x in zip(spec.options, options, strict=True) if isinstance(x, Tensor)}
 
         def local(student: Tensor, teacher: Tensor, *rows: Any) -> Tensor:
-            own = dict(zip(held, rows[len(_OF_ROWS) : -1], strict=True))
+            own = dict(zip(held, rows[len(_OF_ROWS) : -2], strict=True))
             given = tuple(own.get(n, x) for n, x in zip(spec.options, options, strict=True))
             call: list[Any] = [*checked[:2], given, *checked[3:], student, teacher]
-            call += [*rows[: len(_OF_ROWS)], rows[-1]]
-            return run(*call)[0]
+            call += [*rows[: len(_OF_ROWS)], rows[-2]]
+            return (run(*call) if rows[-1] is None else _sharded.run(rows[-1], *call))[0]
 
         loss = _dtensor.row_loss(
             local,
@@ -245,6 +243,7 @@ def row_loss(
             class_dim=class_dim,
             ignore_index=index,
             reduction=code,
+            of_shards=_sharded.why_not(spec, options, standardize, teacher) is None,
         )
     elif tp_group is not None and tp_group.size() > 1:
         loss, parts = _sharded.run(tp_group, *checked, student, teacher, *of_rows, code)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _checks
 from ._calls import NO_ID, TOPK, TopKCall, traceable
 from ._ops import once, operator
-from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
+from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, NUMBERS as NUMBERS, dtype_of
 from ._tracing import keepable, traced
 from .reference import topk as reference
 
