@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from ranks import needs_processes, run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from kdkernels import functional
+from benchmarks import group_cost
+from kdkernels import _group, functional
 from kdkernels.registry import SPECS, LossSpec
 
 CLASSES = 23
@@ -189,6 +191,30 @@ def _check_collectives() -> None:
         assert exchanged.get_total_counts() == backward
 
 
+def _check_bytes() -> None:
+    """What benchmarks/group_cost.py says that a rank gives."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for split in group_cost.SHARDED:
+        student, *rest = split.tensors(5, 90, rank, world)
+        gathered: list[int] = []
+        summed: list[int] = []
+
+        def counting(function: Any, argument: int, given: list[int]) -> Any:
+            def call(*tensors: Tensor, group: Any) -> Any:
+                given.append(tensors[argument].nbytes)
+                return function(*tensors, group=group)
+
+            return call
+
+        with (
+            mock.patch.object(_group, "_all_gather", counting(_group._all_gather, 1, gathered)),
+            mock.patch.object(dist, "all_reduce", counting(dist.all_reduce, 0, summed)),
+        ):
+            split.loss(student.requires_grad_(), *rest, tp_group=dist.group.WORLD).backward()
+        assert sum(gathered) == group_cost.AGREED + 5 * split.gathered, split.name
+        assert sum(summed) == 5 * split.summed(world), split.name
+
+
 def _check_mismatch() -> None:
     rank = dist.get_rank()
     x = torch.randn(3 + rank, 5)
@@ -260,6 +286,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "parts", _check_parts
     yield "ids", _check_ids
     yield "collectives", _check_collectives
+    yield "bytes", _check_bytes
     yield "mismatch", _check_mismatch
     if dist.get_world_size() == 2:
         yield "timeout", _check_timeout

@@ -396,7 +396,7 @@ def test_a_group_of_one_rank_changes_nothing(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrong", ["gloo", 0, object()], ids=str)
+@pytest.mark.parametrize("wrong", ["gloo", 0, object()], ids=lambda x: type(x).__name__)
 def test_what_is_no_group_is_refused(wrong: Any) -> None:
     given = layer()
     said = r"^tp_group must be None or a torch.distributed.ProcessGroup of this process, got"
