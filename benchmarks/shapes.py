@@ -78,6 +78,10 @@ WORKLOADS = (
         for name, rows, classes in (("32k", 1024, 32000), ("128k", 512, 128256))
     ),
     Workload("segmentation", "Segmentation", (8, 150, 64, 64)),
+    Workload(
+        "segmentation_masked", "Segmentation", (8, 150, 64, 64), losses=("kd", "dkd", "dist"),
+        ignored=1 / 3, forward=False,
+    ),
     Workload("retinanet", "RetinaNet", (4, 720, 50, 50), losses=("sigmoid_kd", "sigmoid_dist")),
     Workload("factors", "Factors", (128, 64, 8, 8), True, features=True, losses=("iekd",)),
     *(

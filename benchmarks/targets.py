@@ -54,7 +54,7 @@ WHAT = {
     "compile": "times compile",
     "floor": "of the add",
     "float32": "bf16 / fp32",
-    "masked": "half ignored",
+    "masked": "rows ignored",
     "beside": "two / one call",
     **{name: f"hard, T = {name[5:]}" for name in token_rivals.PAIRS if name.startswith("hard")},
 }
@@ -108,6 +108,8 @@ TARGETS = {
         *_at_most(IMAGENET, "float32", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
         *_at_most(LARGER, "float32", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
         *_at_most(LLM, "float32", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
+        *_faster(BY_NAME["retinanet"], "eager", sigmoid_dist=8),
+        *_at_most(BY_NAME["segmentation"], "masked", kd=1, dkd=1, dist=1),
         *_of_tokens(),
     ],
     "cuda": [

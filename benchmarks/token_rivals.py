@@ -31,7 +31,7 @@ Bodies = dict[str, tuple[Callable[..., Tensor], Problem]]
 
 
 def masked(workload: Workload) -> Workload:
-    """The same shape with half of its rows ignored."""
+    """The same shape with some of its rows ignored."""
     return BY_NAME[f"{workload.name}_masked"]
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""DKD on mixed images (mixup: Zhang et al., ICLR 2018; 1710.09412): a loss for each of two labels.
+"""DKD on mixed images (mixup: Zhang et al., ICLR 2018; 1710.09412), whose targets are two labels.
 
     python examples/mixup.py
 
 DKD sets the target class apart, and a mixed image has two. Cross-entropy of the mixed label is the
-weighted pair of cross-entropies, and so is DKD: one call for each label, with the image's share as
-its ``token_weight``. A perceptron sees 60 of scikit-learn's handwritten digits, its teacher 1000;
-the score is the student's accuracy on 797 other digits.
+weighted pair of cross-entropies, and so is DKD of targets that are probabilities. A perceptron sees
+60 of scikit-learn's handwritten digits, its teacher 1000; the score is the student's accuracy on
+797 other digits.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ def run(method: str, seed: int, steps: int, bar: tqdm[None]) -> float:
         order = torch.randperm(count, generator=dice)
         by_image = share[:, None, None, None]
         mixed = by_image * images + (1 - by_image) * images[order]
-        pair = (labels, share), (labels[order], 1 - share)
+        both = F.one_hot(labels, 10), F.one_hot(labels[order], 10)
+        target = share[:, None] * both[0] + (1 - share[:, None]) * both[1]
         s = student(mixed)
-        total = torch.zeros(())
-        for y, w in pair:
-            total = total + (w * F.cross_entropy(s, y, reduction="none")).mean()
+        total = F.cross_entropy(s, target)
         if method == "ce":
             return total
         with torch.no_grad():
@@ -70,9 +69,7 @@ def run(method: str, seed: int, steps: int, bar: tqdm[None]) -> float:
         larger = torch.where(share > 0.5, labels, labels[order])
         if method == "dkd, larger share":
             return total + dkd_loss(s, t, larger, beta=1.0)
-        for y, w in pair:
-            total = total + dkd_loss(s, t, y, beta=1.0, token_weight=w)
-        return total
+        return total + dkd_loss(s, t, target, beta=1.0)
 
     small.fit(student, loss, data.images, data.targets, steps=steps, seed=seed, bar=bar)
     with torch.inference_mode():

@@ -1,8 +1,10 @@
-"""DTensors: rows that are sharded stay sharded for row losses, everything else is gathered.
+"""DTensors: rows that are sharded stay sharded for row losses, and so do classes for those that
+take ``tp_group``; everything else is gathered.
 
-The losses run on local tensors; a row loss of a shard needs no other shard, and only the count of a
-mean is summed over the mesh. Losses that couple rows, and classes that are sharded, are
-redistributed to every rank first: right, but with the communication and memory of a gather.
+The losses run on local tensors; a row loss of a shard of rows needs no other shard, and only the
+count of a mean is summed over the mesh. Classes that one dimension of the mesh shards are those of
+its group (``_sharded``). Losses that couple rows, and classes otherwise, are redistributed to every
+rank first: right, but with the communication and memory of a gather.
 Nothing here is imported before a subclass of Tensor is seen.
 """
 
@@ -54,6 +56,20 @@ def _local(tensor: Any, mesh: Any, placements: Any) -> Tensor:
     return tensor.redistribute(mesh, placements).to_local(grad_placements=placements)
 
 
+def _classes_over(student: Any, class_dim: int) -> int | None:
+    """The dimension of the mesh whose ranks share the classes, in their order; None where there is
+    none, or they are more."""
+    from torch.distributed.tensor import Shard
+
+    mesh, placements = student.device_mesh, student.placements
+    found = [i for i, p in enumerate(placements) if p.is_shard() and p.dim == class_dim]
+    if len(found) != 1 or type(placements[found[0]]) is not Shard or mesh.size(found[0]) == 1:
+        return None
+    ranks = mesh.mesh.movedim(found[0], 0)
+    # A group's ranks are in ascending order, the shards in that of the mesh.
+    return found[0] if bool((ranks[1:] > ranks[:-1]).all()) else None
+
+
 def row_loss(
     run: Callable[..., Tensor],
     student: Tensor,
@@ -63,8 +79,13 @@ def row_loss(
     class_dim: int,
     ignore_index: int,
     reduction: int,
+    of_shards: bool,
 ) -> Tensor:
-    """``run`` of student, teacher, what has one number a row, and reduction on each rank's rows."""
+    """``run`` of student, teacher, what has one number a row, and reduction on each rank's rows;
+    last of the group that shares the classes, None where each rank has all.
+
+    ``of_shards`` says whether the loss can be evaluated on shards of its classes.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     rank_shared = {k for k, x in of_rows.items() if x is not None and x.dim() == 0 and plain(x)}
@@ -72,8 +93,11 @@ def row_loss(
     mesh = _mesh({"student_logits": student, "teacher_logits": teacher, **sharded})
     given: Any = student
     by_row = [p.is_shard() and p.dim != class_dim for p in given.placements]
+    over = _classes_over(given, class_dim) if of_shards else None
+    group = None if over is None else mesh.get_group(over)
     placements = [
-        p if own else Replicate() for p, own in zip(given.placements, by_row, strict=True)
+        p if own or i == over else Replicate()
+        for i, (p, own) in enumerate(zip(given.placements, by_row, strict=True))
     ]
     row_placements = [
         Shard(p.dim - (p.dim > class_dim)) if own else Replicate()
@@ -87,12 +111,12 @@ def row_loss(
         for k, x in of_rows.items()
     }
     if reduction == _NONE:
-        losses = run(s, t, *local.values(), _NONE)
+        losses = run(s, t, *local.values(), _NONE, group)
         strides = torch.empty(rows, device="meta").stride()
         return DTensor.from_local(
             losses, mesh, row_placements, run_check=False, shape=rows, stride=strides
         )
-    total = run(s, t, *local.values(), _SUM)
+    total = run(s, t, *local.values(), _SUM, group)
     if reduction != _SUM:
         count: Any = max(rows.numel(), 1)
         y = local["target"]

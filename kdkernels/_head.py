@@ -56,8 +56,12 @@ def check(
     softcap: Any,
     logit_scale: Any,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    least: int = 2,
 ) -> tuple[float | None, float]:
-    """Check an output layer beside its hidden states; its numbers as Python's."""
+    """Check an output layer beside its hidden states; its numbers as Python's.
+
+    ``least`` classes there must be: of a shard, none.
+    """
     of_hidden, of_weight, of_bias = names
     _checks.tensor(of_hidden, hidden)
     _checks.dtype(of_hidden, hidden)
@@ -66,8 +70,9 @@ def check(
     width = hidden.shape[-1]
     _checks.tensor(of_weight, weight)
     shape = weight.shape
-    if len(shape) != 2 or shape[0] < 2 or shape[1] != width:
-        expected = f"(V, {width}) with V >= 2, the width of {of_hidden}"
+    if len(shape) != 2 or shape[0] < least or shape[1] != width:
+        enough = f" with V >= {least}" if least else ""
+        expected = f"(V, {width}){enough}, the width of {of_hidden}"
         raise _checks.fail(of_weight, expected, f"shape {tuple(shape)}")
     _beside(of_weight, weight, of_hidden, hidden)
     if bias is not None:

@@ -218,7 +218,7 @@ def _by_evaluation(
             loss, separate = given
             return loss, None if separate is None else separate.reshape(3, *shape)
     values, hard_values, spread, valid = spec.evaluate(
-        chosen, rows, target, temperature, heats, ignore_index, hard != 0.0, parts, *options
+        chosen, rows, target, temperature, heats, ignore_index, hard != 0.0, parts, None, *options
     )
     soft = _reduce.weigh(values, scale, weight, valid)
     if hard != 0.0:

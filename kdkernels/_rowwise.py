@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor, _ensemble, _group, _sharded, _temperature
+from . import _checks, _dtensor, _ensemble, _group, _sharded, _soft_targets, _temperature
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._ensemble import TeacherLogits
@@ -106,12 +106,16 @@ def row_loss(
         teacher = _ensemble.single(
             spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
         )
+    soft = _soft_targets.given(spec, target, student)
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
+        if soft is not None:
+            _soft_targets.check(soft, student, teacher)
         given = row_loss(
             spec, shape.logits(student), shape.logits(teacher),
-            shape.of_rows(spec.target_name, target), options,
+            shape.of_rows(spec.target_name, target) if soft is None else shape.logits(soft),
+            options,
             shape.of_rows("temperature", temperature),
             ignore_index=ignore_index, reduction=reduction, loss_weight=loss_weight,
             hard_weight=hard_weight, token_weight=shape.of_rows("token_weight", token_weight),
@@ -132,8 +136,6 @@ def row_loss(
         least = 2 if tp_group.size() == 1 else 0
     if teacher_grad is not False:
         teacher_grad = _checks.flag("teacher_grad", teacher_grad)
-        if teacher_grad and tp_group is not None:
-            raise _checks.fail("teacher_grad", "False where tp_group is given", True)
     class_dim = _checks.logits(student, teacher, least, teacher_grad)
     heats: Tensor | None = None
     if isinstance(temperature, Tensor):
@@ -152,10 +154,15 @@ def row_loss(
     hard = _checks.number("hard_weight", hard_weight)
     reads_target = spec.needs_target or hard != 0.0
     index = _checks.NO_INDEX if ignore_index is None else ignore_index
-    if target is not None:
+    if soft is not None:
+        _soft_targets.check(soft, student, teacher)
+        _soft_targets.check_call(tp_group, teacher_grad and teacher.requires_grad)
+        index = _checks.NO_INDEX
+    elif target is not None:
         target, index = indices(spec, student, target, class_dim, ignore_index, not reads_target)
     elif reads_target:
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
+    mask = target if soft is None else None
     if token_weight is not None:
         _checks.token_weight(token_weight, student, class_dim)
         token_weight = keepable(token_weight)
@@ -174,7 +181,7 @@ def row_loss(
         given = temperature if heats is None else heats
         once = functools.partial(row_loss, spec, student, teacher, target, options, given, **common)
         both = joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
-        return over_ranks(both, process_group, student, class_dim, target, index)
+        return over_ranks(both, process_group, student, class_dim, mask, index)
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
     hard_token_weight = token_weight if hard != 0.0 else None
@@ -212,7 +219,9 @@ def row_loss(
     )  # fmt: skip
     of_rows = (target, token_weight, hard_token_weight, heats)
     parts = None
-    if not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
+    if soft is not None:
+        loss, parts = _soft_targets.run(*checked, student, teacher, soft, *of_rows[1:], code)
+    elif not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
         if return_parts:
             raise _checks.fail("return_parts", "False where logits are DTensors", True)
         if learned:
@@ -220,11 +229,11 @@ def row_loss(
         held = {n: x for n, x in zip(spec.options, options, strict=True) if isinstance(x, Tensor)}
 
         def local(student: Tensor, teacher: Tensor, *rows: Any) -> Tensor:
-            own = dict(zip(held, rows[len(_OF_ROWS) : -1], strict=True))
+            own = dict(zip(held, rows[len(_OF_ROWS) : -2], strict=True))
             given = tuple(own.get(n, x) for n, x in zip(spec.options, options, strict=True))
             call: list[Any] = [*checked[:2], given, *checked[3:], student, teacher]
-            call += [*rows[: len(_OF_ROWS)], rows[-1]]
-            return run(*call)[0]
+            call += [*rows[: len(_OF_ROWS)], rows[-2]]
+            return (run(*call) if rows[-1] is None else _sharded.run(rows[-1], *call))[0]
 
         loss = _dtensor.row_loss(
             local,
@@ -234,6 +243,7 @@ def row_loss(
             class_dim=class_dim,
             ignore_index=index,
             reduction=code,
+            of_shards=_sharded.why_not(spec, options, standardize, teacher) is None,
         )
     elif tp_group is not None and tp_group.size() > 1:
         loss, parts = _sharded.run(tp_group, *checked, student, teacher, *of_rows, code)
@@ -250,7 +260,7 @@ def row_loss(
         values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
         values = _weigh(values, None if factor is None else factor.detach(), divisor)
         result = result, LossParts(values[0], values[1], parts[2])
-    return over_ranks(result, process_group, student, class_dim, target, index)
+    return over_ranks(result, process_group, student, class_dim, mask, index)
 
 
 def _of_classifiers(spec: LossSpec, keyword: str) -> None:

@@ -21,7 +21,7 @@ from . import _checks
 from ._autograd import apply, apply_with_parts, stores_gradient
 from ._calls import NO_ID, TOPK, TOPK_LOSS, TopKCall, TopKLossCall, traceable
 from ._ops import once, operator
-from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, dtype_of
+from ._ops_topk import ENTROPY as ENTROPY, HARD as HARD, NUMBERS as NUMBERS, dtype_of
 from ._tracing import keepable, traced
 from .reference import topk as reference
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import inspect
 import os
 import random
@@ -132,7 +133,8 @@ def judge(case: Case) -> None:
     for name, (version, copy) in before.items():
         if case.tensors[name]._version != version or not same(case.tensors[name], copy):
             raise Wrong(f"{name} was written into")
-    wide = any(x.dtype == torch.float64 for x in case.tensors.values())
+    soft = ("target", "labels")  # whose probabilities do not widen the loss
+    wide = any(x.dtype == torch.float64 for n, x in case.tensors.items() if n not in soft)
     if loss.dtype != (torch.float64 if wide else torch.float32):
         raise Wrong(f"the loss is {loss.dtype}")
     for name, gradient in gradients.items():
@@ -228,11 +230,18 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     count, classes = s.shape
     valid = np.ones(count, bool)
     target = np.zeros(count, np.int64)
-    if index is not None:
+    soft = index is not None and index.is_floating_point()
+    if soft:
+        probabilities = flat(index)
+    elif index is not None:
         target = index.reshape(-1).numpy().astype(np.int64)
         valid = target != options["ignore_index"]
         target = np.where(valid & (target >= 0) & (target < classes), target, 0)
-    formula = formulas.ROWS[spec.name]
+    formula, cross_entropy = formulas.ROWS[spec.name], formulas.hard
+    if soft:
+        formula, cross_entropy = (
+            functools.partial(formulas.expected, f, probabilities) for f in (formula, cross_entropy)
+        )
 
     wide = loss.dtype == torch.float64
     hard = formulas.WIDE(options.pop("hard_weight", 0.0))
@@ -247,13 +256,13 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         with np.errstate(all="ignore"):
             value, slope, size = formula(s, t, target, {**options, "floor": floor}, move)
             if hard:
-                added = formulas.hard(s, t, target, hard, move)
+                added = cross_entropy(s, t, target, hard, move)
                 value, slope, size = value + added[0], slope + added[1], size + added[2]
         ours = valid[:, None]
         return np.where(valid, value, 0), np.where(ours, slope, 0), np.where(ours, size, 0)
 
     value, slope, terms = exact(lambda x: x)
-    moves = [exact(rounding(wide, seed, case.backend == "reference")) for seed in range(4)]
+    moves = [exact(rounding(wide, seed, case.backend == "reference")) for seed in range(6)]
     factor = upstream.reshape(-1).double().numpy().astype(formulas.WIDE)
     mean = options["reduction"] in ("mean", "batchmean")
     share = max(int(valid.sum()), 1) if mean else 1
@@ -280,7 +289,7 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     size = np.where(np.isfinite(value), abs(value), 0)
     if hard:  # two sums, which may cancel
         with np.errstate(all="ignore"):
-            entropy = np.where(valid, abs(formulas.hard(s, t, target, hard, lambda x: x)[0]), 0)
+            entropy = np.where(valid, abs(cross_entropy(s, t, target, hard, lambda x: x)[0]), 0)
         size = size + 2 * np.where(np.isfinite(entropy), entropy, 0)
     own = (32 * formulas.WIDE(np.finfo(formulas.WIDE).eps)) ** 2 * weights
     noise = noise + (formulas.WIDE(info.eps) * np.log2(classes) * size + own) / K
@@ -383,7 +392,9 @@ def alone(case: Case, valid: Any) -> None:
             "student_logits": student[rows].requires_grad_(),
             "teacher_logits": teacher[rows],
         }
-        if index is not None:
+        if index is not None and index.is_floating_point():  # probabilities
+            changed[name] = index.movedim(class_dim(index), -1).flatten(0, -2)[rows]
+        elif index is not None:
             changed[name] = index.flatten()[rows]
         part = Case(case.seed, case.spec, case.backend, case.entry, changed, {**case.options})
         part.options.pop("reduction", None)

@@ -128,6 +128,26 @@ def hard(s: Array, t: Array, target: Array, weight: Any, move: Callable[[Array],
     return value, weight * by_logit, abs(weight * by_logit) + abs(weight) * q
 
 
+def expected(
+    formula: Callable[..., Rows],
+    probabilities: Array,
+    s: Array,
+    t: Array,
+    target: Array,
+    options: Any,
+    move: Callable[[Array], Array],
+) -> Rows:
+    """The expectation of a formula over the target's class."""
+    total: list[Any] = [np.zeros(len(s), WIDE), np.zeros(s.shape, WIDE), np.zeros(s.shape, WIDE)]
+    for y in range(s.shape[1]):
+        weight = probabilities[:, y]
+        made = formula(s, t, np.full_like(target, y), options, move)
+        for i, x in enumerate(made):
+            factor = weight if x.ndim == 1 else weight[:, None]
+            total[i] = total[i] + np.where(factor == 0, 0, factor * np.where(factor == 0, 0, x))
+    return total[0], total[1], total[2]
+
+
 @softened
 def kd(s: Array, t: Array, target: Array, options: dict[str, Any]) -> Rows:
     log_q, log_p = log_softmax(s), log_softmax(t)

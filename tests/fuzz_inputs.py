@@ -19,6 +19,8 @@ from kdkernels.registry import LossSpec
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SOFT_CLASSES = 40
+"""Most classes of targets that are probabilities: the formula has a term for each."""
 
 
 class NotSuitable(Exception):
@@ -155,12 +157,32 @@ class Draw:
             x = x.to(dtype).reshape(*shape, classes)
             x = x.movedim(-1, 1) if x.dim() == 4 else x
             made[name] = self.lay_out(x)
-        if spec.needs_target or (spec.takes_target and self.chance(0.5)):
+        if spec.needs_target and classes <= SOFT_CLASSES and self.chance(0.3):
+            soft = self.probabilities(target, classes).reshape(*shape, classes)
+            soft = (soft.movedim(-1, 1) if soft.dim() == 4 else soft).to(self.pick(FLOATS))
+            made[spec.target_name] = self.lay_out(soft, negate=False)
+        elif spec.needs_target or (spec.takes_target and self.chance(0.5)):
             kind = self.pick(INTEGERS)
             if kind.itemsize == 1 and classes > 127:
                 kind = torch.int64
             made[spec.target_name] = self.lay_out(target.to(kind).reshape(shape), negate=False)
         return made
+
+    def probabilities(self, target: Tensor, classes: int) -> Tensor:
+        """Targets that are no class: of two labels, smoothed, any, or not normalised."""
+        rows = len(target)
+        one = torch.zeros(rows, classes, dtype=torch.float64).scatter_(1, target[:, None], 1.0)
+        kind = self.pick(("pair", "pair", "smoothed", "any", "indices", "zeros"))
+        if kind == "pair":
+            share = torch.rand(rows, 1, generator=self.generator, dtype=torch.float64)
+            return share * one + (1 - share) * one.roll(self.pick((1, 2)), 0)
+        if kind == "smoothed":
+            rate = self.pick((0.1, 0.5, 1e-3, 1.0))
+            return one * (1 - rate) + rate / classes
+        if kind == "any":
+            made = self.normal(rows, classes) * self.pick((0.1, 1.0, 10.0))
+            return made.softmax(-1) * self.pick((1.0, 1.0, 3.0))
+        return one * (kind == "indices")
 
     def shape_of_rows(self, rows: int) -> tuple[int, ...]:
         """(N,), (B, S) or (N, H, W)."""
@@ -408,6 +430,8 @@ class Draw:
 
     def mask(self, target: Tensor, ignore_index: int) -> None:
         """Some rows ignored, or all, where the dtype of the target holds the index."""
+        if target.is_floating_point():  # probabilities
+            return
         info = torch.iinfo(target.dtype)
         if info.min <= ignore_index <= info.max and self.chance(0.6):
             chosen = torch.rand(target.shape, generator=self.generator) < self.pick((0.2, 0.5, 1.1))

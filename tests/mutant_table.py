@@ -603,6 +603,7 @@ _of(
     "kdkernels", "_dtensor.py", "test_dtensor.py", "sharded",
     ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
     ("row_dim", "Shard(p.dim «- (p.dim > class_dim)»)", ""),
+    ("classes_gathered", "over = «_classes_over(given, class_dim) if of_shards else None»", "None"),
 )  # fmt: skip
 _of(
     "kdkernels", "_group.py", "test_group.py", "every",
@@ -620,10 +621,31 @@ _of(
      "upstream"),
 )  # fmt: skip
 _of(
-    "kdkernels", "_sharded.py", "test_sharded_classes.py", "every",
-    ("class_of_rank", "local = index «- self.begin»", ""),
+    "kdkernels", "_shard_rows.py", "test_sharded_classes.py", "every",
     ("buckets_twice", "whole «- coarse»)", ""),
     ("rank_unweighted", "weighted(inner, «masses»)", "torch.ones_like(masses)"),
+    ("foreign_ids_absent", "columns = torch.where(local == NO_ID, «0.0», wide[:, :k])",
+     "-torch.inf"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_shards.py", "test_sharded_classes.py", "every",
+    ("class_of_rank", "local = ids «- self.begin»", ""),
+    ("options_unlike", "code = «zlib.crc32(repr(said).encode())»", "0"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_sharded.py", "test_sharded_classes.py", "every",
+    ("teacher_hard", "settings = (temperature, scale, «0.0», False, False", "hard"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_sharded.py", "test_sharded_head.py", "output",
+    ("hidden_of_rank", "whole = «_group.total(whole.contiguous(), how.shards.group)»", "whole"),
+    ("chunks_of_rank", "default_tokens(hidden.device, «max(shards.sizes)», *dtypes)",
+     "weight.shape[0]"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "_sharded_logprob.py", "test_sharded_head.py", "output",
+    ("rests_whole", "slopes[:, -1:] «* share»], -1)", ""),
+    ("spread_within", "torch.special.entr(masses).sum(-1) «+ within»)", ""),
 )  # fmt: skip
 _of(
     "kdkernels", "_moments.py", "test_group.py", "every",
@@ -776,7 +798,7 @@ _of(
     ("twice_counted", "_topk.marked(asked, «first != places»)", "first < 0"),
     ("origin_lost", "+ chunk.of_rows[0] / chunk.how.numbers[0]", "+ 0.0"),
     ("origin_unsoftened", "chunk.of_rows[0] «/ chunk.how.numbers[0]»", ""),
-    ("rest_unpulled", "through = own - q.log.exp() * «total»", "1.0"),
+    ("rest_unpulled", "slopes = own - q.log.exp() * «total»", "1.0"),
 )  # fmt: skip
 _of(
     "kdkernels/reference", "sampled_kl.py", "test_sampled.py", "published or expect",
@@ -927,4 +949,17 @@ _of(
 _of(
     "kdkernels/losses", "acceptance.py", "test_teacher_grad.py", "native and acceptance",
     ("roles_kept", "«REVERSE_KL» if kind == EXCHANGED", "KD_OF_TOKENS"),
+)  # fmt: skip
+_of(
+    "kdkernels", "_soft_targets.py", "test_soft_targets.py", "native and (dkd or aekt)",
+    ("others_lost", "soft = soft + «of_rows(explicit, scale, token_weight)»", "0.0"),
+    ("no_others", "not looks or «bool(others.any())»", "False"),
+    ("kl_lost", "call(SPECS[\"kd\"], (), «shares * named[\"beta\"]», scale, 0.0)[0]",
+     "0.0 * shares"),
+    ("class_twice", "torch.where(first == second, «0.0», factors[1])", "factors[1]"),
+    ("cancels", "few = «(weights != 0).sum(-1, keepdim=True) <= 2»", "first == first"),
+    ("half_slope", "(explicit« - implicit») * less / (1.0 - q)", ""),
+    ("infinite_part", "return torch.where(x.isinf(), «0.0», x)", "x"),
+    ("one_label", "entropies = others.sum(-1) * logsumexp(s)« - weighted(s, others).sum(-1)»", "",
+     "test_soft_targets.py", "keywords"),
 )  # fmt: skip

@@ -30,7 +30,7 @@ TINY_IMAGE = Workload("tiny_image", "tiny image", (2, 5, 3, 4))
 SHAPES = {
     "64x100", "256x100", "256x1000", "1024x1000", "256x21841", "256x32000", "128x128256",
     "8x150x64x64", "1024x32000", "1024x32000, 50% ignored", "512x128256",
-    "512x128256, 50% ignored", "4x720x50x50",
+    "512x128256, 50% ignored", "4x720x50x50", "8x150x64x64, 33% ignored",
 }  # fmt: skip
 FEATURES = {
     ("iekd", "128x64x8x8"), ("tuple_matching", "256x128, 10 classes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from every import example, gradient
 from ranks import needs_processes, run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdkernels.registry import SPECS, LossSpec
 
@@ -52,6 +55,101 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
         spec.function(leaf, *case.tensors[1:], **options)
 
 
+class _Exchanged(TorchDispatchMode):
+    """The number of elements of the largest tensor that a collective takes or gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            for x in tree_leaves((args, kwargs, made)):
+                if isinstance(x, torch.Tensor):
+                    self.largest = max(self.largest, x.numel())
+        return made
+
+
+def _check_classes(spec: LossSpec) -> None:
+    """Classes that are sharded stay so: numbers of rows are exchanged, and no logits. The gradient
+    lies as the student does. Of losses that do not take ``tp_group`` they are gathered."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(7)
+    rows, classes = 3, 501
+    student, teacher = (torch.randn(rows, classes, generator=generator) for _ in range(2))
+    labels = torch.tensor([500, 2, 100])
+    options: dict[str, Any] = {spec.target_name: labels} if spec.needs_target else {}
+    teachers = [teacher]
+    if spec.family == "sampled":
+        teachers = [labels, teacher.log_softmax(-1).gather(1, labels[:, None])[:, 0]]
+    expected = spec.function(student.requires_grad_(), *teachers, **options)
+    (slope,) = torch.autograd.grad(expected, student)
+
+    def place(x: torch.Tensor) -> Any:
+        return distribute_tensor(x, mesh, [Shard(1) if x.dim() == 2 else Replicate()])
+
+    leaf, placed = place(student.detach()).requires_grad_(), [place(x) for x in teachers]
+    with _Exchanged() as seen:
+        loss = spec.function(leaf, *placed, **{k: place(v) for k, v in options.items()})
+        loss.backward()
+    by_shards = "tp_group" in inspect.signature(spec.function).parameters
+    assert (seen.largest < rows * classes // WORLD) == by_shards
+    torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+    given: Any = leaf.grad
+    assert given.placements == leaf.placements
+    torch.testing.assert_close(given.full_tensor(), slope, rtol=1e-5, atol=1e-7)
+
+
+def _check_standardized() -> None:
+    """What shards cannot give is gathered."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(5, 9, generator=generator) for _ in range(2))
+    expected = SPECS["kd"].function(student, teacher, standardize=True)
+    placed = [distribute_tensor(x, mesh, [Shard(1)]) for x in (student, teacher)]
+    loss: Any = SPECS["kd"].function(*placed, standardize=True)
+    torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _check_both(reduction: str, spec: LossSpec) -> None:
+    """Rows over one dimension of the mesh and classes over the other, either of which is uneven."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(5, 5, generator=generator).double() for _ in range(2))
+    labels = torch.tensor([1, -100, 3, 4, -100])
+    weights = torch.rand(5, generator=generator).double()
+    options: dict[str, Any] = {spec.target_name: labels, "token_weight": weights}
+    options |= {"hard_weight": 0.5, "reduction": reduction}
+    leaf = student.clone().requires_grad_()
+    expected = spec.function(leaf, teacher, **options, backend="reference")
+    (slope,) = torch.autograd.grad(expected.sum(), leaf)
+    flat = dist.init_device_mesh("cpu", (4,))
+    square = dist.init_device_mesh("cpu", (2, 2))
+    for mesh, at, of_rows in (
+        (square, [Shard(0), Shard(1)], [Shard(0), Replicate()]),
+        (square, [Shard(1), Shard(0)], [Replicate(), Shard(0)]),
+        (square, [Replicate(), Shard(1)], [Replicate(), Replicate()]),
+        (square, [Shard(1), Shard(1)], [Replicate(), Replicate()]),  # gathered
+        (flat, [Shard(1)], [Replicate()]),  # of which the last rank has none
+    ):
+        placed: Any = distribute_tensor(student, mesh, at).requires_grad_()
+        given = {
+            k: distribute_tensor(x, mesh, of_rows) if isinstance(x, torch.Tensor) else x
+            for k, x in options.items()
+        }
+        loss: Any = spec.function(placed, distribute_tensor(teacher, mesh, at), **given)
+        torch.testing.assert_close(loss.full_tensor(), expected.detach())
+        loss.sum().backward()
+        assert placed.grad.placements == tuple(at)
+        torch.testing.assert_close(placed.grad.full_tensor(), slope)
+
+
 def _check_image() -> None:
     """Classes in dim 1: rows sharded behind them keep their place among the rows."""
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -89,6 +187,10 @@ def _check_sparse(spec: LossSpec) -> None:
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "image", _check_image
+    yield "standardized", _check_standardized
+    for spec in SPECS.values():
+        if spec.by_row and spec.family != "sparse":
+            yield f"{spec.name} classes", functools.partial(_check_classes, spec)
     for spec in SPECS.values():
         if spec.family == "sparse":
             yield spec.name, functools.partial(_check_sparse, spec)
@@ -98,6 +200,17 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 for ignored in (False, True):
                     name = f"{spec.name} {reduction} Shard({dim}) ignored={ignored}"
                     yield name, functools.partial(_check, spec, reduction, dim, ignored)
+
+
+def _cases_of_both() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name in ("kd", "jsd", "dkd"):
+        for reduction in ("mean", "none"):
+            yield f"{name} {reduction}", functools.partial(_check_both, reduction, SPECS[name])
+
+
+@needs_processes
+def test_rows_and_classes_of_sharded_tensors() -> None:
+    run_on_ranks(4, _cases_of_both)
 
 
 @needs_processes

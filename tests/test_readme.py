@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kdkernels
+from benchmarks import group_cost
 from kdkernels import _table
 from kdkernels.registry import SPECS
 
@@ -27,6 +28,11 @@ def test_the_table_is_the_registrys() -> None:
     table, end, _ = rest.partition(_table.END)
     assert begin and end, "the README has lost the markers of its table"
     assert table.strip() == _table.table(), "run: python -m kdkernels._table README.md"
+
+
+def test_what_ranks_receive_is_the_arithmetic_of_the_benchmark() -> None:
+    for line in (group_cost.arithmetic() + "\n" + group_cost.classes()).splitlines():
+        assert line in README
 
 
 def test_every_public_loss_is_mentioned() -> None:

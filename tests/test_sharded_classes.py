@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from ranks import needs_processes, run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from kdkernels import functional
+from benchmarks import group_cost
+from kdkernels import _group, functional
 from kdkernels.registry import SPECS, LossSpec
 
 CLASSES = 23
@@ -29,15 +31,25 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SHARDED = [
     spec
     for spec in SPECS.values()
-    if spec.by_row
-    and spec.family != "sparse"
-    and "tp_group" in inspect.signature(spec.function).parameters
+    if spec.by_row and "tp_group" in inspect.signature(spec.function).parameters
 ]
 
 
-def _own(cut: str) -> slice:
+def own_classes(cut: str) -> slice:
     edges, rank = CUTS[cut][dist.get_world_size()], dist.get_rank()
     return slice(edges[rank], edges[rank + 1])
+
+
+def _teachers(spec: LossSpec, teacher: Tensor, target: Tensor) -> list[Tensor]:
+    """What a loss takes as the teacher; ids are every rank's."""
+    logprobs = teacher.double().log_softmax(-1)
+    if spec.family == "sampled":
+        return [target, logprobs.gather(1, target[:, None])[:, 0]]
+    if spec.family == "sparse":  # an entry and a row are absent
+        logprobs, ids = logprobs.topk(5)
+        logprobs[0, 1] = logprobs[3] = -torch.inf
+        return [ids, logprobs]
+    return [teacher]
 
 
 def _check(
@@ -47,11 +59,9 @@ def _check(
     options = dict(options)
     if spec.takes_target and spec.target_name not in options:
         options[spec.target_name] = target.index_fill(0, torch.tensor([4]), -100)
-    teachers: list[Tensor] = [teacher]
-    if spec.family == "sampled":
-        teachers = [target, teacher.double().log_softmax(-1).gather(1, target[:, None])[:, 0]]
-    own = _own(cut)
-    mine = [x[:, own].clone() if x.dim() == 2 else x for x in teachers]
+    teachers = _teachers(spec, teacher, target)
+    own = own_classes(cut)
+    mine = [x[:, own].clone() if x.shape == student.shape else x for x in teachers]
     whole = [x.double() if x.is_floating_point() else x for x in teachers]
     leaf = student.double().clone().requires_grad_()
     wide = {
@@ -88,13 +98,40 @@ def _check_keywords(spec: LossSpec) -> None:
 
 def _check_parts() -> None:
     student, teacher, target = make("gaussian", 6, CLASSES, dtype=torch.float64)
-    own, options = _own("uneven"), {"target": target, "hard_weight": 0.5, "return_parts": True}
+    own = own_classes("uneven")
+    options = {"target": target, "hard_weight": 0.5, "return_parts": True}
     _, expected = functional.dkd_loss(student, teacher, **options)
     _, parts = functional.dkd_loss(
         student[:, own], teacher[:, own], tp_group=dist.group.WORLD, **options
     )
     for a, b in zip(parts, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def _check_ids() -> None:
+    """Ids of a sparse teacher: their mass, all of them, and wrong ones."""
+    loss, group = functional.topk_kd_loss, dist.group.WORLD
+    student, teacher, _ = make("gaussian", 6, CLASSES, dtype=torch.float64)
+    own = own_classes("uneven")
+    logprobs, ids = teacher.log_softmax(-1).topk(CLASSES)
+    expected = functional.kd_loss(student, teacher, temperature=1.0)
+    none = torch.full((6,), -torch.inf)
+    actual = loss(student[:, own], ids, logprobs, log_rest=none, tp_group=group)
+    torch.testing.assert_close(actual, expected)
+    few = ids[:, :4], logprobs[:, :4]
+    for tail in ("bucket", "renormalize"):
+        given = {"tail": tail, "return_mass": True}
+        _, wanted = loss(student, *few, backend="reference", **given)
+        _, mass = loss(student[:, own], *few, tp_group=group, **given)
+        for a, b in zip(mass, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    for wrong, said in ((CLASSES, rf"in \[0, {CLASSES}\)"), (-1, "in "), (3, "different")):
+        changed = few[0].index_fill(1, torch.tensor([0, 1]), wrong)
+        with pytest.raises(ValueError, match=f"^teacher_ids must be {said}"):
+            loss(student[:, own], changed, few[1], tp_group=group)
+    k = 3 + dist.get_rank()
+    with pytest.raises(ValueError, match=r"^tp_group must be given the same loss and options on"):
+        loss(student[:, own], ids[:, :k], logprobs[:, :k], tp_group=group)
 
 
 def _check_excluded(spec: LossSpec) -> None:
@@ -104,26 +141,78 @@ def _check_excluded(spec: LossSpec) -> None:
     student[:, :first] = teacher[:, :first] = -torch.inf
     options = {spec.target_name: target.clamp(min=first)} if spec.takes_target else {}
     leaf = student.clone().requires_grad_()
-    expected = spec.function(leaf, teacher, **options, backend="reference")
+    teachers = _teachers(spec, teacher, target)
+    expected = spec.function(leaf, *teachers, **options, backend="reference")
     (slope,) = torch.autograd.grad(expected, leaf)
-    own = _own("uneven")
+    own = own_classes("uneven")
     shard = student[:, own].clone().requires_grad_()
-    actual = spec.function(shard, teacher[:, own], **options, tp_group=dist.group.WORLD)
+    mine = [x[:, own] if x.shape == student.shape else x for x in teachers]
+    actual = spec.function(shard, *mine, **options, tp_group=dist.group.WORLD)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, shard)[0], slope[:, own])
 
 
+def _is_exchanged(spec: LossSpec, given: dict[str, Any]) -> bool:
+    """Whether the kernels of a loss with exchanged roles make the teacher's gradient."""
+    defaults = inspect.signature(spec.function).parameters
+    return spec.exchanged(*(given.get(k, defaults[k].default) for k in spec.options)) is not None
+
+
+def _check_teacher(spec: LossSpec, options: dict[str, Any]) -> None:
+    """``teacher_grad``: each rank's part of the teacher's gradient beside the student's."""
+    given = make("gaussian", 6, CLASSES, dtype=torch.float64)
+    target = given[2].index_fill(0, torch.tensor([4]), -100)
+    options = {**options, spec.target_name: target, "hard_weight": 0.5, "teacher_grad": True}
+    leaves = [x.clone().requires_grad_() for x in given[:2]]
+    expected = spec.function(*leaves, **options, backend="reference")
+    slopes = torch.autograd.grad(expected, leaves)
+    for cut in CUTS:
+        own = own_classes(cut)
+        shards = [x[:, own].clone().requires_grad_() for x in given[:2]]
+        actual = spec.function(*shards, **options, tp_group=dist.group.WORLD)
+        torch.testing.assert_close(actual, expected)
+        for one, slope in zip(torch.autograd.grad(actual, shards), slopes, strict=True):
+            torch.testing.assert_close(one, slope[:, own])
+
+
 def _check_collectives() -> None:
-    student, teacher, _ = make("gaussian", 6, CLASSES)
-    own = _own("uneven")
-    for name, (forward, backward) in {"kd": (2, 0), "jsd": (4, 1)}.items():
+    student, teacher, target = make("gaussian", 6, CLASSES)
+    own = own_classes("uneven")
+    for name, (forward, backward) in {"kd": (2, 0), "jsd": (4, 1), "topk_kd": (2, 0)}.items():
         leaf = student[:, own].clone().requires_grad_()
+        mine = (teacher[:, own],)
+        if name == "topk_kd":
+            mine = _teachers(SPECS[name], teacher, target)
         with CommDebugMode() as exchanged:
-            loss = SPECS[name].function(leaf, teacher[:, own], tp_group=dist.group.WORLD)
+            loss = SPECS[name].function(leaf, *mine, tp_group=dist.group.WORLD)
         assert exchanged.get_total_counts() == forward
         with CommDebugMode() as exchanged:
             loss.backward()
         assert exchanged.get_total_counts() == backward
+
+
+def _check_bytes() -> None:
+    """What benchmarks/group_cost.py says that a rank gives."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for split in group_cost.SHARDED:
+        student, *rest = split.tensors(5, 90, rank, world)
+        gathered: list[int] = []
+        summed: list[int] = []
+
+        def counting(function: Any, argument: int, given: list[int]) -> Any:
+            def call(*tensors: Tensor, group: Any) -> Any:
+                given.append(tensors[argument].nbytes)
+                return function(*tensors, group=group)
+
+            return call
+
+        with (
+            mock.patch.object(_group, "_all_gather", counting(_group._all_gather, 1, gathered)),
+            mock.patch.object(dist, "all_reduce", counting(dist.all_reduce, 0, summed)),
+        ):
+            split.loss(student.requires_grad_(), *rest, tp_group=dist.group.WORLD).backward()
+        assert sum(gathered) == group_cost.AGREED + 5 * split.gathered, split.name
+        assert sum(summed) == 5 * split.summed(world), split.name
 
 
 def _check_mismatch() -> None:
@@ -139,6 +228,9 @@ def _check_mismatch() -> None:
         functional.dkd_loss(x, x, y, tp_group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"^standardize must be False where tp_group is given"):
         functional.kd_loss(x, x, standardize=True, tp_group=dist.group.WORLD)
+    on: dict[str, Any] = {"teacher_grad": True, "tp_group": dist.group.WORLD}
+    with pytest.raises(ValueError, match=r"^tp_group must be given the same loss and options on"):
+        functional.jsd_loss(x, x.clone().requires_grad_(rank == 0), **on)
 
 
 def _check_beside_rows() -> None:
@@ -185,8 +277,16 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{spec.name} keywords", functools.partial(_check_keywords, spec)
         if spec.family != "sampled":
             yield f"{spec.name} excluded", functools.partial(_check_excluded, spec)
+        if "teacher_grad" in inspect.signature(spec.function).parameters:
+            for options in spec.samples:
+                own = {k: x for k, x in options.items() if k in spec.options}
+                if not options.get("standardize") and _is_exchanged(spec, own):
+                    check = functools.partial(_check_teacher, spec, dict(options))
+                    yield f"{spec.name} teacher {options}", check
     yield "parts", _check_parts
+    yield "ids", _check_ids
     yield "collectives", _check_collectives
+    yield "bytes", _check_bytes
     yield "mismatch", _check_mismatch
     if dist.get_world_size() == 2:
         yield "timeout", _check_timeout

@@ -356,7 +356,7 @@ BAD_HEADS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "weight_shape": (
         lambda: LinearTeacher(torch.zeros(2, 3), torch.zeros(3, 4)),
         ValueError,
-        "weight must be (V, 3) with V >= 2, the width of hidden, got shape (3, 4)",
+        "weight must be (V, 3), the width of hidden, got shape (3, 4)",
     ),
     "weight_dtype": (
         lambda: LinearTeacher(torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float16)),

@@ -166,26 +166,32 @@ def _check_group(spec: LossSpec) -> None:
     loss = spec.function(s, t, **options, process_group=group)
     for actual, wanted in zip(gradients(loss, s, t), expected, strict=True):
         torch.testing.assert_close(actual, world * wanted[own], rtol=1e-9, atol=1e-12)
-    if spec.by_row and spec.activation == "softmax":
-        with pytest.raises(ValueError, match=r"^teacher_grad must be False where tp_group"):
+    if spec.family == "decoupled":  # the others' is tested in test_sharded_classes.py
+        said = rf"^teacher_grad must be False of {spec.name} where tp_group is given, got True"
+        with pytest.raises(ValueError, match=said):
             spec.function(s, t, **options, tp_group=group)
 
 
 def _check_sharded(spec: LossSpec) -> None:
-    """DTensors: rows that are sharded."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    """DTensors: rows that are sharded, or classes."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (2,))
     student, teacher, target = pair(7, 5)
     whole = {spec.target_name: target} if spec.needs_target else {}
     expected = gradients(spec.function(student, teacher, **whole, **ON), student, teacher)
-    place = lambda x: distribute_tensor(x.detach(), mesh, [Shard(0)])  # noqa: E731
-    s, t = place(student).requires_grad_(), place(teacher).requires_grad_()
-    loss: Any = spec.function(s, t, **{k: place(v) for k, v in whole.items()}, **ON)
-    loss.backward()
-    for leaf, wanted in zip((s, t), expected, strict=True):
-        given: Any = leaf.grad
-        torch.testing.assert_close(given.full_tensor(), wanted, rtol=1e-9, atol=1e-12)
+    for dim in (0, 1):
+        s, t = (
+            distribute_tensor(x.detach(), mesh, [Shard(dim)]).requires_grad_()
+            for x in (student, teacher)
+        )
+        of_rows = [Shard(0) if dim == 0 else Replicate()]
+        placed = {k: distribute_tensor(x, mesh, of_rows) for k, x in whole.items()}
+        loss: Any = spec.function(s, t, **placed, **ON)
+        loss.backward()
+        for leaf, wanted in zip((s, t), expected, strict=True):
+            given: Any = leaf.grad
+            torch.testing.assert_close(given.full_tensor(), wanted, rtol=1e-9, atol=1e-12)
 
 
 def _on_ranks() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -37,6 +37,7 @@ def linear_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[False] = ...,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 @overload
@@ -64,6 +65,7 @@ def linear_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: Literal[True],
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, LossParts]: ...
 @overload
@@ -91,6 +93,7 @@ def linear_kd_loss(
     token_weight: Tensor | None = ...,
     num_items_in_batch: float | Tensor | None = ...,
     return_parts: bool,
+    tp_group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Any: ...
 
@@ -110,6 +113,7 @@ class FusedLinearKDLoss(LinearLoss):
     loss_weight: float | Tensor
     hard_weight: float
     return_parts: bool
+    tp_group: ProcessGroup | None
     backend: str | None
     def __init__(
         self,
@@ -129,5 +133,6 @@ class FusedLinearKDLoss(LinearLoss):
         loss_weight: float | Tensor = ...,
         hard_weight: float = ...,
         return_parts: bool = ...,
+        tp_group: ProcessGroup | None = ...,
         backend: str | None = ...,
     ) -> None: ...

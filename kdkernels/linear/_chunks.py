@@ -96,7 +96,7 @@ class Gradients:
     """
 
     def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool]) -> None:
-        self._head = head
+        self.head = head
         self._work = working_dtype(hidden)
         self._first = True
         of_hidden, of_weight, self._of_bias = needs
@@ -108,12 +108,12 @@ class Gradients:
 
     def add(self, gradient: Tensor, hidden: Tensor, at: Any) -> None:
         """A chunk's: ``gradient`` (n, V) by its logits, ``hidden`` (n, H) its rows ``at``."""
-        scale = self._head.logit_scale
+        scale = self.head.logit_scale
         if self.hidden.numel():
             if type(at) is slice and scale == 1.0:
-                torch.mm(gradient, self._head.weight, out=self.hidden[at])
+                torch.mm(gradient, self.head.weight, out=self.hidden[at])
             else:
-                self.hidden[at] = torch.mm(gradient, self._head.weight) * scale
+                self.hidden[at] = torch.mm(gradient, self.head.weight) * scale
         if self._of_bias:
             self.bias.add_(gradient.sum(0, dtype=self._work), alpha=scale)
         if self.weight.numel():

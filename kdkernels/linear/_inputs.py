@@ -57,17 +57,20 @@ def label_indices(
     spec: LossSpec,
     labels: Any,
     hidden: Tensor,
-    classes: int,
+    classes: int | None,
     ignore_index: int | None,
     read: bool,
 ) -> tuple[Tensor | None, int]:
-    """The labels as int64, and which are ignored; None where none is and nothing reads them."""
+    """The labels as int64, and which are ignored; None where none is and nothing reads them.
+
+    Their range is not checked where the number of classes is not known, as of shards.
+    """
     if labels is None:
         if read:
             raise _checks.fail_type("labels", "a Tensor of class indices", "None")
         return None, _checks.NO_INDEX if ignore_index is None else ignore_index
     labels, index = indices(spec, hidden, labels, hidden.dim() - 1, ignore_index, not read)
-    if read:
+    if read and classes is not None:
         check_range(labels, classes, index)
     return (None if labels is None else labels.long()), index
 

@@ -75,14 +75,14 @@ def _chunks(
     places = torch.arange(ids.shape[1], device=ids.device)
     for at in rows:
         h, asked = hidden[at], ids[at].long()
-        first = _first(asked, places)
+        first = first_places(asked, places)
         once_each = _topk.marked(asked, first != places)
         z = head.logits(h, buffer[: h.shape[0]])
         small, of_rows = _topk.rows_of(call.backend, z, once_each, None, None, how)
         yield _Chunk(at, h, z, once_each, first, small, of_rows, how)
 
 
-def _first(ids: Tensor, places: Tensor) -> Tensor:
+def first_places(ids: Tensor, places: Tensor) -> Tensor:
     """Where each id stands first in its row, in memory of the ids' size."""
     ordered, order = ids.sort(dim=1, stable=True)
     repeated = torch.zeros_like(ids, dtype=torch.bool)
@@ -104,12 +104,21 @@ class _Softmax(NamedTuple):
     """(n, 1): the probability of all others."""
 
 
-def _softmax(small: Tensor) -> _Softmax:
+def softmax(small: Tensor) -> _Softmax:
     top, largest = small.max(1, keepdim=True)
     below = small - top
     others = below.exp().scatter_(1, largest, 0.0).sum(1, keepdim=True)
     log_sum = others.log1p()
     return _Softmax(below - log_sum, top + log_sum, largest, others / (1 + others))
+
+
+def through(q: _Softmax, first: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient by the small logits, of those by the log-probabilities, in float64."""
+    own = torch.zeros_like(q.log, dtype=upstream.dtype).scatter_add_(1, first, upstream)
+    total = upstream.sum(1, keepdim=True)
+    slopes = own - q.log.exp() * total
+    of_largest = own.gather(1, q.largest) - total + q.others * total
+    return slopes.scatter_(1, q.largest, of_largest)
 
 
 def logprob(
@@ -122,7 +131,7 @@ def logprob(
     found = hidden.new_empty(ids.shape, dtype=dtype)
     sums, entropies = (hidden.new_empty(count, dtype=dtype) for _ in range(2))
     for chunk in _chunks(hidden, weight, ids, head, call, entropy=True):
-        q = _softmax(chunk.small)
+        q = softmax(chunk.small)
         found[chunk.at] = q.log.gather(1, chunk.first).to(dtype)
         sums[chunk.at] = (q.lse[:, 0] + chunk.of_rows[0] / chunk.how.numbers[0]).to(dtype)
         entropies[chunk.at] = chunk.of_rows[ENTROPY]
@@ -137,17 +146,12 @@ def logprob_backward(
     head = Head(weight, bias, call.softcap, call.logit_scale)
     gradients = Gradients(hidden, head, needs)
     for chunk in _chunks(hidden, weight, ids, head, call, entropy=False):
-        g = upstream[chunk.at].double()
-        own = torch.zeros_like(chunk.small, dtype=g.dtype).scatter_add_(1, chunk.first, g)
-        total = g.sum(1, keepdim=True)
-        q = _softmax(chunk.small)
-        through = own - q.log.exp() * total
-        of_largest = own.gather(1, q.largest) - total + q.others * total
-        through = through.scatter_(1, q.largest, of_largest).to(chunk.small.dtype)
+        slopes = through(softmax(chunk.small), chunk.first, upstream[chunk.at].double())
+        slopes = slopes.to(chunk.small.dtype)
         kept = chunk.logits.clone() if head.softcap else chunk.logits
         gradient = _topk.gradient_of(
             call.backend, chunk.logits, chunk.ids, None, None, chunk.small, chunk.of_rows,
-            through, None, chunk.how, into=chunk.logits,
+            slopes, None, chunk.how, into=chunk.logits,
         )  # fmt: skip
         if head.softcap:
             head.through_softcap_(gradient, kept)

@@ -14,6 +14,7 @@ from .._dtypes import working_dtype
 from .._ops import TAGS, library, no_double_backward, once
 from ._chunks import empty_gradients
 from ._rows import SCHEMA, LinearCall, linear_rows
+from ._sharded import Split, sharded_rows
 
 _FIELDS = len(LinearCall._fields)
 _TEACHER = 6
@@ -41,6 +42,22 @@ torch.library.register_fake("kdkernels::linear_rows", _fake, lib=library)
 torch.library.register_autograd("kdkernels::linear_rows", no_double_backward, lib=library)
 
 
+def _evaluate(
+    call: LinearCall,
+    shards: Split | None,
+    tensors: tuple[Any, ...],
+    teacher: tuple[Tensor, ...],
+    needs: tuple[bool, ...],
+) -> tuple[Any, ...]:
+    """The operator, which knows no process group, or what it is over shards of the classes."""
+    if shards is not None:
+        return sharded_rows(shards, call, tensors, list(teacher), needs)
+    given: tuple[Any, ...] = torch.ops.kdkernels.linear_rows.default(
+        *tensors, list(teacher), *call, *needs
+    )
+    return given
+
+
 class _Linear(torch.autograd.Function):
     """The rows' values, or their sum with gradients that are stored.
 
@@ -58,14 +75,14 @@ class _Linear(torch.autograd.Function):
         hard_token_weight: Tensor | None,
         by_row: bool,
         call: LinearCall,
+        shards: Split | None,
         *teacher: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.needs = tuple(ctx.needs_input_grad[:3])
-        ctx.by_row, ctx.call = by_row, call
+        ctx.by_row, ctx.call, ctx.shards = by_row, call, shards
         tensors = (hidden, weight, bias, labels, token_weight, hard_token_weight)
         needs = (False,) * 3 if by_row else ctx.needs
-        operator = torch.ops.kdkernels.linear_rows.default
-        values, parts, *gradients = operator(*tensors, list(teacher), *call, *needs)
+        values, parts, *gradients = _evaluate(call, shards, tensors, teacher, needs)
         ctx.gradients = None if by_row else gradients
         save(ctx, (*tensors, *teacher))
         ctx.mark_non_differentiable(parts)
@@ -84,9 +101,9 @@ class _Linear(torch.autograd.Function):
             weights: list[Any] = [token_weight, hard_token_weight]
             if ctx.by_row:
                 weights = [upstream if x is None else x * upstream for x in weights]
-            operator = torch.ops.kdkernels.linear_rows.default
-            given = (hidden, weight, bias, labels, *weights, list(teacher))
-            gradients = operator(*given, *ctx.call._replace(parts=False), *ctx.needs)[2:]
+            given = (hidden, weight, bias, labels, *weights)
+            call = ctx.call._replace(parts=False)
+            gradients = _evaluate(call, ctx.shards, given, teacher, ctx.needs)[2:]
         made: list[Any] = [None] * 3
         for i, (x, g) in enumerate(zip((hidden, weight, bias), gradients, strict=True)):
             if not ctx.needs[i]:
@@ -109,14 +126,16 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream)
 
 
-def apply(call: LinearCall, by_row: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
+def apply(
+    call: LinearCall, by_row: bool, shards: Split | None, *tensors: Any
+) -> tuple[Tensor, Tensor]:
     """The rows' losses or their sum, and the parts of the rows."""
     call = traceable(call)
     hidden, weight, bias, *of_rows, teacher = tensors
     students = [hidden, weight, bias]
     if not torch.is_grad_enabled():  # autograd would say what requires grad, not what is wanted
         students = [None if x is None else x.detach() for x in students]
-    return _apply(*students, *of_rows, by_row, call, *teacher)
+    return _apply(*students, *of_rows, by_row, call, shards, *teacher)
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _Linear.apply

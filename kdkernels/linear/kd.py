@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks, _dispatch, _head
 from .._dtypes import working_dtype
+from .._group import ProcessGroup
 from .._head import Head
 from .._rowwise import LossParts, row_loss
 from .._tracing import traced
@@ -20,6 +21,7 @@ from ..teacher import LinearTeacher, TopKTeacher
 from ._inputs import as_linear_casts, chunk, label_indices, plain_rows, row_weights
 from ._op import apply
 from ._rows import LinearCall
+from ._sharded import Split, check as check_shards, split
 from ._teachers import (
     Sparse,
     Teacher,
@@ -65,6 +67,7 @@ def linear_kd_loss(
     token_weight: Tensor | None = None,
     num_items_in_batch: float | Tensor | None = None,
     return_parts: bool = False,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Any:
     r"""A loss of tokens on ``hidden @ weight.T`` that never holds the logits of all tokens.
@@ -91,6 +94,11 @@ def linear_kd_loss(
     weights: pass the embedding's. A weight that FSDP has sharded is no plain tensor: call this
     inside the module whose ``forward`` gathers it. Under autocast hidden states, weight and bias
     are cast as ``torch.nn.functional.linear`` casts them.
+
+    With ``tp_group`` ranks first agree on the call (40 bytes a rank, which the host reads), then
+    exchange numbers of each row of a chunk, as the loss on logits does, and last the N x H numbers
+    of the hidden states' gradient, in their dtype. A chunk's logits have some copies then: of KL in
+    their dtype, of the others in float64, by which ``chunk_tokens=None`` counts.
 
     Args:
         student_hidden: (..., H) hidden states after the final norm, at least two dimensions;
@@ -120,8 +128,16 @@ def linear_kd_loss(
         ignore_index, reduction, loss_weight, hard_weight, token_weight, num_items_in_batch,
             return_parts: as in :func:`kdkernels.functional.jsd_loss`; a tensor as ``loss_weight``
             is a constant.
+        tp_group: the classes are those of all ranks of this torch.distributed group, as in
+            :func:`kdkernels.functional.kd_loss`: ``student_weight`` (V_r, H) and ``student_bias``
+            are the rank's rows, whose number may differ or be 0; hidden states, labels and weights
+            of rows are every rank's. Of the teacher the rank has logits (..., V_r), a
+            LinearTeacher with its rows of the weight, or a TopKTeacher whose ids are global. The
+            loss is the same on every rank, and so is the gradient of ``student_hidden``: it is
+            summed over the ranks here, as Megatron's ColumnParallelLinear sums it, so that nothing
+            before this call may sum it again. Those of weight and bias are the rank's own.
         backend: of the rows' kernel. ``'reference'`` materialises the logits, and can be
-            differentiated twice.
+            differentiated twice; with ``tp_group`` neither.
 
     Returns:
         float32 (float64 for float64 inputs); 0-d, or one value a row for ``'none'``; with
@@ -133,7 +149,9 @@ def linear_kd_loss(
     names = ("student_hidden", "student_weight", "student_bias")
     hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
     plain_rows(names, (hidden, weight, bias))
-    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names)
+    sharded = check_shards(tp_group, hidden, weight, bias)
+    least = 0 if sharded else 2
+    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names, least)
     spec, options = divergence_of(divergence, beta=beta, alpha=alpha, forward_weight=forward_weight)
     tokens = chunk(chunk_tokens)
     code = _checks.reduction(reduction)
@@ -144,11 +162,13 @@ def linear_kd_loss(
         ignore_index = _checks.integer("ignore_index", ignore_index)
     _checks.choice("tail", tail, TAILS)
     check_teacher(teacher, hidden)
+    if sharded and vocab is not None:
+        raise _checks.fail("vocab", "None where tp_group is given", repr(vocab))
     teacher, weight, bias = one_vocabulary(teacher, weight, bias, vocab)
     chosen = _dispatch.choose_beside_cuda(spec, hidden, backend)
     rows = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    if chosen == "reference":
+    if chosen == "reference" and not sharded:
         common: Any = {
             "ignore_index": ignore_index,
             "reduction": reduction,
@@ -168,12 +188,13 @@ def linear_kd_loss(
             )
         dense = teacher.logits() if isinstance(teacher, LinearTeacher) else teacher
         return row_loss(spec, logits, dense, labels, options, temperature, **common)
-    labels, index = label_indices(spec, labels, hidden, weight.shape[0], ignore_index, hard != 0.0)
+    classes = None if sharded else weight.shape[0]
+    labels, index = label_indices(spec, labels, hidden, classes, ignore_index, hard != 0.0)
     known: Sparse | None = None
     if isinstance(teacher, TopKTeacher):
         of_jsd = options[0] if divergence == "jsd" else 0.5
         known = sparse(teacher, divergence, of_jsd, tail, hidden)
-        look = chosen != "native" and hidden.is_cpu and not traced(hidden)
+        look = chosen != "native" and hidden.is_cpu and not traced(hidden) and not sharded
         labels, index = counted(known, labels, index, weight.shape[0], look)
         labels = labels.reshape(rows)
         kind, of_teacher, caps = known.kind, known.tensors, [0.0, 1.0]
@@ -183,14 +204,22 @@ def linear_kd_loss(
     scale, *weights = row_weights(loss_weight, token_weight, hidden, work, hard)
     divisor = _divisor(num_items_in_batch, reduction, labels, index, hidden)
     spec, options, factor = spec.at(options)
+    own_options = options
     if spec.rule_numbers is not None:
         options = spec.rule_numbers(*options)
     call = LinearCall(
         chosen, kind, spec.rule, [temperature, scale * factor, hard, *options], None,
         [softcap or 0.0, logit_scale, *caps], index, tokens, return_parts,
     )  # fmt: skip
+    shards: Split | None = None
+    if sharded:
+        items = None if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        shards, call = split(
+            tp_group, spec, own_options, backend, call, (tail, reduction, items),
+            (hidden, weight, bias), labels, of_teacher,
+        )  # fmt: skip
     of_rows = [None if x is None else x.reshape(-1) for x in (labels, *weights)]
-    loss, parts = apply(call, code == 0, flat, weight, bias, *of_rows, of_teacher)
+    loss, parts = apply(call, code == 0, shards, flat, weight, bias, *of_rows, of_teacher)
     added: Any = 0.0
     if known is not None and known.added is not None:
         assert of_rows[0] is not None

@@ -10,12 +10,15 @@ from torch import Tensor
 from .. import _checks, _dispatch, _head
 from .._calls import traceable
 from .._dtypes import INTEGERS
+from .._group import ProcessGroup
 from .._head import Head
 from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
 from ..losses.topk_kd import MOST
 from ._inputs import as_linear_casts, chunk, plain_rows
 from ._logprob import LogprobCall
+from ._sharded import check as check_shards
+from ._sharded_logprob import apply as apply_sharded
 
 
 class LinearLogprob(NamedTuple):
@@ -39,6 +42,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> LinearLogprob:
     r"""Log-probabilities of tokens under ``softmax(hidden @ weight.T / T)``, without the logits.
@@ -65,7 +69,15 @@ def linear_logprob(
         logit_scale: multiplies the logits before the softcap.
         temperature: T > 0, after the softcap.
         chunk_tokens: tokens of a chunk; None: from 64 MiB of logits on a CPU, 1 GiB on a GPU.
-        backend: of the rows' kernel; ``'reference'`` materialises the logits.
+        tp_group: the classes are those of all ranks of this torch.distributed group, in their
+            order: ``weight`` (V_r, H) and ``bias`` are the rank's rows, whose number may differ or
+            be 0, hidden states and ids are every rank's, and ids are global. The results are the
+            same on every rank, and so is the gradient of ``hidden``, which is summed over the ranks
+            as Megatron's ColumnParallelLinear sums it; those of weight and bias are the rank's own.
+            8 (K + 3 W) bytes of each row are summed over W ranks, and K + 1 numbers of it kept for
+            the backward pass, which exchanges the gradient of ``hidden`` alone.
+        backend: of the rows' kernel; ``'reference'`` materialises the logits, but those of one
+            chunk with ``tp_group``.
 
     Returns:
         :class:`LinearLogprob`, float32 (float64 for float64 inputs).
@@ -76,15 +88,20 @@ def linear_logprob(
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = as_linear_casts(hidden, weight, bias)
     plain_rows(names, (hidden, weight, bias))
-    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale)
+    sharded = check_shards(tp_group, hidden, weight, bias)
+    least = 0 if sharded else 2
+    softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names, least)
     temperature = _checks.temperature(temperature)
     tokens = chunk(chunk_tokens)
     rows = hidden.shape[:-1]
-    _check_ids(ids, hidden, weight.shape[0])
+    _check_ids(ids, hidden, None if sharded else weight.shape[0])
     flat = hidden.reshape(-1, hidden.shape[-1])
     several = ids.reshape(flat.shape[0], ids.shape[-1] if ids.dim() > len(rows) else 1)
     chosen = _dispatch.choose_beside_cuda(KD_OF_TOKENS, hidden, backend)
-    if chosen == "reference":
+    if sharded:
+        call = LogprobCall(chosen, [temperature], None, softcap or 0.0, logit_scale, tokens)
+        found = apply_sharded(tp_group, call, flat, weight, bias, several)
+    elif chosen == "reference":
         found = _reference(Head(weight, bias, softcap, logit_scale), flat, several, temperature)
     else:
         call = LogprobCall(chosen, [temperature], None, softcap or 0.0, logit_scale, tokens)
@@ -94,7 +111,7 @@ def linear_logprob(
     return LinearLogprob(logprob.reshape(ids.shape), lse.reshape(rows), entropy.reshape(rows))
 
 
-def _check_ids(ids: Any, hidden: Tensor, classes: int) -> None:
+def _check_ids(ids: Any, hidden: Tensor, classes: int | None) -> None:
     _checks.tensor("ids", ids)
     rows = hidden.shape[:-1]
     if ids.shape != rows and (ids.shape[:-1] != rows or not 1 <= ids.shape[-1] <= MOST):
@@ -105,7 +122,7 @@ def _check_ids(ids: Any, hidden: Tensor, classes: int) -> None:
     if ids.device != hidden.device:
         raise _checks.fail("ids", f"on the device of hidden, {hidden.device}", ids.device)
     _checks.allocated("ids", ids)
-    if ids.is_cpu and not traced(ids):
+    if classes is not None and ids.is_cpu and not traced(ids):
         bad = (ids.long() < 0) | (ids.long() >= classes)
         if bad.any():
             raise _checks.fail("ids", f"in [0, {classes})", int(ids[bad][0]))

@@ -256,8 +256,8 @@ _ARGUMENTS = {
     "teacher_grad": """gives the teacher its gradient too, for mutual learning (Zhang et al., CVPR
         2018; 1706.00384); the loss stays as it is. A second call of the kernels makes it, of the
         loss with the roles exchanged; of DKD and AEKT two calls do, on copies of the logits without
-        their targets, and of sigmoid KD torch's operations. Not beside ``tp_group``, nor of several
-        teachers. False: a teacher that requires grad raises.""",
+        their targets, and of sigmoid KD torch's operations. Not of several teachers, nor of DKD and
+        AEKT beside ``tp_group``. False: a teacher that requires grad raises.""",
     "num_items_in_batch": """the denominator of ``'mean'`` where a step's batch comes in parts: a
         number, or a 0-d tensor, which nothing reads on the host.""",
     "standardize": """logit standardisation (Sun et al., CVPR 2024): each row of both inputs is
@@ -276,8 +276,8 @@ _ARGUMENTS = {
         and each rank's gradient is its part of that of one process, not W times it. 40 bytes a rank
         are exchanged first, which the host reads, then numbers of each row: 24 bytes for KD and
         reverse KL, none in the backward pass, 24 (40 with a target) for the others and 8 W (16 W)
-        backward; 16 for a cross-entropy or the entropy. Every rank must call, and call backward.
-        None: all classes are here.""",
+        backward, 8 (K + W) for K ids; 16 for a cross-entropy or the entropy. Every rank must call,
+        and call backward. None: all classes are here.""",
     "backend": "``'native'``, ``'triton'``, ``'reference'``; None chooses.",
 }
 _MASK = """optional, only a mask: class indices, (N,), (B, S) or (N, H, W), of which

@@ -52,7 +52,9 @@ def aekt_loss(
 
     Args:
         target: class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
-            GPU, where a check would synchronise, that row is NaN.
+            GPU, where a check would synchronise, that row is NaN. Or probabilities in the logits'
+            shape (mixup, label smoothing), a constant: the loss is then its expectation over t, and
+            so is the cross-entropy of ``hard_weight``. No row is ignored then.
         alpha: weight of the explicit term, >= 0.
         beta: weight of the implicit term, >= 0.
         kappa: exponent of the ratio, >= 0.

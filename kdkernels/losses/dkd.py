@@ -48,7 +48,9 @@ def dkd_loss(
 
     Args:
         target: class indices, (N,), (B, S) or (N, H, W). Out of range: ValueError on the CPU; on a
-            GPU, where a check would synchronise, that row is NaN.
+            GPU, where a check would synchronise, that row is NaN. Or probabilities in the logits'
+            shape (mixup, label smoothing), a constant: the loss is then its expectation over t, and
+            so is the cross-entropy of ``hard_weight``. No row is ignored then.
         alpha: weight of the target-class term, >= 0.
         beta: weight of the non-target-class term, >= 0 (published: 8, 6 or 2 on CIFAR-100, 0.5 on
             ImageNet).

@@ -25,6 +25,8 @@ from .tv import TV
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .._shard_rows import Rows
+
 DENSE = {"kl": KD_OF_TOKENS, "reverse_kl": REVERSE_KL, "jsd": JSD, "tv": TV}
 TAILS = ("bucket", "renormalize", "teacher", "drop")
 MOST = 1024
@@ -75,7 +77,8 @@ def topk_kd_loss(
     **There is no T^2**, and the teacher's log-probabilities are those at the loss's own
     temperature: ``log_softmax(teacher / T)``. A row whose entries are all absent, and of whose rest
     nothing is known or nothing is used, is an ignored row. On a GPU, ids that are out of range or
-    twice in a row make the row NaN; on the CPU they raise.
+    twice in a row make the row NaN; on the CPU they raise. With ``tp_group`` the ids are global and
+    the same on every rank: K + W numbers of each row are summed over W ranks in float64.
 
     Args:
         teacher_ids: (..., K), of the shape of the rows and K of 1 to 1024, any integer dtype; in
@@ -92,9 +95,8 @@ def topk_kd_loss(
             probabilities of a row's ids together, before any normalisation; detached.
     """
     _checks.tensor("student_logits", student_logits)
-    if common.get("tp_group") is not None:
-        raise _checks.fail("tp_group", "None where the teacher is K ids", "a group")
-    class_dim = _checks.logits(student_logits, student_logits.detach())
+    least = 2 if common.get("tp_group") is None else 0
+    class_dim = _checks.logits(student_logits, student_logits.detach(), least)
     _checks.allocated("student_logits", student_logits)
     if any_sharded(student_logits, teacher_ids, teacher_logprobs):
         raise _checks.fail("student_logits", "a plain Tensor (call .to_local() on it)", "a DTensor")
@@ -184,6 +186,7 @@ def _evaluate(
     ignore_index: int,
     hard: bool,
     parts: bool,
+    shards: Rows | None,
     divergence: str,
     beta: float,
     tail: str,
@@ -192,13 +195,15 @@ def _evaluate(
     log_rest: Tensor | None,
     masses: list[TopKMass] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows' divergences, cross-entropies, entropies, and which of them count."""
+    """The rows' divergences, cross-entropies, entropies, and which of them count; of shards of the
+    classes neither of the second and third, which are not the ids' affair."""
     dtype = working_dtype(student, logprobs)
     marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
     target, ignore_index, valid = _counted(valid, target, ignore_index)
     looked_at = student.is_cpu and not traced(student, ids) and not transformed()
-    if backend != "native" and looked_at:
-        _topk.check_ids(marked, valid, student.shape[1])
+    if (backend != "native" or shards is not None) and looked_at:
+        classes = student.shape[1] if shards is None else shards.shards.classes
+        _topk.check_ids(marked, valid, classes)
         if hard:
             _checks.target_range(target, student.shape[1], ignore_index)
     call = TopKCall(
@@ -206,7 +211,11 @@ def _evaluate(
         hard, parts, ignore_index,
     )  # fmt: skip
     heats = None if heats is None else heats.to(dtype).contiguous()
-    small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
+    if shards is None:
+        small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
+    else:
+        small = shards.small(marked, target, call, heats)
+        numbers = small.new_zeros(_topk.NUMBERS, small.shape[0])
     if masses is not None:
         assert mass is not None
         own = small.detach().softmax(-1)[:, :-1].sum(-1)

@@ -25,7 +25,7 @@ class LinearTeacher:
     Args:
         hidden: (..., H) hidden states after the final norm; float64, float32, float16 or bfloat16.
         weight: (V, H), the weight of the head (``lm_head.weight``), of the dtype and on the device
-            of ``hidden``; V >= 2.
+            of ``hidden``; a rank's shard of it may have any number of rows.
         bias: (V,) or None, likewise.
         softcap: bound of the logits, > 0, or None for no bound.
         logit_scale: finite number that multiplies the logits.
@@ -43,7 +43,7 @@ class LinearTeacher:
 
     def __post_init__(self) -> None:
         head = (self.hidden, self.weight, self.bias, self.softcap, self.logit_scale)
-        softcap, logit_scale = _head.check(*head)
+        softcap, logit_scale = _head.check(*head, least=0)
         for name in ("hidden", "weight", "bias"):
             if getattr(self, name) is not None:
                 _checks.constant(name, getattr(self, name))

@@ -1,0 +1,269 @@
+"""Decoupled losses of targets that are probabilities, as mixup and label smoothing make them.
+
+The loss is the expectation over the target, with w_y the target's probabilities:
+
+    L = sum_y w_y [ a_y TCKD_y + beta NCKD_y ]
+
+TCKD_y and NCKD_y are those of ``reference/dkd.py`` with y as the row's target, and a_y is alpha
+times the weight of ``reference/aekt.py``. KL = TCKD_y + (1 - p_y) NCKD_y gives all y at once:
+
+    L = beta KL sum_y w_y / (1 - p_y) + sum_y w_y (a_y - beta / (1 - p_y)) TCKD_y
+    d TCKD_y / d z_k = (q_y - p_y) / (1 - q_y) (delta_yk - q_k)
+
+but it cancels where p_y or q_y is near 1, of which a row has one class each. So two classes of each
+row are calls of the loss with class indices: where no more than two have a weight, those, and the
+result is that of two calls; else the likeliest of the teacher and of the student. The others' p and
+q are at most 1/2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _reduce
+from ._dispatch import choose
+from ._dtensor import any_sharded
+from ._ops import once
+from ._rowrun import run as run_hard
+from ._tracing import traced, transformed
+from .reference._rows import kl_terms, log_ratio, logsumexp, probabilities, rescale, weighted
+from .reference.aekt import weight_of_ratio
+from .registry import SPECS, LossSpec
+
+_NONE, _SUM = _checks.REDUCTIONS["none"], _checks.REDUCTIONS["sum"]
+
+
+def given(spec: LossSpec, target: Any, student: Any) -> Tensor | None:
+    """The targets, where they are probabilities and no class indices."""
+    if spec.family != "decoupled" or not isinstance(target, Tensor):
+        return None
+    if not target.is_floating_point() or not isinstance(student, Tensor):
+        return None
+    return target if target.dim() == student.dim() else None
+
+
+def check_call(tp_group: Any, teacher_grad: bool) -> None:
+    """Refuse what is for class indices alone."""
+    if tp_group is not None:
+        raise _checks.fail("target", "class indices where tp_group is given", "probabilities")
+    if teacher_grad:
+        expected = "class indices where teacher_grad=True is given"
+        raise _checks.fail("target", expected, "probabilities")
+
+
+def check(value: Any, student: Tensor, teacher: Tensor) -> None:
+    """Check the targets: probabilities in the logits' shape, constants; and the logits' memory."""
+    _checks.allocated("student_logits", student)
+    _checks.allocated("teacher_logits", teacher)
+    name = "target"
+    if any_sharded(value, student):
+        raise _checks.fail(name, "class indices where logits are DTensors", "probabilities")
+    _checks.tensor(name, value)
+    _checks.dtype(name, value)
+    _checks.constant(name, value)
+    if value.shape != student.shape:
+        expected = f"of the logits' shape {tuple(student.shape)} where it is no class indices"
+        raise _checks.fail(name, expected, tuple(value.shape))
+    if value.device != student.device:
+        raise _checks.fail(name, f"on the student's device {student.device}", value.device)
+    _checks.allocated(name, value)
+    if value.is_cpu and not traced(value) and not transformed():
+        bad = ~((value >= 0) & (value < torch.inf))
+        if bad.any():
+            raise _checks.fail(name, "probabilities, finite and >= 0", float(value[bad][0]))
+
+
+def run(
+    spec: LossSpec,
+    backend: str | None,
+    options: tuple[Any, ...],
+    temperature: float,
+    scale: float,
+    hard: float,
+    standardize: bool,
+    parts: bool,
+    ignore_index: int,
+    class_dim: int,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    hard_token_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``_rowrun.run``, of probabilities in the logits' shape; no row is ignored."""
+    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    # The gradients of up to four calls are summed, of which half precision would keep too little.
+    student, teacher = _reduce.promote(student, teacher)
+    dtype = student.dtype
+    weights = _reduce.as_rows(target, class_dim).to(dtype)
+    code = _NONE if reduction == _NONE or parts else _SUM
+    if code == _SUM and reduction != _SUM:
+        rows = max(shape.numel(), 1)
+        scale, hard = scale / rows, hard / rows
+    token_weight, hard_token_weight = (
+        None if x is None else x.to(dtype).expand(shape).reshape(-1)
+        for x in (token_weight, hard_token_weight)
+    )
+
+    def call(
+        of: LossSpec, numbers: tuple[Any, ...], factor: Tensor, scale: float, hard: float,
+        index: Tensor | int = 0, parts: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Rows of another loss of class indices, which ignore the rows whose factor is 0."""
+        index = torch.where(factor == 0, -1, index).reshape(shape)
+        by_row = factor if token_weight is None else factor * token_weight
+        hard_by_row = None
+        if hard != 0.0:
+            hard_by_row = factor if hard_token_weight is None else factor * hard_token_weight
+            hard_by_row = hard_by_row.reshape(shape)
+        return run_hard(
+            of, backend, numbers, temperature, scale, hard, standardize, parts, -1, class_dim,
+            student, teacher, index, by_row.reshape(shape), hard_by_row, row_temperature, code,
+        )  # fmt: skip
+
+    def of_rows(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
+        values = _reduce.weigh(values, factor, weight, None)
+        return values.reshape(shape) if code == _NONE else values.sum()
+
+    soft = tail = student.new_zeros(shape if code == _NONE else (), dtype=dtype)
+    apart, others = _apart(weights, student, teacher, class_dim)
+    for index, factor in apart:
+        soft = soft + call(spec, options, factor, scale, 0.0 if parts else hard, index)[0]
+        if parts and hard != 0.0:
+            tail = tail + call(SPECS["kd"], (), factor, 0.0, hard, index)[0]
+    looks = others.is_cpu and not traced(student, teacher) and not transformed()
+    if not looks or bool(others.any()):
+        some = (others != 0).any(-1, keepdim=True)  # rows without others are not looked at
+        s, t = (torch.where(some, _reduce.as_rows(x, class_dim), 0.0) for x in (student, teacher))
+        heat: Any = temperature
+        if row_temperature is not None:
+            heat = row_temperature.to(dtype).expand(shape).reshape(-1, 1)
+        named = dict(zip(spec.options, options, strict=True))
+        written = choose(spec, student, backend) != "reference"
+        explicit, shares = _others(written, *rescale(s, t, heat, standardize), others, **named)
+        soft = soft + of_rows(explicit, scale, token_weight)
+        soft = soft + call(SPECS["kd"], (), shares * named["beta"], scale, 0.0)[0]
+        if hard != 0.0:
+            entropies = others.sum(-1) * logsumexp(s) - weighted(s, others).sum(-1)
+            tail = tail + of_rows(entropies, hard, hard_token_weight)
+    if not parts:
+        return soft + tail, None
+    ones = torch.ones(shape.numel(), dtype=dtype, device=student.device)
+    _, separate = call(SPECS["kd"], (), ones, 0.0, 0.0, parts=True)
+    assert separate is not None
+    soft, tail, spread = (x.reshape(-1) for x in (soft, tail, separate[2]))
+    return _reduce.finish(soft, tail, spread, None, shape, reduction, True)
+
+
+def _apart(
+    weights: Tensor, student: Tensor, teacher: Tensor, class_dim: int
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Two classes of each row with their weights, and the weights of the others."""
+    first, second = (
+        _reduce.as_rows(x.detach(), class_dim).argmax(-1, keepdim=True) for x in (teacher, student)
+    )
+    largest = weights.topk(2, -1).indices
+    few = (weights != 0).sum(-1, keepdim=True) <= 2
+    first = torch.where(few, largest[:, :1], first)
+    second = torch.where(few, largest[:, 1:], second)
+    factors = [weights.gather(-1, first), weights.gather(-1, second)]
+    factors[1] = torch.where(first == second, 0.0, factors[1])
+    others = weights.scatter(-1, first, 0.0).scatter(-1, second, 0.0)
+    pairs = zip((first, second), factors, strict=True)
+    return [(index[:, 0], factor[:, 0]) for index, factor in pairs], others
+
+
+def _others(
+    written: bool,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    *,
+    alpha: Any,
+    beta: Any,
+    kappa: Any = 0.0,
+    ratio_max: Any = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Of each row the sum of w (a - beta / (1 - p)) TCKD, and that of w / (1 - p)."""
+    logits = student.detach() if written else student
+    log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
+    d, _ = log_ratio(teacher - logits, log_p, log_q, logsumexp(teacher), logsumexp(logits))
+    counts = weights != 0
+    p, q = (torch.where(counts, probabilities(x), 0.25) for x in (log_p, log_q))
+    d = torch.where(counts, d, 0.0)
+    shares = weights / (1.0 - p)
+    ratio = torch.where(counts, weight_of_ratio(log_p, d.detach(), kappa, ratio_max), 0.0)
+    explicit, implicit = weights * ratio * alpha, shares * beta
+    if written:
+        return _written(student, p, q, d, explicit, implicit), shares.sum(-1)
+    return _sums(_explicit(p, q, d)[0], explicit, implicit), shares.sum(-1)
+
+
+def _explicit(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """TCKD of each class that has p and q of at most 1/2, and q - p."""
+    near = d.abs() < 1
+    less = torch.where(near & (p != 0), p * torch.expm1(-torch.where(near, d, 0.0)), q - p)
+    rest = torch.log1p(less / (1.0 - q))
+    return kl_terms(p, q, d) + kl_terms(1.0 - p, 1.0 - q, rest), less
+
+
+def _sums(terms: Tensor, explicit: Tensor, implicit: Tensor) -> Tensor:
+    """What is infinite here KL is too, from which no part of it is taken off."""
+    taken = weighted(_finite(terms), implicit)
+    return (weighted(terms, explicit) - taken).sum(-1)
+
+
+class _Finite(torch.autograd.Function):
+    """0 for what is infinite, whose gradient stays."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.where(x.isinf(), 0.0, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+_finite: Callable[[Tensor], Tensor] = _Finite.apply
+
+
+class _Written(torch.autograd.Function):
+    """The sums of TCKD with their gradient, of which autograd would keep a dozen matrices."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, p: Tensor, q: Tensor, d: Tensor, explicit: Tensor,
+        implicit: Tensor,
+    ) -> Tensor:  # fmt: skip
+        terms, less = _explicit(p, q, d)
+        ctx.save_for_backward(student, (explicit - implicit) * less / (1.0 - q))
+        return _sums(terms, explicit, implicit)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        student, slopes = ctx.saved_tensors
+        mean = slopes.sum(-1, keepdim=True)
+        gradient = (slopes - student.softmax(-1) * mean) * upstream.unsqueeze(-1)
+        if torch.is_grad_enabled():
+            gradient = once(gradient, upstream, student)
+        return gradient, None, None, None, None, None
+
+
+_written: Callable[..., Tensor] = _Written.apply
