@@ -185,6 +185,12 @@ def test_common_keywords(spec: LossSpec) -> None:
     torch.testing.assert_close(total, (rows + 0.5 * entropies).mean())
     torch.testing.assert_close(parts.distillation, rows.mean())
     torch.testing.assert_close(parts.hard, 0.5 * entropies.mean())
+    both = expected(spec, student, teacher, weights, {"standardize": True, "hard_weight": 0.5})
+    judged = value_and_grad(
+        loss, student, teacher, weights, upstream=torch.ones(6), reduction="none",
+        standardize=True, hard_weight=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(judged, both)
     q = (student / 2).softmax(-1)
     torch.testing.assert_close(parts.entropy, -(q * q.log()).sum(-1))
     averaged = [teacher, teacher + 1.0]
