@@ -30,7 +30,7 @@ from ._dtensor import any_sharded
 from ._ops import once
 from ._rowrun import run as run_hard
 from ._tracing import traced, transformed
-from .reference._rows import logsumexp, rescale, weighted
+from .reference._rows import logsumexp, rescale, top, weighted
 from .reference.aekt import weight_of_ratio
 from .registry import SPECS, LossSpec
 
@@ -104,10 +104,10 @@ def run(
     weights = _reduce.as_rows(target, class_dim).to(dtype)
     code = _NONE if reduction == _NONE or parts else _SUM
     if code == _SUM and reduction != _SUM:
-        rows = max(shape.numel(), 1)
-        scale, hard = scale / rows, hard / rows
+        rows = max(weights.shape[0], 1)
+        scale, hard = scale / rows, hard / rows if hard != 0.0 else 0.0  # no guard on the rows
     token_weight, hard_token_weight = (
-        None if x is None else x.to(dtype).expand(shape).reshape(-1)
+        None if x is None else x.to(student.device, dtype).expand(shape).reshape(-1)
         for x in (token_weight, hard_token_weight)
     )
 
@@ -139,7 +139,7 @@ def run(
         s, t = (torch.where(some, _reduce.as_rows(x, class_dim), 0.0) for x in (student, teacher))
         heat: Any = temperature
         if row_temperature is not None:
-            heat = row_temperature.to(dtype).expand(shape).reshape(-1, 1)
+            heat = row_temperature.to(student.device, dtype).expand(shape).reshape(-1, 1)
         named = dict(zip(spec.options, options, strict=True))
         pair = s, t
         if standardize:
@@ -151,12 +151,13 @@ def run(
         shares = (shares * named["beta"]).to(dtype)
         soft = soft + call(SPECS["kd"], (), shares, scale, 0.0)[0]
         if hard != 0.0:
-            entropies = others.sum(-1) * logsumexp(s) - weighted(s, others).sum(-1)
+            below = s - top(s)  # a common offset must not cost digits
+            entropies = others.sum(-1) * logsumexp(below) - weighted(below, others).sum(-1)
             entropies = _reduce.weigh(entropies, hard, hard_token_weight, None)
             tail = tail + (entropies.reshape(shape) if code == _NONE else entropies.sum())
     if not parts:
         return soft + tail, None
-    ones = torch.ones(shape.numel(), dtype=dtype, device=student.device)
+    ones = torch.ones_like(weights[:, 0])
     _, separate = call(SPECS["kd"], (), ones, 0.0, 0.0, parts=True)
     assert separate is not None
     soft, tail, spread = (x.reshape(-1) for x in (soft, tail, separate[2]))

@@ -943,6 +943,6 @@ _of(
     ("cancels", "few = «(weights != 0).sum(-1, keepdim=True) <= 2»", "first == first"),
     ("half_slope", "row.factors.mul_(row.q - row.p)«.div_(1.0 - row.q)»", ""),
     ("infinite_part", "return torch.where(x.isinf(), «0.0», x)", "x"),
-    ("one_label", "entropies = others.sum(-1) * logsumexp(s)« - weighted(s, others).sum(-1)»", "",
+    ("one_label", "* logsumexp(below)« - weighted(below, others).sum(-1)»", "",
      "test_soft_targets.py", "keywords"),
 )  # fmt: skip
