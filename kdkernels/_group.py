@@ -73,7 +73,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return stacked(own.flatten(), group).view(-1, *own.shape)
+        return stacked(own.flatten(), group).view(group.size(), *own.shape)
 
     @staticmethod
     @once_differentiable

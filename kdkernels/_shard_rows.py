@@ -80,8 +80,10 @@ class Rows:
         if heats is not None and not wide:
             heats = heats.to(self.dtype)
         small, numbers = _topk.differentiable(backend, logits, ids, target, heats, call)
-        largest = numbers[0].detach() / (heat if heats is None else heats)
-        return small.double() + largest.double().unsqueeze(-1), numbers[_topk.ENTROPY].detach()
+        # In float64, because every rank's rounding of a common offset would be another.
+        largest = numbers[0].detach().double()
+        largest = largest / (self.heats if soft and self.heats is not None else heat)
+        return small.double() + largest.unsqueeze(-1), numbers[_topk.ENTROPY].detach()
 
     def run(
         self, spec: LossSpec, options: tuple[Any, ...], student: Tensor, teacher: Tensor,

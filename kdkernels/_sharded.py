@@ -16,7 +16,7 @@ from ._autograd import both_gradients, wants_gradient
 from ._dispatch import choose
 from ._dtypes import working_dtype
 from ._rowrun import check_range
-from ._shard_rows import Rows
+from ._shard_rows import BY_CHAIN, Rows
 from ._shards import Shards, agree
 from .registry import SPECS, LossSpec
 
@@ -124,6 +124,8 @@ def evaluate(
     parts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The values, cross-entropies and entropies of (rows, classes) and (rows,), and which count."""
+    if spec.name not in BY_CHAIN:  # gradients of several calls are summed
+        student = student.to(working_dtype(student, teacher))
     rows = Rows(shards, backend, temperature, ignore_index, student, teacher, target, heats)
     if spec.evaluate is not None:
         chosen = choose(SPECS["topk_kd"], student, backend)

@@ -49,7 +49,7 @@ class Shards(NamedTuple):
     def tell(self, own: Tensor) -> Tensor:
         """(ranks, ...) of every rank, of which this rank's keeps its graph."""
         flat = _group.stacked(own.flatten(), self.group)
-        return flat.view(-1, *own.shape)
+        return flat.view(len(self.sizes), *own.shape)
 
     def among(self, own: Tensor) -> Tensor:
         """(rows,) of this rank in its column of (rows, ranks), of which a sum makes all ranks'."""

@@ -19,7 +19,7 @@ q are at most 1/2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ._dtensor import any_sharded
 from ._ops import once
 from ._rowrun import run as run_hard
 from ._tracing import traced, transformed
-from .reference._rows import kl_terms, log_ratio, logsumexp, probabilities, rescale, weighted
+from .reference._rows import logsumexp, rescale, top, weighted
 from .reference.aekt import weight_of_ratio
 from .registry import SPECS, LossSpec
 
@@ -104,10 +104,10 @@ def run(
     weights = _reduce.as_rows(target, class_dim).to(dtype)
     code = _NONE if reduction == _NONE or parts else _SUM
     if code == _SUM and reduction != _SUM:
-        rows = max(shape.numel(), 1)
-        scale, hard = scale / rows, hard / rows
+        rows = max(weights.shape[0], 1)
+        scale, hard = scale / rows, hard / rows if hard != 0.0 else 0.0  # no guard on the rows
     token_weight, hard_token_weight = (
-        None if x is None else x.to(dtype).expand(shape).reshape(-1)
+        None if x is None else x.to(student.device, dtype).expand(shape).reshape(-1)
         for x in (token_weight, hard_token_weight)
     )
 
@@ -127,34 +127,37 @@ def run(
             student, teacher, index, by_row.reshape(shape), hard_by_row, row_temperature, code,
         )  # fmt: skip
 
-    def of_rows(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
-        values = _reduce.weigh(values, factor, weight, None)
-        return values.reshape(shape) if code == _NONE else values.sum()
-
     soft = tail = student.new_zeros(shape if code == _NONE else (), dtype=dtype)
     apart, others = _apart(weights, student, teacher, class_dim)
     for index, factor in apart:
         soft = soft + call(spec, options, factor, scale, 0.0 if parts else hard, index)[0]
         if parts and hard != 0.0:
             tail = tail + call(SPECS["kd"], (), factor, 0.0, hard, index)[0]
-    looks = others.is_cpu and not traced(student, teacher) and not transformed()
-    if not looks or bool(others.any()):
+    watched = traced(student, teacher) or transformed()
+    if watched or not others.is_cpu or bool(others.any()):
         some = (others != 0).any(-1, keepdim=True)  # rows without others are not looked at
         s, t = (torch.where(some, _reduce.as_rows(x, class_dim), 0.0) for x in (student, teacher))
         heat: Any = temperature
         if row_temperature is not None:
-            heat = row_temperature.to(dtype).expand(shape).reshape(-1, 1)
+            heat = row_temperature.to(student.device, dtype).expand(shape).reshape(-1, 1)
         named = dict(zip(spec.options, options, strict=True))
-        written = choose(spec, student, backend) != "reference"
-        explicit, shares = _others(written, *rescale(s, t, heat, standardize), others, **named)
-        soft = soft + of_rows(explicit, scale, token_weight)
-        soft = soft + call(SPECS["kd"], (), shares * named["beta"], scale, 0.0)[0]
+        pair = s, t
+        if standardize:
+            pair, heat = rescale(s, t, heat, True), 1.0
+        written = not watched and choose(spec, student, backend) != "reference"
+        explicit, shares = (_written if written else _plain)(*pair, others, heat, named)
+        explicit = _reduce.weigh(explicit.to(dtype), scale, token_weight, None)
+        soft = soft + (explicit.reshape(shape) if code == _NONE else explicit.sum())
+        shares = (shares * named["beta"]).to(dtype)
+        soft = soft + call(SPECS["kd"], (), shares, scale, 0.0)[0]
         if hard != 0.0:
-            entropies = others.sum(-1) * logsumexp(s) - weighted(s, others).sum(-1)
-            tail = tail + of_rows(entropies, hard, hard_token_weight)
+            below = s - top(s)  # a common offset must not cost digits
+            entropies = others.sum(-1) * logsumexp(below) - weighted(below, others).sum(-1)
+            entropies = _reduce.weigh(entropies, hard, hard_token_weight, None)
+            tail = tail + (entropies.reshape(shape) if code == _NONE else entropies.sum())
     if not parts:
         return soft + tail, None
-    ones = torch.ones(shape.numel(), dtype=dtype, device=student.device)
+    ones = torch.ones_like(weights[:, 0])
     _, separate = call(SPECS["kd"], (), ones, 0.0, 0.0, parts=True)
     assert separate is not None
     soft, tail, spread = (x.reshape(-1) for x in (soft, tail, separate[2]))
@@ -179,91 +182,106 @@ def _apart(
     return [(index[:, 0], factor[:, 0]) for index, factor in pairs], others
 
 
+class _Others(NamedTuple):
+    """Classes whose p and q are at most 1/2, or whose weight is 0; in float64, whose rounding
+    errors are small beside the terms of float32 rows that nearly agree."""
+
+    sums: Tensor
+    """Of each row that of w (a - beta / (1 - p)) TCKD."""
+    shares: Tensor
+    """Of each row the sum of w / (1 - p)."""
+    factors: Tensor
+    p: Tensor
+    q: Tensor
+    whole: Tensor
+    """q, also of classes without a weight, which may have all of a row's probability."""
+
+
 def _others(
-    written: bool,
     student: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    temperature: Any,
     *,
     alpha: Any,
     beta: Any,
-    kappa: Any = 0.0,
-    ratio_max: Any = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Of each row the sum of w (a - beta / (1 - p)) TCKD, and that of w / (1 - p)."""
-    logits = student.detach() if written else student
-    log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
-    d, _ = log_ratio(teacher - logits, log_p, log_q, logsumexp(teacher), logsumexp(logits))
-    counts = weights != 0
-    p, q = (torch.where(counts, probabilities(x), 0.25) for x in (log_p, log_q))
-    d = torch.where(counts, d, 0.0)
+    kappa: Any = None,
+    ratio_max: Any = None,
+) -> _Others:
+    weights = weights.double()
+    scaled = rescale(student.double(), teacher.double(), temperature, False)
+    log_q, log_p = (torch.log_softmax(x, -1) for x in scaled)
+    whole = log_q.exp()
+    q, p = whole.clamp(max=0.75), log_p.exp().clamp(max=0.75)
     shares = weights / (1.0 - p)
-    ratio = torch.where(counts, weight_of_ratio(log_p, d.detach(), kappa, ratio_max), 0.0)
-    explicit, implicit = weights * ratio * alpha, shares * beta
-    if written:
-        return _written(student, p, q, d, explicit, implicit), shares.sum(-1)
-    return _sums(_explicit(p, q, d)[0], explicit, implicit), shares.sum(-1)
+    explicit = weights * alpha
+    if kappa is not None:
+        ratio = weight_of_ratio(log_p, (log_p - log_q).detach(), kappa, ratio_max)
+        explicit = torch.where(weights == 0, 0.0, explicit * ratio)
+    factors = explicit - shares * beta
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
+    terms = terms + (1.0 - p) * ((1.0 - p).log() - (1.0 - q).log())
+    # What is infinite here KL is too, from which no part of it is taken off.
+    finite = torch.where(terms.isinf(), 0.0, terms) if transformed() else _finite(terms)
+    sums = (factors * finite).sum(-1)
+    infinite = ((terms == torch.inf) & (explicit > 0)).any(-1)
+    sums = sums + torch.where(infinite, torch.inf, 0.0)
+    return _Others(sums, shares.sum(-1), factors, p, q, whole)
 
 
-def _explicit(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """TCKD of each class that has p and q of at most 1/2, and q - p."""
-    near = d.abs() < 1
-    less = torch.where(near & (p != 0), p * torch.expm1(-torch.where(near, d, 0.0)), q - p)
-    rest = torch.log1p(less / (1.0 - q))
-    return kl_terms(p, q, d) + kl_terms(1.0 - p, 1.0 - q, rest), less
-
-
-def _sums(terms: Tensor, explicit: Tensor, implicit: Tensor) -> Tensor:
-    """What is infinite here KL is too, from which no part of it is taken off."""
-    taken = weighted(_finite(terms), implicit)
-    return (weighted(terms, explicit) - taken).sum(-1)
+def _plain(
+    student: Tensor, teacher: Tensor, weights: Tensor, temperature: Any, numbers: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The sums and shares of each row, differentiable as often as one likes."""
+    return _others(student, teacher, weights, temperature, **numbers)[:2]
 
 
 class _Finite(torch.autograd.Function):
     """0 for what is infinite, whose gradient stays."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.where(x.isinf(), 0.0, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         return upstream
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.clone()
-
-
-_finite: Callable[[Tensor], Tensor] = _Finite.apply
-
 
 class _Written(torch.autograd.Function):
-    """The sums of TCKD with their gradient, of which autograd would keep a dozen matrices."""
+    """Likewise in blocks that stay in the cache, with their gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, p: Tensor, q: Tensor, d: Tensor, explicit: Tensor,
-        implicit: Tensor,
-    ) -> Tensor:  # fmt: skip
-        terms, less = _explicit(p, q, d)
-        ctx.save_for_backward(student, (explicit - implicit) * less / (1.0 - q))
-        return _sums(terms, explicit, implicit)
+        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Any,
+        numbers: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows, classes = student.shape
+        sums, shares = (student.new_empty(rows, dtype=torch.float64) for _ in range(2))
+        gradient = torch.empty_like(student)
+        step = max(_BLOCK // classes, 1) if student.is_cpu else max(rows, 1)
+        for begin in range(0, rows, step):
+            at = slice(begin, begin + step)
+            heat = temperature[at] if isinstance(temperature, Tensor) else temperature
+            row = _others(student[at], teacher[at], weights[at], heat, **numbers)
+            slopes = row.factors.mul_(row.q - row.p).div_(1.0 - row.q)  # by log q
+            slopes = slopes - row.whole * slopes.sum(-1, keepdim=True)
+            gradient[at] = slopes.div_(heat)
+            sums[at], shares[at] = row.sums, row.shares
+        ctx.save_for_backward(student, gradient)
+        ctx.mark_non_differentiable(shares)
+        return sums, shares
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, slopes = ctx.saved_tensors
-        mean = slopes.sum(-1, keepdim=True)
-        gradient = (slopes - student.softmax(-1) * mean) * upstream.unsqueeze(-1)
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        student, gradient = ctx.saved_tensors
+        gradient = (gradient * upstream.unsqueeze(-1)).to(gradient.dtype)
         if torch.is_grad_enabled():
             gradient = once(gradient, upstream, student)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None
 
 
-_written: Callable[..., Tensor] = _Written.apply
+_BLOCK = 1 << 14
+"""Classes of a block."""
+_finite: Callable[[Tensor], Tensor] = _Finite.apply
+_written: Callable[..., tuple[Tensor, Tensor]] = _Written.apply

@@ -293,6 +293,8 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         size = size + 2 * np.where(np.isfinite(entropy), entropy, 0)
     own = (32 * formulas.WIDE(np.finfo(formulas.WIDE).eps)) ** 2 * weights
     noise = noise + (formulas.WIDE(info.eps) * np.log2(classes) * size + own) / K
+    if soft and wide:  # logarithms of float64, which are good enough for float32's near equality
+        noise = noise + formulas.WIDE(info.eps) * np.log2(classes) * weights / K * 4
     if options["reduction"] == "none":
         close(actual, value, noise, loss.dtype, "loss")
         if (actual[~valid] != 0).any():

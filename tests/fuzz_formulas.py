@@ -407,8 +407,8 @@ def _alpha_beta(log_q: Array, log_p: Array, options: dict[str, Any]) -> Rows:
     size = np.where(lost, size * 4 / options["unit"], size)
     value, slope = (np.where(lost, 0, x) for x in (value, slope))
     mean = np.where(np.isfinite(slope), slope, 0).sum(-1, keepdims=True)
-    # A certain class's log-probability, nearly 0, errs by a rounding of 1, and with it its slope.
-    size = size + q * (1 + size.sum(-1, keepdims=True))
+    # A certain class's log-probability, nearly 0, errs by roundings of 1, and with it its slope.
+    size = size + 4 * q * (1 + size.sum(-1, keepdims=True))
     size = size if options["pivot"] else _collected(q, size)
     gradient = slope - q * mean
     return value.sum(-1), np.where(infinite[:, None], np.nan, gradient), size

@@ -952,14 +952,13 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_soft_targets.py", "test_soft_targets.py", "native and (dkd or aekt)",
-    ("others_lost", "soft = soft + «of_rows(explicit, scale, token_weight)»", "0.0"),
-    ("no_others", "not looks or «bool(others.any())»", "False"),
-    ("kl_lost", "call(SPECS[\"kd\"], (), «shares * named[\"beta\"]», scale, 0.0)[0]",
-     "0.0 * shares"),
+    ("others_lost", "soft = soft + («explicit.reshape(shape)» if code", "0.0"),
+    ("no_others", "not others.is_cpu or «bool(others.any())»", "False"),
+    ("kl_lost", "shares = (shares * «named[\"beta\"]»).to(dtype)", "0.0"),
     ("class_twice", "torch.where(first == second, «0.0», factors[1])", "factors[1]"),
     ("cancels", "few = «(weights != 0).sum(-1, keepdim=True) <= 2»", "first == first"),
-    ("half_slope", "(explicit« - implicit») * less / (1.0 - q)", ""),
+    ("half_slope", "row.factors.mul_(row.q - row.p)«.div_(1.0 - row.q)»", ""),
     ("infinite_part", "return torch.where(x.isinf(), «0.0», x)", "x"),
-    ("one_label", "entropies = others.sum(-1) * logsumexp(s)« - weighted(s, others).sum(-1)»", "",
+    ("one_label", "* logsumexp(below)« - weighted(below, others).sum(-1)»", "",
      "test_soft_targets.py", "keywords"),
 )  # fmt: skip

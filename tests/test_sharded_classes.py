@@ -85,6 +85,21 @@ def _check(
     )
 
 
+def _check_no_rows(spec: LossSpec) -> None:
+    student, teacher, target = make("gaussian", 6, CLASSES, dtype=torch.float64)
+    own = own_classes("empty")
+    teachers = _teachers(spec, teacher, target)
+    mine = [x[:0, own] if x.shape == student.shape else x[:0] for x in teachers]
+    options: dict[str, Any] = {}
+    if spec.takes_target:
+        options = {spec.target_name: target[:0], "hard_weight": 0.5, "return_parts": True}
+    leaf = student[:0, own].clone().requires_grad_()
+    loss = spec.function(leaf, *mine, **options, tp_group=dist.group.WORLD)
+    loss = loss[0] if options else loss
+    loss.backward()
+    assert loss == 0 and leaf.grad is not None and leaf.grad.shape == leaf.shape
+
+
 def _check_keywords(spec: LossSpec) -> None:
     weights = torch.linspace(0.5, 2, 6, dtype=torch.float64)
     for options in (
@@ -275,6 +290,12 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
                         )
                         yield f"{spec.name} {dtype} {cut} {options}", check
         yield f"{spec.name} keywords", functools.partial(_check_keywords, spec)
+        yield f"{spec.name} without rows", functools.partial(_check_no_rows, spec)
+        if spec.family != "sampled":  # a common offset, of which no rank may lose digits
+            far = functools.partial(
+                _check, spec, "offset", torch.float32, "uneven", {"temperature": 3.0}
+            )
+            yield f"{spec.name} far", far
         if spec.family != "sampled":
             yield f"{spec.name} excluded", functools.partial(_check_excluded, spec)
         if "teacher_grad" in inspect.signature(spec.function).parameters:

@@ -323,6 +323,21 @@ def _check_mismatch() -> None:
         found(own.labels.clamp(min=0), temperature=1.0 + rank)
 
 
+def _check_differentiated_once() -> None:
+    """The first gradient of a graph of gradients is right, the second raises by name."""
+    own = layer().own("uneven")
+    for reduction in ("none", "mean"):
+        weight = own.weight.detach().requires_grad_()
+        loss = linear_kd_loss(
+            own.hidden, weight, own.teacher, reduction=reduction, tp_group=dist.group.WORLD
+        ).sum()
+        (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        torch.testing.assert_close(first, plain)
+        with pytest.raises(RuntimeError, match="differentiated twice"):
+            torch.autograd.grad(first.sum(), weight)
+
+
 def _check_timeout() -> None:
     """A rank that raises leaves the others waiting, and they fail with the group's timeout."""
     group: Any = dist.new_group(timeout=timedelta(seconds=1))
@@ -370,6 +385,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "module and frozen", _check_module_and_frozen
     yield "collectives", _check_collectives
     yield "memory", _check_memory
+    yield "once", _check_differentiated_once
     yield "chunks", _check_chunks
     yield "mismatch", _check_mismatch
     if dist.get_world_size() == 2:

@@ -185,6 +185,12 @@ def test_common_keywords(spec: LossSpec) -> None:
     torch.testing.assert_close(total, (rows + 0.5 * entropies).mean())
     torch.testing.assert_close(parts.distillation, rows.mean())
     torch.testing.assert_close(parts.hard, 0.5 * entropies.mean())
+    both = expected(spec, student, teacher, weights, {"standardize": True, "hard_weight": 0.5})
+    judged = value_and_grad(
+        loss, student, teacher, weights, upstream=torch.ones(6), reduction="none",
+        standardize=True, hard_weight=0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(judged, both)
     q = (student / 2).softmax(-1)
     torch.testing.assert_close(parts.entropy, -(q * q.log()).sum(-1))
     averaged = [teacher, teacher + 1.0]
@@ -193,6 +199,42 @@ def test_common_keywords(spec: LossSpec) -> None:
     torch.testing.assert_close(module(student, teacher, weights), rows.mean())
     torch.testing.assert_close(module(student, teacher, labels=weights), rows.mean())
     assert judge.any()
+
+
+@decoupled
+def test_cross_entropy_of_logits_with_an_offset(spec: LossSpec) -> None:
+    student, teacher, target = make("gaussian", 4, 7, dtype=torch.float32)
+    student, weights = student + 1e4, smoothed(target, 7).float()
+    loss = spec.function(
+        student, teacher, weights, hard_weight=1.0, loss_weight=0.0, reduction="none"
+    )
+    judge = F.cross_entropy(student.double(), weights.double(), reduction="none")
+    torch.testing.assert_close(loss.double(), judge, rtol=1e-6, atol=1e-6)
+
+
+@decoupled
+def test_a_device_that_the_numbers_are_not_on(spec: LossSpec) -> None:
+    """0-d tensors of the CPU, beside logits of another device."""
+    given = (x.to("meta") for x in (*make("gaussian", 4, 7)[:2], torch.ones(4, 7)))
+    weight = torch.tensor(0.5)
+    loss = spec.function(*given, backend="reference", loss_weight=weight, hard_weight=0.3)
+    assert loss.is_meta
+
+
+@decoupled
+def test_exported_with_any_number_of_rows(spec: LossSpec) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, s: Tensor, t: Tensor, w: Tensor) -> Tensor:
+            return spec.function(s, t, w)
+
+    student, teacher, target = make("gaussian", 4, 7)
+    weights = smoothed(target, 7).float()
+    rows = torch.export.Dim("rows")
+    made = torch.export.export(
+        Model(), (student, teacher, weights), dynamic_shapes=({0: rows},) * 3
+    )
+    more = [x.repeat(2, 1) for x in (student, teacher, weights)]
+    torch.testing.assert_close(made.module()(*more), spec.function(*more))
 
 
 @decoupled

@@ -51,7 +51,8 @@ def _evaluate(
 ) -> tuple[Any, ...]:
     """The operator, which knows no process group, or what it is over shards of the classes."""
     if shards is not None:
-        return sharded_rows(shards, call, tensors, list(teacher), needs)
+        with torch.no_grad():
+            return sharded_rows(shards, call, tensors, list(teacher), needs)
     given: tuple[Any, ...] = torch.ops.kdkernels.linear_rows.default(
         *tensors, list(teacher), *call, *needs
     )
