@@ -89,6 +89,11 @@ class ResNet(nn.Module):
         """Channels of ``features`` and ``embedding``; extra modules are built from it."""
 
     def forward(self, images: Tensor) -> Output:
+        if images.is_cpu and self.width % 32:
+            # Images of one channel may look as if their channels were last. So laid out, and with
+            # channels that are no multiple of 8, oneDNN's backward pass writes outside of its
+            # memory on CPUs with AVX2 and without AVX-512 (torch 2.13).
+            images = images.clone(memory_format=torch.contiguous_format)
         features = self.blocks(self.stem(images))
         embedding = features.mean((2, 3))
         distilled = self.head(embedding)
