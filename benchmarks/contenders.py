@@ -15,7 +15,7 @@ from kdkernels._toolchain import compiler as cpp_compiler
 from kdkernels.registry import LossSpec
 
 from .eager import eager
-from .problem import Problem
+from .problem import Problem, with_labels
 from .shapes import Workload
 
 KERNELS = ("native", "triton")
@@ -85,7 +85,8 @@ def build(name: str, problem: Problem) -> Callable[..., Any]:
             torch.compiler.reset()
             problem.compiled = torch.compile(eager(problem.spec), dynamic=False)
         return problem.compiled
-    return functools.partial(problem.spec.function, backend=name)
+    function = functools.partial(problem.spec.function, backend=name)
+    return function if problem.workload.ignored is None else with_labels(problem.spec, function)
 
 
 def _add(students: int, *inputs: Tensor) -> Tensor | list[Tensor]:

@@ -109,7 +109,7 @@ TARGETS = {
         *_at_most(LARGER, "float32", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
         *_at_most(LLM, "float32", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
         *_faster(BY_NAME["retinanet"], "eager", sigmoid_dist=8),
-        *_at_most(BY_NAME["segmentation"], "masked", kd=1, dkd=1, dist=1),
+        *_at_most(BY_NAME["segmentation"], "masked", kd=EQUAL, dkd=EQUAL, dist=EQUAL),
         *_of_tokens(),
     ],
     "cuda": [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdkernels.registry import LossSpec
 
-from .problem import Problem
+from .problem import Problem, with_labels
 from .shapes import BY_NAME, Workload
 
 HARD_WEIGHT = 0.5
@@ -46,7 +46,7 @@ def bodies(
     """The functions of the named times, made of the loss ``ours``, each with its tensors."""
     found: Bodies = {}
     if "masked" in names:
-        found["masked"] = ours, Problem(spec, masked(workload), dtype, device)
+        found["masked"] = with_labels(spec, ours), Problem(spec, masked(workload), dtype, device)
     options = {f"hard_{t:g}": (t, HARD_WEIGHT) for t in TEMPERATURES}
     options |= {f"alone_{t:g}": (t, 0.0) for t in TEMPERATURES}
     labelled = [name for name in names if name in options or name == "beside"]
