@@ -19,6 +19,12 @@ def test_texts_occur_once(mutant: Mutant) -> None:
     assert changed != source
     if not mutant.compiled:
         compile(changed, mutant.file, "exec")
+        return
+    before, right, _ = mutant.parts()
+    if not right.endswith(";"):  # an operand of the run-time choice, which is no constant
+        assert (
+            right[0] not in "+*/%,.=<>&|?:" and mutant.wrong.strip() and "constexpr" not in before
+        )
 
 
 def test_names_and_tests_exist() -> None:
