@@ -306,8 +306,9 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
         size = size.sum()
         extra = finite.sum() / share + formulas.WIDE(torch.finfo(loss.dtype).eps) * size / share / K
         close(actual, np.array([total]), np.array([extra]), loss.dtype, "loss")
-    # An infinite loss whose formula leaves the gradient open: any that is not finite.
-    free = (np.isinf(value) | bool(hard))[:, None] & np.isnan(slope)
+    # An infinite loss, whose weight may be 0, of which the formula leaves the gradient open: any.
+    switched_off = (options["loss_weight"] == 0) & ~np.isnan(value)
+    free = (np.isinf(value) | bool(hard) | switched_off)[:, None] & np.isnan(slope)
     # Where the product of all factors of a row is no number, so may the gradient be, though the
     # differences of probabilities behind them are small: the backward pass has the factors first.
     over = weights * abs(factor) / share / min(options["temperature"], 1.0) > info.max

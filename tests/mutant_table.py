@@ -959,7 +959,8 @@ _of(
     ("class_twice", "torch.where(first == second, «0.0», factors[1])", "factors[1]"),
     ("cancels", "few = «(weights != 0).sum(-1, keepdim=True) <= 2»", "first == first"),
     ("half_slope", "row.factors.mul_(row.q - row.p)«.div_(1.0 - row.q)»", ""),
-    ("infinite_part", "return torch.where(x.isinf(), «0.0», x)", "x"),
+    ("infinite_part", "return torch.where(x.isinf(), «0.0», x)", "x", "test_soft_targets.py",
+     "excluded"),
     ("one_label", "* logsumexp(below)« - weighted(below, others).sum(-1)»", "",
      "test_soft_targets.py", "keywords"),
 )  # fmt: skip
