@@ -15,7 +15,7 @@ from ._backends import Kernels
 from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
 from ._dtypes import INTEGERS, working_dtype
-from ._tracing import keepable, traced, transformed
+from ._tracing import keepable, readable, traced, transformed
 from .reference.refilled import distances
 from .registry import LossSpec
 
@@ -90,7 +90,7 @@ def labels(value: Any, samples: int, device: torch.device) -> Tensor:
 
 def in_range(target: Tensor, classes: int, ignored: int = _checks.NO_INDEX) -> None:
     """Check the values of CPU targets; on a GPU this would synchronise."""
-    if target.device.type != "cpu" or traced(target) or transformed():
+    if not readable(target):
         return
     bad = ((target < 0) | (target >= classes)) & (target != ignored)
     if bad.any():

@@ -20,7 +20,7 @@ from ._autograd import (
 from ._calls import RowCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
-from ._tracing import traced, transformed
+from ._tracing import readable
 from .registry import SPECS, LossSpec
 
 
@@ -240,5 +240,5 @@ def _by_row(
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Check the values of CPU targets; a GPU would have to synchronise, so its kernels give NaN."""
-    if target.device.type == "cpu" and not traced(target) and not transformed():
+    if readable(target):
         _checks.target_range(target, classes, ignore_index)

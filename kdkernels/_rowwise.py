@@ -111,7 +111,7 @@ def row_loss(
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
         if soft is not None:
-            _soft_targets.check(soft, student, teacher)
+            _soft_targets.check_form(soft, student, teacher)
         given = row_loss(
             spec, shape.logits(student), shape.logits(teacher),
             shape.of_rows(spec.target_name, target) if soft is None else shape.logits(soft),

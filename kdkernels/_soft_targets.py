@@ -29,7 +29,7 @@ from ._dispatch import choose
 from ._dtensor import any_sharded
 from ._ops import once
 from ._rowrun import run as run_hard
-from ._tracing import traced, transformed
+from ._tracing import readable, traced, transformed
 from .reference._rows import logsumexp, rescale, top, weighted
 from .reference.aekt import weight_of_ratio
 from .registry import SPECS, LossSpec
@@ -56,7 +56,16 @@ def check_call(tp_group: Any, teacher_grad: bool) -> None:
 
 
 def check(value: Any, student: Tensor, teacher: Tensor) -> None:
-    """Check the targets: probabilities in the logits' shape, constants; and the logits' memory."""
+    """Check the targets, probabilities in the logits' shape, and the logits' memory."""
+    check_form(value, student, teacher)
+    if readable(value):
+        bad = ~((value >= 0) & (value < torch.inf))
+        if bad.any():
+            raise _checks.fail("target", "probabilities, finite and >= 0", float(value[bad][0]))
+
+
+def check_form(value: Any, student: Tensor, teacher: Tensor) -> None:
+    """Likewise but for their values."""
     _checks.allocated("student_logits", student)
     _checks.allocated("teacher_logits", teacher)
     name = "target"
@@ -71,10 +80,6 @@ def check(value: Any, student: Tensor, teacher: Tensor) -> None:
     if value.device != student.device:
         raise _checks.fail(name, f"on the student's device {student.device}", value.device)
     _checks.allocated(name, value)
-    if value.is_cpu and not traced(value) and not transformed():
-        bad = ~((value >= 0) & (value < torch.inf))
-        if bad.any():
-            raise _checks.fail(name, "probabilities, finite and >= 0", float(value[bad][0]))
 
 
 def run(
@@ -127,6 +132,10 @@ def run(
             student, teacher, index, by_row.reshape(shape), hard_by_row, row_temperature, code,
         )  # fmt: skip
 
+    def of_rows(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
+        values = _reduce.weigh(values, factor, weight, None)
+        return values.reshape(shape) if code == _NONE else values.sum()
+
     soft = tail = student.new_zeros(shape if code == _NONE else (), dtype=dtype)
     apart, others = _apart(weights, student, teacher, class_dim)
     for index, factor in apart:
@@ -146,15 +155,13 @@ def run(
             pair, heat = rescale(s, t, heat, True), 1.0
         written = not watched and choose(spec, student, backend) != "reference"
         explicit, shares = (_written if written else _plain)(*pair, others, heat, named)
-        explicit = _reduce.weigh(explicit.to(dtype), scale, token_weight, None)
-        soft = soft + (explicit.reshape(shape) if code == _NONE else explicit.sum())
+        soft = soft + of_rows(explicit.to(dtype), scale, token_weight)
         shares = (shares * named["beta"]).to(dtype)
         soft = soft + call(SPECS["kd"], (), shares, scale, 0.0)[0]
         if hard != 0.0:
             below = s - top(s)  # a common offset must not cost digits
             entropies = others.sum(-1) * logsumexp(below) - weighted(below, others).sum(-1)
-            entropies = _reduce.weigh(entropies, hard, hard_token_weight, None)
-            tail = tail + (entropies.reshape(shape) if code == _NONE else entropies.sum())
+            tail = tail + of_rows(entropies, hard, hard_token_weight)
     if not parts:
         return soft + tail, None
     ones = torch.ones_like(weights[:, 0])

@@ -42,6 +42,11 @@ def traced(*tensors: Tensor) -> bool:
     return False
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether the host may read values: of the CPU, where nobody looks on."""
+    return tensors[0].device.type == "cpu" and not traced(*tensors) and not transformed()
+
+
 def transformed() -> bool:
     """Whether a ``torch.func`` transform or a level of forward-mode derivatives is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -953,7 +953,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_soft_targets.py", "test_soft_targets.py", "native and (dkd or aekt)",
-    ("others_lost", "soft = soft + («explicit.reshape(shape)» if code", "0.0"),
+    ("others_lost", "soft = soft + «of_rows(explicit.to(dtype), scale, token_weight)»", "0.0"),
     ("no_others", "not others.is_cpu or «bool(others.any())»", "False"),
     ("kl_lost", "shares = (shares * «named[\"beta\"]»).to(dtype)", "0.0"),
     ("class_twice", "torch.where(first == second, «0.0», factors[1])", "factors[1]"),

@@ -11,7 +11,7 @@ from .. import _checks
 from .._dtensor import any_sharded
 from .._rowrun import check_range
 from .._rowwise import indices
-from .._tracing import keepable
+from .._tracing import keepable, traced
 from ..registry import LossSpec
 
 
@@ -27,6 +27,14 @@ def as_linear_casts(*tensors: Any) -> tuple[Any, ...]:
         else x
         for x in tensors
     )
+
+
+def check_ids(ids: Tensor, classes: int) -> None:
+    """Check the values of a CPU's ids; on a GPU the host would have to wait."""
+    if ids.is_cpu and not traced(ids):
+        bad = (ids.long() < 0) | (ids.long() >= classes)
+        if bad.any():
+            raise _checks.fail("ids", f"in [0, {classes})", int(ids[bad][0]))
 
 
 def plain_rows(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, _group, _reduce, _topk
+from .. import _group, _reduce, _topk
 from .._calls import TopKCall
 from .._dtypes import working_dtype
 from .._head import Head
-from .._rowrun import check_range, run as run_alone
+from .._rowrun import check_range
 from .._shard_rows import BY_CHAIN, Rows as ShardRows
 from .._sharded import evaluate
 from .._shards import Shards, agree
@@ -163,11 +163,7 @@ def _chunk(
         [temperature], None, wide, call.kind == "topk", False, False, call.ignore_index
     )
     small = rows.small(ids, None, of_ids, None)
-    settings = (1.0, 1.0, 0.0, False, False, _checks.NO_INDEX, 1)
-    none = (None, None, None, None)
-    values = run_alone(
-        how.spec, how.backend, how.options, *settings, small, buckets, *none, 0
-    )[0]  # fmt: skip
+    values = rows.run(how.spec, how.options, small, buckets, 0)
     for factor in own_weight:
         values = _reduce.weigh(values, 1.0, factor, None)
     hard_values = spread = torch.zeros_like(values)

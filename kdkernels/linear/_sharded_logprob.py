@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, _group, _topk
+from .. import _group, _topk
 from .._autograd import save, saved
 from .._calls import NO_ID, TopKCall
 from .._dtypes import working_dtype
@@ -23,6 +23,7 @@ from .._ops import once
 from .._shards import Shards, agree
 from ..reference._rows import top
 from ._chunks import Gradients, Rows, default_tokens
+from ._inputs import check_ids
 from ._logprob import ENTROPY, LogprobCall, first_places, softmax, through
 from ._sharded import needs_of
 
@@ -167,10 +168,7 @@ def apply(
     shards = agree(
         group, said, hidden.shape[0], weight.shape[0], dtype, needs, hidden.device, "weight"
     )
-    if ids.is_cpu:
-        bad = (ids.long() < 0) | (ids.long() >= shards.classes)
-        if bad.any():
-            raise _checks.fail("ids", f"in [0, {shards.classes})", int(ids[bad][0]))
+    check_ids(ids, shards.classes)
     if not call.tokens:
         tokens = default_tokens(hidden.device, max(shards.sizes), hidden.dtype)
         call = call._replace(tokens=tokens)

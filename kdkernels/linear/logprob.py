@@ -12,10 +12,9 @@ from .._calls import traceable
 from .._dtypes import INTEGERS
 from .._group import ProcessGroup
 from .._head import Head
-from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
 from ..losses.topk_kd import MOST
-from ._inputs import as_linear_casts, chunk, plain_rows
+from ._inputs import as_linear_casts, check_ids, chunk, plain_rows
 from ._logprob import LogprobCall
 from ._sharded import check as check_shards
 from ._sharded_logprob import apply as apply_sharded
@@ -122,10 +121,8 @@ def _check_ids(ids: Any, hidden: Tensor, classes: int | None) -> None:
     if ids.device != hidden.device:
         raise _checks.fail("ids", f"on the device of hidden, {hidden.device}", ids.device)
     _checks.allocated("ids", ids)
-    if classes is not None and ids.is_cpu and not traced(ids):
-        bad = (ids.long() < 0) | (ids.long() >= classes)
-        if bad.any():
-            raise _checks.fail("ids", f"in [0, {classes})", int(ids[bad][0]))
+    if classes is not None:
+        check_ids(ids, classes)
 
 
 def _reference(

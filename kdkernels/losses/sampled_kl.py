@@ -9,9 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from .. import _checks
-from .._dtensor import any_sharded
 from .._rowwise import CommonOptions, row_loss
-from .._tracing import traced, transformed
+from .._tracing import readable
 from ..reference.sampled_kl import estimate, sampled_kl as reference
 from ..registry import SPECS, LossSpec, register
 from ._base import SampledLoss, row_function
@@ -60,8 +59,7 @@ def sampled_kl_loss(
     _checks.target(sampled_ids, student_logits, class_dim, "sampled_ids")
     _checks.token_weight(teacher_logprob, student_logits, class_dim, "teacher_logprob")
     _checks.allocated("sampled_ids", sampled_ids)
-    looked_at = alone and sampled_ids.is_cpu and not any_sharded(sampled_ids)
-    if looked_at and not traced(sampled_ids) and not transformed():
+    if alone and readable(sampled_ids):
         _check_range(sampled_ids, student_logits.shape[class_dim], labels, common)
     options = (estimator, sampled_ids, teacher_logprob)
     if teacher_logprob.dtype == torch.float64:

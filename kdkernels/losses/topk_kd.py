@@ -13,7 +13,7 @@ from .._dtensor import any_sharded
 from .._dtypes import INTEGERS, working_dtype
 from .._rowrun import run
 from .._rowwise import CommonOptions, row_loss
-from .._tracing import traced, transformed
+from .._tracing import readable
 from ..reference.topk import rows as reference
 from ..registry import LossSpec, register
 from ._base import SparseLoss, row_function
@@ -200,8 +200,7 @@ def _evaluate(
     dtype = working_dtype(student, logprobs)
     marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
     target, ignore_index, valid = _counted(valid, target, ignore_index)
-    looked_at = student.is_cpu and not traced(student, ids) and not transformed()
-    if (backend != "native" or shards is not None) and looked_at:
+    if (backend != "native" or shards is not None) and readable(student, ids):
         classes = student.shape[1] if shards is None else shards.shards.classes
         _topk.check_ids(marked, valid, classes)
         if hard:
