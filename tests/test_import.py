@@ -95,7 +95,10 @@ assert not torch.cuda.is_initialized()
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
-    """Less than 0.3 s of processor time beyond torch; the best of three, other work may disturb."""
+    """Less than a quarter of torch's own import (measured: a tenth to a seventh).
+
+    A ratio of two processor times of one run, the best of three: the machine's speed is in both.
+    """
     code = """
 import time
 def work():
@@ -104,7 +107,9 @@ def work():
     print(time.process_time() - start)
 forks(work, [{}] * 3)
 """
-    assert min(map(float, run(FORKS + code, tmp_path).split())) < 0.3
+    timed = "import time\nbegun = time.process_time()\nimport torch\nprint(time.process_time() - begun)\n"
+    torch_s, *ours_s = map(float, run(timed + FORKS + code, tmp_path).split())
+    assert min(ours_s) < torch_s / 4
 
 
 @pytest.mark.parametrize(
