@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _reduce
+from ._checked import Checked
 from .reference._rows import rescale, weighted
 from .reference.aekt import weight_of_ratio
 
@@ -23,37 +24,21 @@ Rows = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Reverse KL of each row, of a student, a teacher and which of the rows count."""
 
 
-def by_teacher(
-    reverse_kl: Rows,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: float | Tensor,
-    token_weight: Tensor | None,
-    *,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
-    alpha: float,
-    beta: float,
-    kappa: float = 0.0,
-    ratio_max: float = 1.0,
-) -> Tensor:
-    """The loss, of which the gradient by the teacher counts.
-
-    ``temperature`` is a number, or one a row, (rows, 1).
-    """
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    s, t = (_reduce.as_rows(x, class_dim) for x in _reduce.promote(student, teacher))
-    y = target.reshape(-1).long()
-    valid = y != ignore_index
+def by_teacher(reverse_kl: Rows, call: Checked) -> Tensor:
+    """The loss, of which the gradient by the teacher counts."""
+    assert call.target is not None  # the caller's affair
+    alpha, beta, *ratio = call.options
+    s, t = _reduce.promote(call.student.detach(), call.teacher)
+    s, t = (_reduce.as_rows(x, call.class_dim) for x in (s, t))
+    y = call.target.reshape(-1).long()
+    valid = y != call.ignore_index
     counted = valid.unsqueeze(1)
     s, t = (torch.where(counted, x, 0.0) for x in (s, t))
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(counted, temperature.to(s.dtype), 1.0)
-    s, t = rescale(s, t, temperature, standardize)
+    heats = call.flat(call.row_temperature)
+    temperature: float | Tensor = call.temperature
+    if heats is not None:
+        temperature = torch.where(counted, heats.unsqueeze(1).to(s.dtype), 1.0)
+    s, t = rescale(s, t, temperature, call.standardize)
     index = torch.where(valid, y, 0).unsqueeze(1)
     others = [x.scatter(1, index, -torch.inf) for x in (s, t)]
     some = others[1].detach().amax(1) != -torch.inf  # without other classes there is nothing to say
@@ -66,8 +51,8 @@ def by_teacher(
     explicit = reverse_kl(pair_t, pair_s, valid)
     implicit = reverse_kl(others[1], others[0], valid & some)
     log_q, log_p = (x.detach().log_softmax(1)[:, 0] for x in (pair_s, pair_t))
-    explicit = weighted(explicit, weight_of_ratio(log_p, log_p - log_q, kappa, ratio_max))
+    if ratio:  # AEKT's kappa and ratio_max
+        explicit = weighted(explicit, weight_of_ratio(log_p, log_p - log_q, *ratio))
     values = weighted(explicit, alpha) + weighted(implicit, beta)
-    soft = _reduce.weigh(values, scale, token_weight, valid)
-    none = torch.zeros_like(soft)
-    return _reduce.finish(soft, none, none, valid, shape, reduction, False)[0]
+    none = torch.zeros_like(values)
+    return _reduce.weighed(call, values, none, none, valid)[0]

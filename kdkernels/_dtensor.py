@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._checked import Checked
 from ._tracing import plain
 
 _USUAL = frozenset({Tensor, torch.nn.Parameter, float, int, str, bool, type(None)})
@@ -70,61 +71,55 @@ def _classes_over(student: Any, class_dim: int) -> int | None:
     return found[0] if bool((ranks[1:] > ranks[:-1]).all()) else None
 
 
-def row_loss(
-    run: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    of_rows: dict[str, Tensor | None],
-    *,
-    class_dim: int,
-    ignore_index: int,
-    reduction: int,
-    of_shards: bool,
-) -> Tensor:
-    """``run`` of student, teacher, what has one number a row, and reduction on each rank's rows;
-    last of the group that shares the classes, None where each rank has all.
+def row_loss(run: Callable[[Checked, Any], Tensor], call: Checked, of_shards: bool) -> Tensor:
+    """``run`` of the call's local tensors on each rank's rows, and of the group that shares the
+    classes, None where each rank has all.
 
     ``of_shards`` says whether the loss can be evaluated on shards of its classes.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+    names = ("target", "token_weight", "hard_token_weight", "row_temperature")
+    of_rows = {name: getattr(call, name) for name in names}
+    of_rows |= {name: x for name, x in call.named.items() if isinstance(x, Tensor)}
     rank_shared = {k for k, x in of_rows.items() if x is not None and x.dim() == 0 and plain(x)}
     sharded = {k: x for k, x in of_rows.items() if k not in rank_shared}
-    mesh = _mesh({"student_logits": student, "teacher_logits": teacher, **sharded})
-    given: Any = student
-    by_row = [p.is_shard() and p.dim != class_dim for p in given.placements]
-    over = _classes_over(given, class_dim) if of_shards else None
+    mesh = _mesh({"student_logits": call.student, "teacher_logits": call.teacher, **sharded})
+    given: Any = call.student
+    by_row = [p.is_shard() and p.dim != call.class_dim for p in given.placements]
+    over = _classes_over(given, call.class_dim) if of_shards else None
     group = None if over is None else mesh.get_group(over)
     placements = [
         p if own or i == over else Replicate()
         for i, (p, own) in enumerate(zip(given.placements, by_row, strict=True))
     ]
     row_placements = [
-        Shard(p.dim - (p.dim > class_dim)) if own else Replicate()
+        Shard(p.dim - (p.dim > call.class_dim)) if own else Replicate()
         for p, own in zip(given.placements, by_row, strict=True)
     ]
     of_sums = [Partial() if own else Replicate() for own in by_row]
-    rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    s, t = (_local(x, mesh, placements) for x in (student, teacher))
-    local = {
+    s, t = (_local(x, mesh, placements) for x in (call.student, call.teacher))
+    local: dict[str, Any] = {
         k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
         for k, x in of_rows.items()
     }
-    if reduction == _NONE:
-        losses = run(s, t, *local.values(), _NONE, group)
-        strides = torch.empty(rows, device="meta").stride()
+    options = tuple(local.pop(name, x) for name, x in call.named.items())
+    code = _NONE if call.reduction == _NONE else _SUM
+    loss = run(call._replace(student=s, teacher=t, options=options, reduction=code, **local), group)
+    if code == _NONE:
+        strides = torch.empty(call.rows, device="meta").stride()
         return DTensor.from_local(
-            losses, mesh, row_placements, run_check=False, shape=rows, stride=strides
+            loss, mesh, row_placements, run_check=False, shape=call.rows, stride=strides
         )
-    total = run(s, t, *local.values(), _SUM, group)
-    if reduction != _SUM:
-        count: Any = max(rows.numel(), 1)
+    if call.reduction != _SUM:
+        count: Any = max(call.rows.numel(), 1)
         y = local["target"]
         if y is not None:
-            valid = DTensor.from_local((y != ignore_index).sum(), mesh, of_sums, run_check=False)
+            own = (y != call.ignore_index).sum()
+            valid = DTensor.from_local(own, mesh, of_sums, run_check=False)
             count = valid.full_tensor().clamp(min=1)
-        total = total / count
-    return DTensor.from_local(total, mesh, of_sums, run_check=False)
+        loss = loss / count
+    return DTensor.from_local(loss, mesh, of_sums, run_check=False)
 
 
 def gathered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -6,11 +6,10 @@ the loss. Together with a file of ``kdkernels.reference`` they are the whole spe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from ._checked import Checked
 from .reference._rows import weighted
 from .reference.hard import cross_entropy, entropy
 
@@ -27,58 +26,50 @@ def promote(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.to(dtype)
 
 
-def row_loss(
-    rows: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    hard_token_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    *,
-    temperature: float,
-    class_dim: int,
-    scale: float,
-    hard: float,
-    standardize: bool,
-    ignore_index: int,
-    reduction: int,
-    needs_target: bool,
-    parts: bool,
-) -> tuple[Tensor, Tensor | None]:
+def row_loss(call: Checked) -> tuple[Tensor, Tensor | None]:
     """Evaluate a row reference with its mask, scale and reduction; and the parts, (3, rows...).
 
     Rows whose target is ``ignore_index`` are replaced by zeros before anything is computed, so they
     contribute exact zeros to the loss and to the gradient even if they hold NaN.
     """
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    student, teacher = promote(student, teacher)
-    student, teacher = as_rows(student, class_dim), as_rows(teacher, class_dim)
-    heat: float | Tensor = temperature
-    if row_temperature is not None:
-        heat = row_temperature.reshape(-1, 1).to(student.dtype)
-    valid = None
+    student, teacher = promote(call.student, call.teacher)
+    student, teacher = as_rows(student, call.class_dim), as_rows(teacher, call.class_dim)
+    heats = call.flat(call.row_temperature)
+    heat = call.temperature if heats is None else heats.unsqueeze(1).to(student.dtype)
+    valid = target = None
     args: tuple[Tensor, ...] = ()
-    if target is not None:
-        target = target.reshape(-1).long()
-        valid = target != ignore_index
+    if call.target is not None:
+        target = call.target.reshape(-1).long()
+        valid = target != call.ignore_index
         student = torch.where(valid.unsqueeze(-1), student, torch.zeros_like(student))
         teacher = torch.where(valid.unsqueeze(-1), teacher, torch.zeros_like(teacher))
         if isinstance(heat, Tensor):
             heat = torch.where(valid.unsqueeze(-1), heat, torch.ones_like(heat))
         target = torch.where(valid, target, torch.zeros_like(target))
-        if needs_target:
+        if call.spec.needs_target:
             args = (target,)
 
-    values = rows(student, teacher, *args, temperature=heat, standardize=standardize)
-    soft = weigh(values, scale, token_weight, valid)
-    hard_values = spread = torch.zeros_like(soft)
-    if hard != 0.0:
+    how = {"temperature": heat, "standardize": call.standardize, **call.named}
+    values = call.spec.reference(student, teacher, *args, **how)
+    hard_values = spread = torch.zeros_like(values)
+    if call.hard != 0.0:
         assert target is not None  # checked before
-        hard_values = weigh(cross_entropy(student, target), hard, hard_token_weight, valid)
-    if parts:
-        spread = weigh(entropy(student, heat, standardize), 1.0, None, valid)
-    return finish(soft, hard_values, spread, valid, shape, reduction, parts)
+        hard_values = cross_entropy(student, target)
+    if call.parts:
+        spread = entropy(student, heat, call.standardize)
+    return weighed(call, values, hard_values, spread, valid)
+
+
+def weighed(
+    call: Checked, values: Tensor, hard: Tensor, spread: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of rows' divergences, cross-entropies and entropies, and its parts if asked."""
+    soft = weigh(values, call.scale, call.by_row(call.token_weight), valid)
+    if call.hard != 0.0:
+        hard = weigh(hard, call.hard, call.by_row(call.hard_token_weight), valid)
+    if call.parts:
+        spread = weigh(spread, 1.0, None, valid)
+    return finish(soft, hard, spread, valid, call)
 
 
 def weigh(values: Tensor, factor: float, weight: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -90,23 +81,17 @@ def weigh(values: Tensor, factor: float, weight: Tensor | None, valid: Tensor | 
 
 
 def finish(
-    soft: Tensor,
-    hard: Tensor,
-    spread: Tensor,
-    valid: Tensor | None,
-    shape: torch.Size,
-    reduction: int,
-    parts: bool,
+    soft: Tensor, hard: Tensor, spread: Tensor, valid: Tensor | None, call: Checked
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of the rows' weighed values, and its parts if asked."""
     total = soft + hard
     separate = None
-    if parts:
-        separate = torch.stack([soft.detach(), hard.detach(), spread]).reshape(3, *shape)
-    if reduction == 0:
-        return total.reshape(shape), separate
+    if call.parts:
+        separate = torch.stack([soft.detach(), hard.detach(), spread]).reshape(3, *call.rows)
+    if call.reduction == 0:
+        return total.reshape(call.rows), separate
     loss = total.sum()
-    if reduction == 1:
+    if call.reduction == 1:
         count = valid.sum().clamp(min=1) if valid is not None else max(soft.shape[0], 1)
         loss = loss / count
         if separate is not None:

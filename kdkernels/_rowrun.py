@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,224 +14,136 @@ from ._autograd import (
     wants_gradient,
 )
 from ._calls import RowCall
+from ._checked import Checked
 from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
 from ._tracing import readable
 from .registry import SPECS, LossSpec
 
+Result = tuple[Tensor, Tensor | None]
+"""The loss, and its parts by row where they are wanted."""
 
-def run(
-    spec: LossSpec,
-    backend: str | None,
-    options: tuple[float, ...],
-    temperature: float,
-    scale: float,
-    hard: float,
-    standardize: bool,
-    parts: bool,
-    ignore_index: int,
-    class_dim: int,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    hard_token_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    reduction: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of checked arguments, and its parts by row where they are wanted."""
-    chooses = choose_beside_cuda if parts or hard != 0.0 else choose
-    chosen = chooses(spec, student, backend)
+
+def run(call: Checked) -> Result:
+    """The loss on the backend of one's choice."""
+    spec, student, teacher, target = call.spec, call.student, call.teacher, call.target
+    chooses = choose_beside_cuda if call.parts or call.hard != 0.0 else choose
+    chosen = chooses(spec, student, call.backend)
     if chosen != "reference" and wants_gradient(teacher):
-        loss, separate = run(
-            spec, backend, options, temperature, scale, hard, standardize, parts, ignore_index,
-            class_dim, student, teacher.detach(), target, token_weight, hard_token_weight,
-            row_temperature, reduction,
-        )  # fmt: skip
-        if spec.family == "decoupled" and target is not None:
-            heat = _by_row(row_temperature, student, class_dim)
-            other = _decoupled.by_teacher(
-                functools.partial(_reverse_kl, backend), student.detach(), teacher, target,
-                temperature if heat is None else heat.reshape(-1, 1),
-                _by_row(token_weight, student, class_dim), scale=scale, standardize=standardize,
-                ignore_index=ignore_index, class_dim=class_dim, reduction=reduction,
-                **dict(zip(spec.options, options, strict=True)),
-            )  # fmt: skip
-            return both_gradients(loss, other), separate
-        exchanged = spec.exchanged(*options)
-        if exchanged is None:
-            backend, roles = "reference", (student.detach(), differentiable_once(teacher))
-        else:
-            spec, options = SPECS[exchanged[0]], exchanged[1]
-            roles = teacher, student.detach()
-        other, _ = run(
-            spec, backend, options, temperature, scale, 0.0, standardize, False, ignore_index,
-            class_dim, *roles, target, token_weight, None, row_temperature, reduction,
-        )  # fmt: skip
-        return both_gradients(loss, other), separate
+        return _by_both(call)
     if spec.evaluate is not None:
-        return _by_evaluation(
-            spec, chosen, options, temperature, scale, hard, parts, ignore_index, class_dim,
-            student, target, token_weight, hard_token_weight, row_temperature, reduction,
-        )  # fmt: skip
+        return _by_evaluation(call, chosen)
     if spec.steps is not None and chosen != "reference":
-
-        def rows(
-            of: LossSpec,
-            *numbers: float,
-            scale: float = 1.0,
-            hard: float = 0.0,
-            parts: bool = False,
-            constant: bool = False,
-            index: Tensor | None = None,
-        ) -> tuple[Tensor, Tensor | None]:
-            weight, ignored = None, _checks.NO_INDEX
-            if index is None:
-                index, weight, ignored = target, hard_token_weight, ignore_index
-            elif target is not None:  # the step's own class indices, not read where it ignores
-                index = torch.where(target.long() == ignore_index, ignored, index.long())
-            return run(
-                of, backend, numbers, temperature, scale, hard, standardize, parts, ignored,
-                class_dim, student.detach() if constant else student, teacher, index,
-                None, weight, row_temperature, 0,
-            )  # fmt: skip
-
-        return _by_steps(
-            spec.steps(lambda *call, **how: rows(*call, **how)[0], *options),
-            rows, scale, hard, parts, target, ignore_index,
-            _by_row(token_weight, student, class_dim), reduction,
-        )  # fmt: skip
+        return _by_steps(call)
     if chosen != "native":  # which checks both itself
         _checks.allocated("student_logits", student)
         _checks.allocated("teacher_logits", teacher)
-        if target is not None and (spec.needs_target or hard != 0.0):
-            check_range(target, student.shape[class_dim], ignore_index)
+        if target is not None and (spec.needs_target or call.hard != 0.0):
+            check_range(target, student.shape[call.class_dim], call.ignore_index)
     if chosen == "reference":
-        own = dict(zip(spec.options, options, strict=True))
-        return _reduce.row_loss(
-            functools.partial(spec.reference, **own),
-            student,
-            teacher,
-            target,
-            _by_row(token_weight, student, class_dim),
-            _by_row(hard_token_weight, student, class_dim),
-            _by_row(row_temperature, student, class_dim),
-            temperature=temperature,
-            class_dim=class_dim,
-            scale=scale,
-            hard=hard,
-            standardize=standardize,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            needs_target=spec.needs_target,
-            parts=parts,
-        )
+        return _reduce.row_loss(call)
     if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
         target = target.to(torch.int64).contiguous()
-    if token_weight is not None or row_temperature is not None or hard_token_weight is not None:
+    of_rows = call.token_weight, call.hard_token_weight, call.row_temperature
+    if of_rows != (None, None, None):
         dtype = working_dtype(student, teacher)
-        token_weight = _by_row(token_weight, student, class_dim, dtype)
-        hard_token_weight = _by_row(hard_token_weight, student, class_dim, dtype)
-        row_temperature = _by_row(row_temperature, student, class_dim, dtype)
-    if spec.rule_numbers is not None:
-        options = spec.rule_numbers(*options)
-    numbers_of_call = [temperature, scale, hard, *options]
-    call = RowCall(
-        spec.rule, numbers_of_call, None, standardize, parts, ignore_index, class_dim, reduction
-    )
-    tensors = (student, call, teacher, target, token_weight, hard_token_weight, row_temperature)
-    if parts:
+        by_row = (call.by_row(x) for x in of_rows)
+        of_rows = tuple(None if x is None else x.to(dtype).contiguous() for x in by_row)  # type: ignore[assignment]
+    options = call.options if spec.rule_numbers is None else spec.rule_numbers(*call.options)
+    of_kernel = RowCall(
+        spec.rule, [call.temperature, call.scale, call.hard, *options], None, call.standardize,
+        call.parts, call.ignore_index, call.class_dim, call.reduction,
+    )  # fmt: skip
+    tensors = (student, of_kernel, teacher, target, *of_rows)
+    if call.parts:
         return apply_with_parts(chosen, "row", *tensors)
     return apply(chosen, "row", *tensors), None
 
 
+def _by_both(call: Checked) -> Result:
+    """With the gradient by the teacher too, of a second call in exchanged roles."""
+    teacher, student = call.teacher, call.student.detach()
+    loss, separate = run(call._replace(teacher=teacher.detach()))
+    call = call._replace(student=student, hard=0.0, parts=False, hard_token_weight=None)
+    exchanged = call.spec.exchanged(*call.options)
+    if call.spec.family == "decoupled" and call.target is not None:
+        other = _decoupled.by_teacher(lambda *rows: _reverse_kl(call.backend, *rows), call)
+    elif exchanged is None:
+        other, _ = run(call._replace(backend="reference", teacher=differentiable_once(teacher)))
+    else:
+        spec, options = SPECS[exchanged[0]], exchanged[1]
+        other, _ = run(call._replace(spec=spec, options=options, student=teacher, teacher=student))
+    return both_gradients(loss, other), separate
+
+
 def _reverse_kl(backend: str | None, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
     """Of each row of (rows, classes) that counts, at temperature 1."""
-    return run(
-        SPECS["reverse_kl"], backend, (), 1.0, 1.0, 0.0, False, False, -1, 1,
-        student, teacher, counted.long() - 1, None, None, None, 0,
-    )[0]  # fmt: skip
+    index = counted.long() - 1
+    spec = SPECS["reverse_kl"]
+    return run(Checked(spec, backend, (), student, teacher, index, ignore_index=-1))[0]
 
 
-def _by_steps(
-    values: Tensor,
-    rows: Callable[..., tuple[Tensor, Tensor | None]],
-    scale: float,
-    hard: float,
-    parts: bool,
-    target: Tensor | None,
-    ignore_index: int,
-    token_weight: Tensor | None,
-    reduction: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of rows' values that other losses gave; the cross-entropy is a call of its own."""
-    shape = values.shape
-    valid = None if target is None else target.reshape(-1).long() != ignore_index
-    soft = _reduce.weigh(values.reshape(-1), scale, token_weight, valid)
+def _by_steps(call: Checked) -> Result:
+    """The loss of rows' values that other losses give; the cross-entropy is a call of its own."""
+    assert call.spec.steps is not None
+    target = call.target
+
+    def rows(
+        of: LossSpec,
+        *numbers: float,
+        scale: float = 1.0,
+        hard: float = 0.0,
+        parts: bool = False,
+        constant: bool = False,
+        index: Tensor | None = None,
+    ) -> Result:
+        weight, ignored = None, _checks.NO_INDEX
+        if index is None:
+            index, weight, ignored = target, call.hard_token_weight, call.ignore_index
+        elif target is not None:  # the step's own class indices, not read where it ignores
+            index = torch.where(target.long() == call.ignore_index, ignored, index.long())
+        student = call.student.detach() if constant else call.student
+        return run(
+            call._replace(
+                spec=of, options=numbers, student=student, target=index, token_weight=None,
+                hard_token_weight=weight, scale=scale, hard=hard, parts=parts,
+                ignore_index=ignored, reduction=0,
+            )
+        )  # fmt: skip
+
+    values = call.spec.steps(lambda *step, **how: rows(*step, **how)[0], *call.options)
+    valid = None if target is None else target.reshape(-1).long() != call.ignore_index
+    soft = _reduce.weigh(values.reshape(-1), call.scale, call.by_row(call.token_weight), valid)
     hard_values = spread = torch.zeros_like(soft)
-    if hard != 0.0 or parts:
-        given, separate = rows(SPECS["kd"], scale=0.0, hard=hard, parts=parts, constant=hard == 0.0)
+    if call.hard != 0.0 or call.parts:
+        constant = call.hard == 0.0
+        given, separate = rows(
+            SPECS["kd"], scale=0.0, hard=call.hard, parts=call.parts, constant=constant
+        )
         hard_values = given.reshape(-1)
         if separate is not None:
             spread = separate[2].reshape(-1)
-    return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
+    return _reduce.finish(soft, hard_values, spread, valid, call)
 
 
-def _by_evaluation(
-    spec: LossSpec,
-    chosen: str,
-    options: tuple[Any, ...],
-    temperature: float,
-    scale: float,
-    hard: float,
-    parts: bool,
-    ignore_index: int,
-    class_dim: int,
-    student: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    hard_token_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    reduction: int,
-) -> tuple[Tensor, Tensor | None]:
+def _by_evaluation(call: Checked, chosen: str) -> Result:
     """The loss of a spec that evaluates its rows itself, with cross-entropies and entropies."""
+    spec, target = call.spec, call.target
     assert spec.evaluate is not None
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-    heats = _by_row(row_temperature, student, class_dim)
-    if target is not None:
-        target = target.reshape(-1).to(torch.int64).contiguous()
-    rows = _reduce.as_rows(student, class_dim).contiguous()
-    heats = None if heats is None else heats.reshape(-1)
-    weight, hard_weight = (
-        _by_row(x, student, class_dim) for x in (token_weight, hard_token_weight)
-    )
+    student = _reduce.as_rows(call.student, call.class_dim).contiguous()
+    rows = call._replace(
+        student=student, teacher=student.detach(), class_dim=1,
+        target=None if target is None else target.reshape(-1).to(torch.int64).contiguous(),
+        token_weight=call.flat(call.token_weight),
+        hard_token_weight=call.flat(call.hard_token_weight),
+        row_temperature=call.flat(call.row_temperature),
+    )  # fmt: skip
     if spec.at_once is not None and chosen == "native":
-        given = spec.at_once(
-            rows, target, temperature, heats, ignore_index, scale, hard, weight, hard_weight,
-            parts, reduction, *options,
-        )  # fmt: skip
+        given = spec.at_once(rows)
         if given is not None:
             loss, separate = given
-            return loss, None if separate is None else separate.reshape(3, *shape)
-    values, hard_values, spread, valid = spec.evaluate(
-        chosen, rows, target, temperature, heats, ignore_index, hard != 0.0, parts, None, *options
-    )
-    soft = _reduce.weigh(values, scale, weight, valid)
-    if hard != 0.0:
-        hard_values = _reduce.weigh(hard_values, hard, hard_weight, valid)
-    return _reduce.finish(soft, hard_values, spread, valid, shape, reduction, parts)
-
-
-def _by_row(
-    numbers: Tensor | None, student: Tensor, class_dim: int, dtype: torch.dtype | None = None
-) -> Tensor | None:
-    """One number for each row, also where there is one for all; contiguous, of a dtype if asked."""
-    if numbers is None:
-        return None
-    if not numbers.dim():
-        shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
-        numbers = numbers.to(student.device).expand(shape)
-    return numbers if dtype is None else numbers.to(dtype).contiguous()
+            return loss, None if separate is None else separate.reshape(3, *call.rows)
+    return _reduce.weighed(call, *spec.evaluate(rows, chosen, None))
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

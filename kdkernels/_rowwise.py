@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dtensor, _ensemble, _group, _sharded, _soft_targets, _temperature
+from ._checked import Checked
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._ensemble import TeacherLogits
@@ -73,9 +74,6 @@ class LossParts(NamedTuple):
     """Entropy in nats of the student's softened distribution of each row; 0 where it is ignored."""
 
 
-_OF_ROWS = ("target", "token_weight", "hard_token_weight", "temperature")
-
-
 def row_loss(
     spec: LossSpec,
     student: Tensor,
@@ -106,7 +104,7 @@ def row_loss(
         teacher = _ensemble.single(
             spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
         )
-    soft = _soft_targets.given(spec, target, student)
+    soft = _soft_targets.probabilities(spec, target, student)
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
         shape = ClassesAt(class_dim, student, teacher)
@@ -213,54 +211,42 @@ def row_loss(
             divisor = _checks.on_device("num_items_in_batch", items, student.device)
         else:
             scale, hard = scale / items, hard / items
-    checked = (
-        spec, backend, options, temperature, scale, hard, standardize, return_parts,
-        index, class_dim,
+    call = Checked(
+        spec, backend, options, student, teacher, target if soft is None else soft, token_weight,
+        hard_token_weight, heats, temperature, scale, hard, standardize, return_parts, index,
+        class_dim, code,
     )  # fmt: skip
-    of_rows = (target, token_weight, hard_token_weight, heats)
     parts = None
     if soft is not None:
-        loss, parts = _soft_targets.run(*checked, student, teacher, soft, *of_rows[1:], code)
+        loss, parts = _soft_targets.run(call)
     elif not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
-        if return_parts:
-            raise _checks.fail("return_parts", "False where logits are DTensors", True)
-        if learned:
-            raise _checks.fail("temperature", "a constant where logits are DTensors", "another")
-        held = {n: x for n, x in zip(spec.options, options, strict=True) if isinstance(x, Tensor)}
-
-        def local(student: Tensor, teacher: Tensor, *rows: Any) -> Tensor:
-            own = dict(zip(held, rows[len(_OF_ROWS) : -2], strict=True))
-            given = tuple(own.get(n, x) for n, x in zip(spec.options, options, strict=True))
-            call: list[Any] = [*checked[:2], given, *checked[3:], student, teacher]
-            call += [*rows[: len(_OF_ROWS)], rows[-2]]
-            return (run(*call) if rows[-1] is None else _sharded.run(rows[-1], *call))[0]
-
-        loss = _dtensor.row_loss(
-            local,
-            student,
-            teacher,
-            {**dict(zip(_OF_ROWS, of_rows, strict=True)), **held},
-            class_dim=class_dim,
-            ignore_index=index,
-            reduction=code,
-            of_shards=_sharded.why_not(spec, options, standardize, teacher) is None,
-        )
+        loss = _of_dtensors(call, learned)
     elif tp_group is not None and tp_group.size() > 1:
-        loss, parts = _sharded.run(tp_group, *checked, student, teacher, *of_rows, code)
+        loss, parts = _sharded.run(tp_group, call)
     else:
-        loss, parts = run(*checked, student, teacher, *of_rows, code)
+        loss, parts = run(call)
         if learned:
-            loss = _temperature.with_gradient(
-                asked, loss, given_heats, student, teacher, target, token_weight,
-                scale=scale, standardize=standardize, ignore_index=index,
-                class_dim=class_dim, reduction=code,
-            )  # fmt: skip
+            loss = _temperature.with_gradient(asked, loss, given_heats, call)
     result: Any = _weigh(loss, factor, divisor)
     if parts is not None:
         values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
         values = _weigh(values, None if factor is None else factor.detach(), divisor)
         result = result, LossParts(values[0], values[1], parts[2])
     return over_ranks(result, process_group, student, class_dim, mask, index)
+
+
+def _of_dtensors(call: Checked, learned: bool) -> Tensor:
+    """The loss of DTensors: of their local tensors, by ranks that have the rows or the classes."""
+    if call.parts:
+        raise _checks.fail("return_parts", "False where logits are DTensors", True)
+    if learned:
+        raise _checks.fail("temperature", "a constant where logits are DTensors", "another")
+    why = _sharded.why_not(call.spec, call.options, call.standardize, call.teacher)
+
+    def local(call: Checked, group: Any) -> Tensor:
+        return (run(call) if group is None else _sharded.run(group, call))[0]
+
+    return _dtensor.row_loss(local, call, of_shards=why is None)
 
 
 def _of_classifiers(spec: LossSpec, keyword: str) -> None:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks, _group, _topk
 from ._calls import NO_ID, TopKCall
+from ._checked import Checked
 from ._dispatch import choose
 from ._dtypes import working_dtype
 from ._rowrun import check_range, run as run_alone
@@ -31,27 +32,22 @@ from .reference._rows import masked_log_softmax, top, weighted
 from .reference.hard import cross_entropy, entropy
 from .registry import SPECS, LossSpec
 
-_SETTINGS = (1.0, 1.0, 0.0, False, False, _checks.NO_INDEX, 1)
-"""Of rows that are softened and counted already: as ``_rowrun.run`` takes them."""
-
 
 class Rows:
     """The rows of one call: this rank's classes, and what the ranks tell each other of theirs."""
 
-    def __init__(
-        self, shards: Shards, backend: str | None, temperature: float, ignored: int,
-        student: Tensor, teacher: Tensor, target: Tensor | None, heats: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.shards, self.backend = shards, backend
-        self.temperature, self.ignored = temperature, ignored
+    def __init__(self, shards: Shards, call: Checked) -> None:
+        self.shards, self.backend, self.temperature = shards, call.backend, call.temperature
+        student, teacher, self.target = call.student, call.teacher, call.target
         self.dtype, self.count = working_dtype(student, teacher), student.shape[0]
-        self.student, self.teacher, self.target = student, teacher, target
+        self.student, self.teacher = student, teacher
         if not student.shape[1]:  # a class that both exclude, because the kernels want one
             none = student.new_full((self.count, 1), -torch.inf)
             self.student = torch.cat([student, none], -1)
             self.teacher = torch.cat([teacher, none.to(teacher.dtype)], -1)
+        heats = call.row_temperature
         self.heats = None if heats is None else heats.to(student.device, torch.float64).contiguous()
-        self.valid = None if target is None else target != ignored
+        self.valid = None if self.target is None else self.target != call.ignore_index
 
     def mask(self, valid: Tensor | None) -> tuple[Tensor | None, int]:
         """Class indices that are but a mask."""
@@ -94,8 +90,7 @@ class Rows:
             index = torch.full((self.count,), target, device=student.device)
         if self.valid is not None:
             index = torch.where(self.valid, 0 if index is None else index, _checks.NO_INDEX)
-        tensors = student, teacher, index, None, None, None
-        return run_alone(spec, self.backend, options, *_SETTINGS, *tensors, 0)[0]
+        return run_alone(Checked(spec, self.backend, options, student, teacher, index))[0]
 
     def divergence(self, spec: LossSpec, *options: Any) -> Tensor:
         if spec.name in BY_CHAIN:
@@ -112,9 +107,11 @@ class Rows:
         target, ignored = self.mask(alive)
         heat = self.temperature if self.heats is None else 1.0
         heats = None if self.heats is None else self.heats.to(self.dtype)
-        settings = heat, 1.0, 0.0, False, False, ignored, 1
-        tensors = self.student, self.teacher, target, None, None, heats
-        own = run_alone(spec, self.backend, options, *settings, *tensors, 0)[0].double()
+        call = Checked(
+            spec, self.backend, options, self.student, self.teacher, target, temperature=heat,
+            row_temperature=heats, ignore_index=ignored,
+        )  # fmt: skip
+        own = run_alone(call)[0].double()
         told = self.shards.tell(torch.cat([both, own[None]]))
         student, teacher, inner = (told[:, i].T.contiguous() for i in range(3))
         teacher = teacher.detach()

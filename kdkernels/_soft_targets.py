@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from . import _checks, _reduce
+from ._checked import Checked
 from ._dispatch import choose
 from ._dtensor import any_sharded
 from ._ops import once
-from ._rowrun import run as run_hard
+from ._rowrun import Result, run as run_hard
 from ._tracing import readable, traced, transformed
 from .reference._rows import logsumexp, rescale, top, weighted
 from .reference.aekt import weight_of_ratio
@@ -37,7 +38,7 @@ from .registry import SPECS, LossSpec
 _NONE, _SUM = _checks.REDUCTIONS["none"], _checks.REDUCTIONS["sum"]
 
 
-def given(spec: LossSpec, target: Any, student: Any) -> Tensor | None:
+def probabilities(spec: LossSpec, target: Any, student: Any) -> Tensor | None:
     """The targets, where they are probabilities and no class indices."""
     if spec.family != "decoupled" or not isinstance(target, Tensor):
         return None
@@ -82,44 +83,28 @@ def check_form(value: Any, student: Tensor, teacher: Tensor) -> None:
     _checks.allocated(name, value)
 
 
-def run(
-    spec: LossSpec,
-    backend: str | None,
-    options: tuple[Any, ...],
-    temperature: float,
-    scale: float,
-    hard: float,
-    standardize: bool,
-    parts: bool,
-    ignore_index: int,
-    class_dim: int,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    hard_token_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    reduction: int,
-) -> tuple[Tensor, Tensor | None]:
+def run(given: Checked) -> Result:
     """As ``_rowrun.run``, of probabilities in the logits' shape; no row is ignored."""
-    shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    assert given.target is not None  # the caller's affair
+    spec, shape, hard, parts = given.spec, given.rows, given.hard, given.parts
     # The gradients of up to four calls are summed, of which half precision would keep too little.
-    student, teacher = _reduce.promote(student, teacher)
-    dtype = student.dtype
-    weights = _reduce.as_rows(target, class_dim).to(dtype)
+    student, teacher = _reduce.promote(given.student, given.teacher)
+    dtype, reduction = student.dtype, given.reduction
+    weights = _reduce.as_rows(given.target, given.class_dim).to(dtype)
     code = _NONE if reduction == _NONE or parts else _SUM
+    scale = given.scale
     if code == _SUM and reduction != _SUM:
         rows = max(weights.shape[0], 1)
         scale, hard = scale / rows, hard / rows if hard != 0.0 else 0.0  # no guard on the rows
     token_weight, hard_token_weight = (
-        None if x is None else x.to(student.device, dtype).expand(shape).reshape(-1)
-        for x in (token_weight, hard_token_weight)
+        None if x is None else x.to(student.device, dtype)
+        for x in (given.flat(given.token_weight), given.flat(given.hard_token_weight))
     )
 
     def call(
         of: LossSpec, numbers: tuple[Any, ...], factor: Tensor, scale: float, hard: float,
         index: Tensor | int = 0, parts: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> Result:  # fmt: skip
         """Rows of another loss of class indices, which ignore the rows whose factor is 0."""
         index = torch.where(factor == 0, -1, index).reshape(shape)
         by_row = factor if token_weight is None else factor * token_weight
@@ -128,8 +113,11 @@ def run(
             hard_by_row = factor if hard_token_weight is None else factor * hard_token_weight
             hard_by_row = hard_by_row.reshape(shape)
         return run_hard(
-            of, backend, numbers, temperature, scale, hard, standardize, parts, -1, class_dim,
-            student, teacher, index, by_row.reshape(shape), hard_by_row, row_temperature, code,
+            given._replace(
+                spec=of, options=numbers, student=student, teacher=teacher, target=index,
+                token_weight=by_row.reshape(shape), hard_token_weight=hard_by_row, scale=scale,
+                hard=hard, parts=parts, ignore_index=-1, reduction=code,
+            )
         )  # fmt: skip
 
     def of_rows(values: Tensor, factor: float, weight: Tensor | None) -> Tensor:
@@ -137,23 +125,25 @@ def run(
         return values.reshape(shape) if code == _NONE else values.sum()
 
     soft = tail = student.new_zeros(shape if code == _NONE else (), dtype=dtype)
-    apart, others = _apart(weights, student, teacher, class_dim)
+    apart, others = _apart(weights, student, teacher, given.class_dim)
     for index, factor in apart:
-        soft = soft + call(spec, options, factor, scale, 0.0 if parts else hard, index)[0]
+        soft = soft + call(spec, given.options, factor, scale, 0.0 if parts else hard, index)[0]
         if parts and hard != 0.0:
             tail = tail + call(SPECS["kd"], (), factor, 0.0, hard, index)[0]
     watched = traced(student, teacher) or transformed()
     if watched or not others.is_cpu or bool(others.any()):
         some = (others != 0).any(-1, keepdim=True)  # rows without others are not looked at
-        s, t = (torch.where(some, _reduce.as_rows(x, class_dim), 0.0) for x in (student, teacher))
-        heat: Any = temperature
-        if row_temperature is not None:
-            heat = row_temperature.to(student.device, dtype).expand(shape).reshape(-1, 1)
-        named = dict(zip(spec.options, options, strict=True))
+        s, t = (_reduce.as_rows(x, given.class_dim) for x in (student, teacher))
+        s, t = (torch.where(some, x, 0.0) for x in (s, t))
+        heats = given.flat(given.row_temperature)
+        heat: Any = given.temperature
+        if heats is not None:
+            heat = heats.to(student.device, dtype).unsqueeze(1)
+        named = given.named
         pair = s, t
-        if standardize:
+        if given.standardize:
             pair, heat = rescale(s, t, heat, True), 1.0
-        written = not watched and choose(spec, student, backend) != "reference"
+        written = not watched and choose(spec, student, given.backend) != "reference"
         explicit, shares = (_written if written else _plain)(*pair, others, heat, named)
         soft = soft + of_rows(explicit.to(dtype), scale, token_weight)
         shares = (shares * named["beta"]).to(dtype)
@@ -168,7 +158,7 @@ def run(
     _, separate = call(SPECS["kd"], (), ones, 0.0, 0.0, parts=True)
     assert separate is not None
     soft, tail, spread = (x.reshape(-1) for x in (soft, tail, separate[2]))
-    return _reduce.finish(soft, tail, spread, None, shape, reduction, True)
+    return _reduce.finish(soft, tail, spread, None, given)
 
 
 def _apart(

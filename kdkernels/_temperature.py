@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from ._autograd import save, saved
+from ._checked import Checked
 from ._ops import once
 from ._reduce import as_rows, promote
 from ._tracing import plain, transformed
@@ -89,38 +90,24 @@ class _WithGradient(torch.autograd.Function):
 _with_gradient: Callable[..., Tensor] = _WithGradient.apply  # typed: torch leaves it untyped
 
 
-def with_gradient(
-    spec: LossSpec,
-    loss: Tensor,
-    temperature: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    token_weight: Tensor | None,
-    *,
-    scale: float,
-    standardize: bool,
-    ignore_index: int,
-    class_dim: int,
-    reduction: int,
-) -> Tensor:
-    """``loss`` with the gradient by ``temperature`` beside that by the student.
+def with_gradient(spec: LossSpec, loss: Tensor, temperature: Tensor, call: Checked) -> Tensor:
+    """``loss`` of the call with the gradient by ``temperature`` beside that by the student.
 
-    ``token_weight`` has T^2 in it, which the formula has too.
+    The call's weights have T^2 in them, which the formula of ``spec`` has too.
     """
     with torch.no_grad():
-        s, t = (as_rows(x, class_dim) for x in promote(student.detach(), teacher))
+        s, t = (as_rows(x, call.class_dim) for x in promote(call.student.detach(), call.teacher))
         heats = temperature.detach().to(s)
-        factor = torch.full((s.shape[0],), 1.0, dtype=s.dtype, device=s.device) * scale
-        if token_weight is not None:
-            factor = factor * (token_weight.to(s) / (heats * heats)).reshape(-1)
-        if target is not None:
-            valid = target.reshape(-1) != ignore_index
+        factor = torch.full((s.shape[0],), 1.0, dtype=s.dtype, device=s.device) * call.scale
+        if call.token_weight is not None:
+            factor = factor * (call.token_weight.to(s) / (heats * heats)).reshape(-1)
+        if call.target is not None:
+            valid = call.target.reshape(-1) != call.ignore_index
             factor = torch.where(valid, factor, 0.0)
             s, t = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (s, t))
             count: Any = valid.sum().clamp(min=1)
         else:
             count = max(s.shape[0], 1)
-        if reduction == 1:
+        if call.reduction == 1:
             factor = factor / count
-    return _with_gradient(loss, temperature, s, t, factor, spec, standardize)
+    return _with_gradient(loss, temperature, s, t, factor, spec, call.standardize)

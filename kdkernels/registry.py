@@ -45,12 +45,12 @@ class LossSpec:
     called as the loss is, and ``rule_numbers`` makes the rule's numbers of the options.
     ``steps`` makes each row's value of those of other losses, which its first argument evaluates,
     where no rule alone gives it; ``evaluate`` gives the values, cross-entropies, entropies and the
-    mask of rows on a backend, where the teacher is no logits, of shards of the classes too, and
-    ``at_once`` the reduced loss by compiled kernels that compute the gradient in the forward pass,
-    or None where they cannot. ``by_temperature`` gives each row's derivative by its temperature,
-    for those who learn it. ``exchanged`` gives, of the options, the name and options of the loss
-    that this is with teacher and student in exchanged roles: its kernels make the teacher's
-    gradient, which is autograd's of the reference where there is none.
+    mask of rows (``_checked.Checked``) on a backend, where the teacher is no logits, of shards of
+    the classes too, and ``at_once`` the reduced loss by compiled kernels that compute the gradient
+    in the forward pass, or None where they cannot. ``by_temperature`` gives each row's derivative
+    by its temperature, for those who learn it. ``exchanged`` gives, of the options, the name and
+    options of the loss that this is with teacher and student in exchanged roles: its kernels make
+    the teacher's gradient, which is autograd's of the reference where there is none.
     ``constant_weight`` names the option that, at 0, switches off a weight which is computed from
     the student and counts as a constant, so that the gradient is not the derivative of the value
     (empty: there is none); ``perturb`` how ``tests/test_arguments.py`` changes the options that are

@@ -519,7 +519,7 @@ _of(
     ("mean_over_ignored", "count = «valid.sum().clamp(min=1)» if", "values.shape[0]"),
     ("ignored_rows_read",
      "student = «torch.where(valid.unsqueeze(-1), student, torch.zeros_like(student))»", "student"),
-    ("sum_as_mean", "if reduction == «1»:", "2"),
+    ("sum_as_mean", "if call.reduction == «1»:", "2"),
 )  # fmt: skip
 _of(
     "kdkernels", "_rowwise.py", "test_golden.py test_laws.py", "kd and (native or reference)",
@@ -603,8 +603,9 @@ _of(
 _of(
     "kdkernels", "_dtensor.py", "test_dtensor.py", "sharded",
     ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
-    ("row_dim", "Shard(p.dim «- (p.dim > class_dim)»)", ""),
-    ("classes_gathered", "over = «_classes_over(given, class_dim) if of_shards else None»", "None"),
+    ("row_dim", "Shard(p.dim «- (p.dim > call.class_dim)»)", ""),
+    ("classes_gathered", "over = «_classes_over(given, call.class_dim) if of_shards else None»",
+     "None"),
 )  # fmt: skip
 _of(
     "kdkernels", "_group.py", "test_group.py", "every",
@@ -635,7 +636,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels", "_sharded.py", "test_sharded_classes.py", "every",
-    ("teacher_hard", "settings = (temperature, scale, «0.0», False, False", "hard"),
+    ("teacher_hard", "hard=«0.0», parts=False,\n        )", "call.hard"),
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_sharded.py", "test_sharded_head.py", "output",
@@ -815,10 +816,10 @@ _of(
 _of(
     "kdkernels", "_rowrun.py", "test_sampled.py test_language_models.py test_hard_weight.py",
     "sampled or ignored or keywords or acceptance",
-    ("id_is_ignored", "weight, ignored = None, «_checks.NO_INDEX»", "ignore_index"),
-    ("ignored_ids_read", "torch.where(«target.long() == ignore_index», ignored, index.long())",
+    ("id_is_ignored", "weight, ignored = None, «_checks.NO_INDEX»", "call.ignore_index"),
+    ("ignored_ids_read", "torch.where(«target.long() == call.ignore_index», ignored,",
      "target.long() != target.long()"),
-    ("hard_unweighted", "index, weight, ignored = target, «hard_token_weight», ignore_index",
+    ("hard_unweighted", "index, weight, ignored = target, «call.hard_token_weight», call.",
      "None"),
     ("entropy_lost", "            spread = separate[2].reshape(-1)\n", "            pass\n"),
 )  # fmt: skip
@@ -912,10 +913,11 @@ _of(
 
 _of(
     "kdkernels", "_rowrun.py", "test_teacher_grad.py", "native and roles",
-    ("roles_kept", "roles = «teacher, student.detach()»\n", "student, teacher.detach()"),
-    ("hard_of_the_teacher", "temperature, scale, «0.0», standardize", "hard",
+    ("roles_kept", "options=options, «student=teacher, teacher=student»))",
+     "student=student, teacher=teacher"),
+    ("hard_of_the_teacher", "student=student, hard=«0.0», parts=False", "call.hard",
      "test_teacher_grad.py", "native and keywords"),
-    ("twice_silently", "(student.detach(), «differentiable_once(teacher)»)", "teacher",
+    ("twice_silently", "teacher=«differentiable_once(teacher)»))", "teacher",
      "test_teacher_grad_surroundings.py", "names_no_exchanged"),
 )  # fmt: skip
 _of(
@@ -941,11 +943,10 @@ _of(
 _of(
     "kdkernels", "_decoupled.py", "test_teacher_grad.py", "native and (dkd or aekt)",
     ("target_stays", "[x.scatter(1, index, «-torch.inf») for x in (s, t)]", "0.0"),
-    ("weight_lost", "explicit = weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, kappa,"
-     " ratio_max)»)", "1.0"),
+    ("weight_lost", "weighted(explicit, «weight_of_ratio(log_p, log_p - log_q, *ratio)»)", "1.0"),
     ("nothing_else", "implicit = reverse_kl(others[1], others[0], «valid & some»)", "valid",
      "test_teacher_grad.py", "excluded"),
-    ("one_temperature", "rescale(s, t, «temperature», standardize)", "1.0"),
+    ("one_temperature", "rescale(s, t, «temperature», call.standardize)", "1.0"),
 )  # fmt: skip
 _of(
     "kdkernels/losses", "acceptance.py", "test_teacher_grad.py", "native and acceptance",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _group, _reduce, _topk
 from .._calls import TopKCall
+from .._checked import Checked
 from .._dtypes import working_dtype
 from .._head import Head
 from .._rowrun import check_range
@@ -147,29 +148,27 @@ def _chunk(
     how: Split, call: LinearCall, student: Tensor, teacher: list[Tensor], target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences, cross-entropies and entropies of a chunk's rows, which all count."""
-    temperature, hard = call.numbers[0], call.numbers[2] != 0.0
-    if not call.kind.startswith("topk"):
-        return evaluate(
-            how.shards, how.spec, how.backend, how.options, temperature, student, teacher[0],
-            target, None, call.ignore_index, hard, call.parts,
-        )[:3]  # fmt: skip
-    buckets, ids, *own_weight = teacher
-    rows = ShardRows(
-        how.shards, how.backend, temperature, call.ignore_index, student, student.detach(),
-        target, None,
+    temperature, _, hard = call.numbers[:3]
+    rows = Checked(
+        how.spec, how.backend, how.options, student, student.detach(), target, hard=hard,
+        temperature=temperature, parts=call.parts, ignore_index=call.ignore_index,
     )  # fmt: skip
+    if not call.kind.startswith("topk"):
+        return evaluate(how.shards, rows._replace(teacher=teacher[0]))[:3]
+    buckets, ids, *own_weight = teacher
+    of_shards = ShardRows(how.shards, rows)
     wide = buckets.dtype == torch.float64
     of_ids = TopKCall(
         [temperature], None, wide, call.kind == "topk", False, False, call.ignore_index
     )
-    small = rows.small(ids, None, of_ids, None)
-    values = rows.run(how.spec, how.options, small, buckets, 0)
+    small = of_shards.small(ids, None, of_ids, None)
+    values = of_shards.run(how.spec, how.options, small, buckets, 0)
     for factor in own_weight:
         values = _reduce.weigh(values, 1.0, factor, None)
     hard_values = spread = torch.zeros_like(values)
-    if hard:
+    if hard != 0.0:
         assert target is not None  # checked before
-        hard_values = rows.cross_entropy(target).to(values.dtype)
+        hard_values = of_shards.cross_entropy(target).to(values.dtype)
     if call.parts:
-        spread = rows.entropy().to(values.dtype)
+        spread = of_shards.entropy().to(values.dtype)
     return values, hard_values, spread

@@ -9,9 +9,10 @@ from torch import Generator, Tensor
 
 from .. import _checks, _topk
 from .._calls import NO_ID, RowCall, TopKCall, TopKLossCall
+from .._checked import Checked
 from .._dtensor import any_sharded
 from .._dtypes import INTEGERS, working_dtype
-from .._rowrun import run
+from .._rowrun import Result, run
 from .._rowwise import CommonOptions, row_loss
 from .._tracing import readable
 from ..reference.topk import rows as reference
@@ -178,37 +179,25 @@ def buckets(
 
 
 def _evaluate(
-    backend: str,
-    student: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    heats: Tensor | None,
-    ignore_index: int,
-    hard: bool,
-    parts: bool,
-    shards: Rows | None,
-    divergence: str,
-    beta: float,
-    tail: str,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_rest: Tensor | None,
-    masses: list[TopKMass] | None,
+    given: Checked, backend: str, shards: Rows | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' divergences, cross-entropies, entropies, and which of them count; of shards of the
     classes neither of the second and third, which are not the ids' affair."""
+    divergence, beta, tail, ids, logprobs, log_rest, masses = given.options
+    student, hard = given.student, given.hard != 0.0
     dtype = working_dtype(student, logprobs)
     marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
-    target, ignore_index, valid = _counted(valid, target, ignore_index)
+    target, ignore_index, valid = _counted(valid, given.target, given.ignore_index)
     if (backend != "native" or shards is not None) and readable(student, ids):
         classes = student.shape[1] if shards is None else shards.shards.classes
         _topk.check_ids(marked, valid, classes)
         if hard:
             _checks.target_range(target, student.shape[1], ignore_index)
     call = TopKCall(
-        [temperature], None, dtype == torch.float64, tail != "renormalize" or masses is not None,
-        hard, parts, ignore_index,
+        [given.temperature], None, dtype == torch.float64,
+        tail != "renormalize" or masses is not None, hard, given.parts, ignore_index,
     )  # fmt: skip
+    heats = given.row_temperature
     heats = None if heats is None else heats.to(dtype).contiguous()
     if shards is None:
         small, numbers = _topk.differentiable(backend, student, marked, target, heats, call)
@@ -230,44 +219,28 @@ def _evaluate(
     return values, hard_values, numbers[_topk.ENTROPY].detach(), valid
 
 
-def _at_once(
-    student: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    heats: Tensor | None,
-    ignore_index: int,
-    scale: float,
-    hard: float,
-    weight: Tensor | None,
-    hard_weight: Tensor | None,
-    parts: bool,
-    reduction: int,
-    divergence: str,
-    beta: float,
-    tail: str,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_rest: Tensor | None,
-    masses: list[TopKMass] | None,
-) -> tuple[Tensor, Tensor | None] | None:
+def _at_once(given: Checked) -> Result | None:
     """The reduced loss, by kernels that compute the gradient in the forward pass."""
+    divergence, beta, tail, ids, logprobs, log_rest, masses = given.options
+    student, hard, parts, reduction = given.student, given.hard, given.parts, given.reduction
     if tail == "drop" or masses is not None or not _topk.at_once(student, ids, reduction):
         return None
     dtype = working_dtype(student, logprobs)
     marked, p, valid, _ = buckets(ids, logprobs, log_rest, tail, dtype)
-    target, ignore_index, _ = _counted(valid, target, ignore_index)
+    target, ignore_index, _ = _counted(valid, given.target, given.ignore_index)
     spec, numbers, _ = DENSE[divergence].at((beta,) if divergence == "jsd" else ())
     if spec.rule_numbers is not None:
         numbers = spec.rule_numbers(*numbers)
     rows = TopKCall(
-        [temperature], None, dtype == torch.float64, tail != "renormalize", hard != 0.0, parts,
-        ignore_index,
+        [given.temperature], None, dtype == torch.float64, tail != "renormalize", hard != 0.0,
+        parts, ignore_index,
     )  # fmt: skip
     dense = RowCall(
-        spec.rule, [1.0, scale, hard, *numbers], None, False, parts, ignore_index, 1, reduction
-    )
-    call = TopKLossCall(rows, dense, reduction)
-    return _topk.loss_at_once(student, marked, p, (target, weight, hard_weight, heats), call)
+        spec.rule, [1.0, given.scale, hard, *numbers], None, False, parts, ignore_index, 1,
+        reduction,
+    )  # fmt: skip
+    of_rows = target, given.token_weight, given.hard_token_weight, given.row_temperature
+    return _topk.loss_at_once(student, marked, p, of_rows, TopKLossCall(rows, dense, reduction))
 
 
 def _counted(valid: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int, Tensor]:
@@ -291,9 +264,8 @@ def _dense(
     """The rows' values of the dense loss."""
     spec = DENSE[divergence]
     spec, numbers, _ = spec.at((beta,) if spec is JSD else ())
-    rows = (target, None, None, None)
-    settings = (1.0, 1.0, 0.0, False, False, ignore_index, 1)
-    return run(spec, backend, numbers, *settings, student, teacher, *rows, 0)[0]
+    call = Checked(spec, backend, numbers, student, teacher, target, ignore_index=ignore_index)
+    return run(call)[0]
 
 
 class TopKKDLoss(SparseLoss):
