@@ -40,13 +40,13 @@ install: $(VENV)/.installed  ## create the environment and build the package int
 
 demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; three minutes, no GPU
 	$(PY) examples/distill.py --teachers weak medium strong --methods ce kd dist iekd@medium \
-	  --seeds 0 1 2 --threads 2 --output runs/demo $(DEMO_ARGS)
+	  --seeds 0 1 2 --jobs 2 --output runs/demo $(DEMO_ARGS)
 
 demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three minutes, no GPU, no download
 	$(PY) examples/distill_lm.py --threads 2 --output runs/demo-lm $(DEMO_ARGS)
 
 reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, an hour
-	$(PY) examples/reproduce.py --dataset fashion-mnist --results examples/results $(DEMO_ARGS)
+	$(PY) examples/reproduce.py --dataset fashion-mnist --jobs 2 --results examples/results $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## run the tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -rfEs --benchmark-disable tests $(PYTEST_ARGS)

@@ -17,6 +17,7 @@ losses are called in terms.py, one line each.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ try:
     import models
     import recipes
     import report
+    import side_by_side
     from arguments import checked
     from setups import SETUPS
     from world import World
@@ -95,6 +97,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads; 0: as many as torch takes; default: 1 or 2 for small networks",
     )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="networks trained at once, each by a process with one CPU thread: for small networks",
+    )
     add("--output", type=Path, default=Path("runs/distill"), metavar="DIR")
     add("--teacher-folder", type=Path, metavar="DIR", help="of teachers that several runs share")
     add("--fresh", action="store_true", help="delete --output's checkpoints and start over")
@@ -123,6 +132,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(setup, name))
     args.teacher_threads = setup.teacher_threads if args.threads is None else args.threads
     args.threads = setup.threads if args.threads is None else args.threads
+    if args.jobs < 1:
+        reader.error(f"--jobs must be at least 1, got {args.jobs}")
+    if args.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        reader.error("--jobs must be 1 under torchrun, whose processes train one network together")
     args.methods = list(args.methods or setup.methods)
     args.seeds = list(args.seeds or setup.seeds)
     args.splits = args.splits or ["same"]
@@ -151,8 +164,7 @@ def run(args: argparse.Namespace, world: World) -> list[report.Results]:
             f"{loaders.GET_FASHION}\n",
             flush=True,
         )
-    data = loaders.load(args.dataset, args.data_root)
-    data = (data.validation() if args.validate else data).to(world.device)
+    data = side_by_side.load(args).to(world.device)
     if args.fresh and world.main:
         shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
     world.barrier()

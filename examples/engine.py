@@ -103,8 +103,13 @@ class Distiller(nn.Module):
             self.extra.prepare(job.teacher, job.data, job.batch, job.seed, job.options)
 
 
-def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> History:
-    """Train ``job.model`` in place, or finish what an earlier call left under ``folder``."""
+def fit(
+    job: Job, world: World, folder: Path, *, save_every: int = 10, quiet: bool = False
+) -> History:
+    """Train ``job.model`` in place, or finish what an earlier call left under ``folder``.
+
+    ``quiet``: without a progress bar.
+    """
     device, path = world.device, folder / f"{job.name.replace(':', '-')}.pt"
     job.model.to(device)
     distiller = Distiller(job).to(device)
@@ -134,7 +139,7 @@ def fit(job: Job, world: World, folder: Path, *, save_every: int = 10) -> Histor
         initial=start * steps,
         desc=job.name,
         unit="step",
-        disable=None if world.main else True,  # None: where the output is no terminal
+        disable=None if world.main and not quiet else True,  # None: where the output is no terminal
         leave=False,
         dynamic_ncols=True,
         mininterval=0.5,

@@ -25,6 +25,7 @@ from trainer import (
     distill,
     engine,
     learned,
+    plan,
     recipes,
     run,
     teacher,
@@ -206,6 +207,7 @@ def test_option_changes_a_weight(tmp_path: Path) -> None:
         ("--methods kd@medium", "the teacher of kd@medium must be one of --teachers weak"),
         ("--teachers huge", "--teachers of digits must be weak, medium, strong, got huge"),
         ("--splits half", "--splits of digits must be same, overlap, disjoint, got half"),
+        ("--jobs 0", "--jobs must be at least 1, got 0"),
         ("--student 4", "size must be WIDTHxBLOCKS, such as 16x2, got 4"),
     ],
 )
@@ -229,6 +231,32 @@ def test_several_teachers(tmp_path: Path) -> None:
         *("teacher-weak.pt", "teacher-medium.pt", "student-kd-medium-seed0.pt"),
         *("student-dist-weak-seed0.pt", "student-dist-medium-seed0.pt"),
     }
+
+
+def test_networks_side_by_side(tmp_path: Path) -> None:
+    """What several processes train is the same to the bit, and each network is told once."""
+    arguments = [
+        "--seeds",
+        "0",
+        "1",
+        "--teachers",
+        "weak",
+        "medium",
+        "--splits",
+        "same",
+        "disjoint",
+    ]
+    arguments += ["--methods", "ce", "kd@medium", "refilled@weak", "--no-times", "--threads", "1"]
+    alone = run(tmp_path / "alone", *arguments)
+    command = [sys.executable, str(EXAMPLES / "distill.py"), *TINY, *arguments, "--jobs", "2"]
+    command += ["--output", str(tmp_path / "jobs")]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    together = json.loads((tmp_path / "jobs" / "results.json").read_text())
+    assert learned(together) == learned(alone)
+    networks = [line for line in shown.stdout.splitlines() if line.startswith("[")]
+    assert len(networks) == (2 + 6) + (1 + 4)
+    assert [line.split("]")[0] for line in networks[:2]] == ["[1/8", "[2/8"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed part")
@@ -270,7 +298,7 @@ def _replica(rank: int, port: int, folder: str) -> None:
     world = World.join("cpu")
     args = distill.parse([*TINY, "--output", folder])
     method = recipes.Method.parse("dkd")
-    job = compare.student_job(args, world, digits(), "same", method, 0, teacher(), "weak")
+    job = plan.student_job(args, world, digits(), "same", method, 0, teacher(), "weak")
     before = [p.detach().clone() for p in job.model.parameters()]
     engine.fit(job, world, Path(folder))
     for parameter, start in zip(job.model.parameters(), before, strict=True):

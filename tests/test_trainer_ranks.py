@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from ranks import needs_processes, run_on_ranks
 from torch import nn
-from trainer import EXAMPLES, TINY, compare, digits, distill, engine, models, recipes
+from trainer import EXAMPLES, TINY, digits, distill, engine, models, plan, recipes
 
 for needed in ("tokenizers", "matplotlib", "tqdm"):
     pytest.importorskip(needed, reason=f"{needed}: pip install -e '.[examples]'")
@@ -119,7 +119,7 @@ def _image_job(world: World, *extra: str) -> engine.Job:
     data = replace(digits(), shift=0, flip=False)
     teacher = models.build("8x1", data, seed=5).double().requires_grad_(False)
     method = recipes.Method.parse("dist")
-    job = compare.student_job(args, world, data, "same", method, 0, teacher, "weak")
+    job = plan.student_job(args, world, data, "same", method, 0, teacher, "weak")
     _without_batches(job.model)
     job.model.double()
     images = {name: getattr(job.data, name).double() for name in ("images", "test_images")}

@@ -23,6 +23,7 @@ try:
     import extras as extras
     import loaders as loaders
     import models as models
+    import plan as plan
     import recipes as recipes
     import reproduce as reproduce
     import setups as setups
@@ -68,4 +69,4 @@ def teacher(size: str = "8x1") -> models.ResNet:
 def tiny_job(folder: Path, method: str, *extra: str) -> engine.Job:
     args = distill.parse([*TINY, "--output", str(folder), *extra])
     one = recipes.Method.parse(method)
-    return compare.student_job(args, World.join("cpu"), digits(), "same", one, 0, teacher(), "weak")
+    return plan.student_job(args, World.join("cpu"), digits(), "same", one, 0, teacher(), "weak")
