@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,11 +28,19 @@ class Call(NamedTuple):
     spec: LossSpec
     backend: str | None
 
+    @property
+    def samples(self) -> tuple[Mapping[str, Any], ...]:
+        """Of the loss's options; the first where kernels are interpreted."""
+        slow = self.backend == "triton" and not torch.cuda.is_available()
+        return self.spec.samples[:1] if slow else self.spec.samples
+
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         return self.spec.function(*tensors, backend=self.backend, **options)
 
 
-def calls(specs: Iterable[LossSpec] = EVERY, *, interpreted: bool = True) -> pytest.MarkDecorator:
+def calls(
+    specs: Iterable[LossSpec] = EVERY, *, interpreted: bool = True, reference: bool = True
+) -> pytest.MarkDecorator:
     """Parametrise ``call`` over losses, each on every backend of its own and on none by name.
 
     As in ``every.py``, one loss of logits of each family is interpreted.
@@ -42,6 +50,8 @@ def calls(specs: Iterable[LossSpec] = EVERY, *, interpreted: bool = True) -> pyt
         for backend in (None, *spec.backends):
             another_stands_for_it = spec in LOSSES and spec not in ONE_A_FAMILY
             if backend == "triton" and (another_stands_for_it or not interpreted):
+                continue
+            if backend == "reference" and not reference:
                 continue
             reasons = _dispatch.why_not(spec, backend, torch.empty(0)) if backend else []
             marks = [pytest.mark.skip(reason="; ".join(reasons))] if reasons else []

@@ -11,6 +11,7 @@ from cases import (
     LOSSES,
     ROW_LOSSES,
     Case,
+    alone_if_interpreted,
     at_temperature,
     each,
     each_emulated,
@@ -195,6 +196,7 @@ def test_the_mean_of_many_columns(case: Case) -> None:
     [s for s in LOSSES if s.takes_target],
     dtype={dtype_id(d): d for d in sorted(_checks.INTEGERS, key=str)},
     shared=("dtype",),
+    keep=alone_if_interpreted,
 )
 def test_targets_of_any_integer_type(case: Case, dtype: torch.dtype) -> None:
     """A narrow type wraps neither the classes nor the index that is ignored."""

@@ -124,19 +124,21 @@ SAMPLE_FAMILIES = ("gaussian", "peaked", "disagreeing", "mask_target", "mask_tar
 
 
 def _samples_here(case: Case, sample: int, family: str) -> bool:
-    """Where the loss is finite; interpreted, one family besides the ordinary one, in turn.
+    """Where the loss is finite; interpreted, one family each in turn, from the ordinary one.
 
     An option that is 0 is a weight or an exponent, which must not make NaN of what is infinite in
     a class that is excluded: it meets the masks everywhere.
     """
-    if family in TEACHER_LACKS:
-        most = case.spec.domains.get("beta", (0.0, None))[1]
-        if case.spec.needs_teacher_mass or case.spec.samples[sample].get("beta") == most:
-            return False
-    if family.startswith("mask") and 0.0 in case.spec.samples[sample].values():
+    options = case.spec.samples[sample]
+    infinite = case.spec.needs_teacher_mass or (
+        options.get("beta") == case.spec.domains.get("beta", (0.0, None))[1]
+    )
+    finite = [f for f in SAMPLE_FAMILIES if not (infinite and f in TEACHER_LACKS)]
+    if family not in finite:
+        return False
+    if family.startswith("mask") and 0.0 in options.values():
         return True
-    turn = 1 + sample % (len(SAMPLE_FAMILIES) - 1)
-    return not case.interpreted or family in (SAMPLE_FAMILIES[0], SAMPLE_FAMILIES[turn])
+    return not case.interpreted or family == finite[sample % len(finite)]
 
 
 @each_sample(kernels=True, keep=_samples_here, family=SAMPLE_FAMILIES)

@@ -11,7 +11,15 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from cases import ROW_LOSSES, Case, call, each_emulated as each, same_bits, value_and_grad
+from cases import (
+    ROW_LOSSES,
+    Case,
+    alone_if_interpreted,
+    call,
+    each_emulated as each,
+    same_bits,
+    value_and_grad,
+)
 from inputs import make
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -38,6 +46,7 @@ def _weights(like: Tensor) -> Tensor:
     ROW_LOSSES,
     reduction=("mean", "sum", "none"),
     dtype={"f64": torch.float64, "f32": torch.float32},
+    keep=alone_if_interpreted,
 )
 def test_token_weight_multiplies_each_row(case: Case, reduction: str, dtype: torch.dtype) -> None:
     """Value and gradient; the mean divides by the rows; ignored rows' weights are not read."""
@@ -85,7 +94,7 @@ def test_token_weight_in_every_traversal(case: Case, layout: str) -> None:
     torch.testing.assert_close(ours[1].double(), gradient, rtol=rtol, atol=1e-6)
 
 
-@each(ROW_LOSSES)
+@each(ROW_LOSSES, keep=alone_if_interpreted)
 def test_parts_of_a_batch_with_the_number_of_items_are_the_batch(case: Case) -> None:
     student, teacher, target = _inputs(case)
     for items in (5, 5.0, torch.tensor(5), torch.tensor(5.0, dtype=torch.float64)):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, ONE_A_FAMILY
-from every import every, every_spec, example, gradient
+from cases import LOSS_IDS, LOSSES, ONE_A_FAMILY
+from every import every, example, gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdkernels.registry import LossSpec
@@ -31,10 +31,10 @@ def _schedules(spec: LossSpec) -> dict[str, list[float]]:
 
 
 def _cases() -> Any:
-    """Named backends; references of logits, slow to compile, one loss of each family."""
+    """Named backends; of losses of logits one of each family but with the compiled kernels."""
 
     def here(spec: LossSpec, backend: str | None) -> bool:
-        alone = backend != "reference" or spec not in LOSSES or spec in ONE_A_FAMILY
+        alone = backend == "native" or spec not in LOSSES or spec in ONE_A_FAMILY
         return backend is not None and alone
 
     grid = [param for param in every().args[1] if here(*param.values)]
@@ -61,7 +61,7 @@ def test_a_schedule_compiles_twice(spec: LossSpec, backend: str) -> None:
     torch._dynamo.reset()
 
 
-@every_spec()
+@pytest.mark.parametrize("spec", ONE_A_FAMILY, ids=LOSS_IDS)
 def test_a_scheduled_module_compiles_twice(spec: LossSpec) -> None:
     """As attributes of the module, which calls the function: on the default backend."""
     case, schedules = example(spec), _schedules(spec)

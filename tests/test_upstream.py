@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import ROW_LOSSES, Case, each_emulated as each, reductions, same_bits, value_and_grad
+from cases import (
+    ROW_LOSSES,
+    Case,
+    alone_if_interpreted,
+    each_emulated as each,
+    reductions,
+    same_bits,
+    value_and_grad,
+)
 from inputs import make
 from oracle import verify
 from torch import Tensor
@@ -75,7 +83,7 @@ def test_rows_of_tokens_take_a_strided_upstream(case: Case) -> None:
     verify(case, student, teacher, target.view(2, 3), reduction="none", upstream=given)
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_the_usual_ways_to_call_backward_agree(case: Case) -> None:
     """``sum().backward()`` sends stride 0; a product sends a number; two losses add up."""
     student, teacher, target = _inputs(case)
@@ -98,7 +106,7 @@ def test_the_usual_ways_to_call_backward_agree(case: Case) -> None:
             torch.testing.assert_close(gradient(combine, factor), expected)
 
 
-@each()
+@each(keep=alone_if_interpreted)
 def test_gradients_of_two_losses_accumulate(case: Case) -> None:
     student, teacher, target = _inputs(case)
     for reduction in reductions(case.spec):
