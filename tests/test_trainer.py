@@ -238,7 +238,7 @@ def test_several_teachers(tmp_path: Path) -> None:
 
 def test_networks_side_by_side(tmp_path: Path) -> None:
     """What several processes train is the same to the bit, and each network is told once."""
-    arguments = "--seeds 0 --teachers weak medium --no-times --threads 1".split()
+    arguments = ["--seeds", "0", "--teachers", "weak", "medium", "--no-times", "--threads", "1"]
     arguments += ["--methods", "ce", "kd@medium", "dist@weak"]
     alone = run(tmp_path / "alone", *arguments)
     command = [sys.executable, str(EXAMPLES / "distill.py"), *TINY, *arguments, "--jobs", "2"]
