@@ -97,17 +97,17 @@ def predict(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     name = str(dtype).removeprefix("torch.")
     dense = len(shape) == 2
     whole = dense and classes * dtype.itemsize % 16 == 0
-    asked = (rows, classes, CODES[dtype], dense, whole, not dense, True)
+    asked, others = (rows, classes, CODES[dtype], dense), (whole, not dense, True)
     if loss == "dist":
         run = rows if dense else math.prod(shape[2:])
-        plan = module.cuda_correlation_plan(*asked, run, *DEVICE.values())
+        plan = module.cuda_correlation_plan(*asked, *others, run, *DEVICE.values())
         traversal = CORRELATIONS[plan["traversal"]]
         kernel = KERNELS[traversal if traversal != "stream" else "stream correlation", name]
         cached = 2 * rows * classes * dtype.itemsize <= CACHE
         passes = 3 if cached else 7 if traversal == "stream" else 5
         fixed = (4 * LAUNCH if traversal == "slices" else 2 * LAUNCH + 2 * MEETING) + 4
     else:
-        plan = module.cuda_row_plan(*asked, *DEVICE.values())
+        plan = module.cuda_row_plan(*asked, dense, *others, *DEVICE.values())
         traversal = ROWS[plan["traversal"]]
         kernel = KERNELS[traversal, name]
         passes = 3 if traversal != "split" else 5

@@ -116,15 +116,16 @@ std::map<std::string, std::string> build_info() {
 // How CUDA kernels would be launched, for the tests of machines without a GPU.
 namespace gpu = kdkernels::cuda;
 
-gpu::RowShape shape(int64_t rows, int64_t classes, int type, bool dense, bool aligned,
+gpu::RowShape shape(int64_t rows, int64_t classes, int type, bool dense, bool alike, bool aligned,
                     bool adjacent, bool plain, int64_t run = 0) {
-  return {rows, classes, Scalar(type), Scalar(type), dense, aligned, adjacent, plain, run};
+  return {rows, classes, Scalar(type), Scalar(type), dense, alike, aligned, adjacent, plain, run};
 }
 
 std::map<std::string, int64_t> row_plan(int64_t rows, int64_t classes, int type, bool dense,
-                                        bool aligned, bool adjacent, bool plain, int arch,
-                                        int multiprocessors, int block_shared, int most_cluster) {
-  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain);
+                                        bool alike, bool aligned, bool adjacent, bool plain,
+                                        int arch, int multiprocessors, int block_shared,
+                                        int most_cluster) {
+  const gpu::RowShape asked = shape(rows, classes, type, dense, alike, aligned, adjacent, plain);
   const gpu::Device device{arch, multiprocessors, block_shared, most_cluster};
   const gpu::RowPlan plan = gpu::plan_rows(asked, device);
   return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},
@@ -138,7 +139,8 @@ std::map<std::string, int64_t> correlation_plan(int64_t rows, int64_t classes, i
                                                 bool aligned, bool adjacent, bool plain, int64_t run,
                                                 int arch, int multiprocessors, int block_shared,
                                                 int most_cluster) {
-  const gpu::RowShape asked = shape(rows, classes, type, dense, aligned, adjacent, plain, run);
+  const gpu::RowShape asked =
+      shape(rows, classes, type, dense, aligned, aligned, adjacent, plain, run);
   const gpu::Device device{arch, multiprocessors, block_shared, most_cluster};
   const gpu::CorrelationPlan plan = gpu::plan_correlation(asked, device);
   return {{"traversal", int64_t(plan.traversal)}, {"lanes", plan.lanes},

@@ -35,11 +35,6 @@ struct Rows {
     }
     return at + row * stride[0];
   }
-  // Likewise, the divisions in a function of its own: for kernels that need offsets in several places.
-  KDK_FN int64_t offset_called(int64_t row) const {
-    return dims == 1 ? row * stride[0] : strided_offset(row);
-  }
-  KDK_FN_CALLED int64_t strided_offset(int64_t row) const { return offset(row); }
   // Whether `count` consecutive rows from `row` lie `stride` elements apart, 1 for the caller's lanes.
   KDK_FN bool adjacent(int64_t row, int64_t count) const {
     const int last = dims - 1;

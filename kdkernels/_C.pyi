@@ -14,6 +14,7 @@ def cuda_row_plan(
     classes: int,
     dtype: int,
     dense: bool,
+    alike: bool,
     aligned: bool,
     adjacent: bool,
     plain: bool,

@@ -211,15 +211,17 @@ def row_call(
     row_temperature: Tensor | None = None,
     upstream: Tensor | None = None,
     need_gradient: bool = True,
+    gradient: Tensor | None = None,
     device: dict[str, int] | None = None,
     seed: int = 1,
 ) -> tuple[RowCall, Tensor, Tensor | None]:
-    """A call with the loss and the gradient that it is to fill."""
+    """A call with the loss and the gradient, given or made, that it is to fill."""
     class_dim %= student.dim()
     shape = student.shape[:class_dim] + student.shape[class_dim + 1 :]
     dtype = working_dtype(student, teacher)
     loss = torch.full(shape if reduction == 0 else (), float("nan"), dtype=dtype)
-    gradient = torch.full_like(student, float("nan")) if need_gradient else None
+    if gradient is None and need_gradient:
+        gradient = torch.full_like(student, float("nan"))
     call = RowCall(
         student=view(student, class_dim),
         teacher=view(teacher, class_dim),

@@ -356,8 +356,14 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/cuda", "resident.cuh", "test_cuda_kernels.py", "row_traversals and float32",
-    ("part_of_another", "return at >= 0 && at < count_ && «at / kPack<T> % size_ == rank_»;",
+    ("part_of_another", "if (at >= 0 && at < read_ && «at / kPack<T> % size_ == rank_») {",
      "at % size_ == rank_"),
+    ("edges_without_maximum", "origin[0] = larger(origin[0], widen(edge_s_));", "",
+     "test_cuda_clusters.py", "logits_around"),
+    ("excluded_edge", "} else if («edge_ == target») {", "false",
+     "test_cuda_clusters.py", "anywhere and float32"),
+    ("ignored_edge", "if (begin == 0 && row.edge(rank_) >= 0) at_.g[row.edge(rank_)] = "
+     "narrow<T>(0.0f);", "", "test_cuda_clusters.py", "anywhere and float32"),
 )  # fmt: skip
 _of(
     "csrc/cuda", "streamed.cuh", "test_cuda_kernels.py", "row_traversals and float32",
@@ -372,6 +378,8 @@ _of(
     "csrc/cuda", "row_cluster.cu", "test_cuda_clusters.py", "next_row and float32",
     ("fence_of_slices", "«fence_bulk();»\n    sync_block();", ""),
     ("wait_of_slices", "barrier_wait(barriers_ + begin / part_, parity_);", ""),
+    ("parts_beyond_the_slice", "most = «slice_ - begin < part_ ? slice_ - begin : part_»;",
+     "part_"),
 )  # fmt: skip
 _of(
     "csrc/cuda", "correlation_columns.cu", "test_cuda_kernels.py", "correlation and columns",

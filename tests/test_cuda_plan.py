@@ -36,17 +36,18 @@ def every_class_count() -> list[int]:
     return sorted({*range(1, 1200), *range(1200, 70000, 97), *edges, *real, 262144, 1048576})
 
 
-def shapes(classes: int, dtype: torch.dtype) -> list[tuple[bool, bool, bool, bool]]:
-    """dense, aligned, adjacent and plain, as they can occur."""
+def shapes(classes: int, dtype: torch.dtype) -> list[tuple[bool, bool, bool, bool, bool]]:
+    """dense, alike, aligned, adjacent and plain, as they can occur."""
     narrow = dtype != torch.float64
     whole = classes * dtype.itemsize % 16 == 0
     made = [
-        (True, False, False, narrow),
-        (False, False, True, narrow),
-        (False, False, False, narrow),
+        (True, False, False, False, narrow),
+        (True, True, False, False, narrow),
+        (False, False, False, True, narrow),
+        (False, False, False, False, narrow),
     ]
-    made.append((True, whole, False, False))
-    return [*made, (True, True, False, narrow)] if whole else made
+    made.append((True, True, whole, False, False))
+    return [*made, (True, True, True, False, narrow)] if whole else made
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,8 +60,10 @@ def test_every_row_plan_fits(device: str, dtype: torch.dtype) -> None:
                 plan = module.cuda_row_plan(rows, classes, CODES[dtype], *shape, *DEVICES[device])
                 assert plan["fits"], (rows, classes, shape, plan)
                 assert plan["blocks"] < 2**31
-                if not shape[0] or not shape[3]:
+                if not shape[0] or not shape[4]:
                     assert ROW_TRAVERSALS[plan["traversal"]] == "general"
+                if ROW_TRAVERSALS[plan["traversal"]] == "cluster":
+                    assert shape[1]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -68,7 +71,8 @@ def test_every_row_plan_fits(device: str, dtype: torch.dtype) -> None:
 def test_every_correlation_plan_fits(device: str, dtype: torch.dtype) -> None:
     assert module is not None
     for classes in every_class_count():
-        for shape in shapes(classes, dtype):
+        for dense, _, *others in shapes(classes, dtype):
+            shape = (dense, *others)
             for rows in ROWS:
                 for run in runs(rows, *shape):
                     plan = module.cuda_correlation_plan(
@@ -91,11 +95,13 @@ def runs(rows: int, dense: bool, aligned: bool, adjacent: bool, plain: bool) -> 
     return [0, rows] if dense or rows % 8 else [0, rows, 8]
 
 
-def row_traversal(rows: int, classes: int, dtype: torch.dtype, device: str) -> tuple[str, int]:
+def row_traversal(
+    rows: int, classes: int, dtype: torch.dtype, device: str, alike: bool = True
+) -> tuple[str, int]:
     assert module is not None
-    whole = classes * dtype.itemsize % 16 == 0
+    whole = alike and classes * dtype.itemsize % 16 == 0
     plan = module.cuda_row_plan(
-        rows, classes, CODES[dtype], True, whole, False, True, *DEVICES[device]
+        rows, classes, CODES[dtype], True, alike, whole, False, True, *DEVICES[device]
     )
     return ROW_TRAVERSALS[plan["traversal"]], plan["cluster"]
 
@@ -106,13 +112,18 @@ def test_the_intended_traversals() -> None:
     assert row_traversal(1024, 1000, fp32, "H200") == ("lanes", 1)
     assert row_traversal(4096, 8192, bf16, "H200") == ("cluster", 1)
     assert row_traversal(4096, 8192, bf16, "A100") == ("block", 1)
-    assert row_traversal(4096, 8191, bf16, "H200") == ("block", 1)
+    assert row_traversal(4096, 8191, bf16, "H200") == ("cluster", 1)
+    assert row_traversal(4096, 8191, bf16, "A100") == ("block", 1)
+    assert row_traversal(4096, 8192, bf16, "H200", alike=False) == ("block", 1)
     assert row_traversal(8192, 128256, bf16, "H200") == ("cluster", 8)
     assert row_traversal(8192, 262144, bf16, "H200") == ("cluster", 16)
     assert row_traversal(8192, 128256, bf16, "A100") == ("stream", 1)
     assert row_traversal(4, 1048576, fp32, "H200") == ("split", 33)
     assert row_traversal(8192, 1048576, fp32, "H200") == ("stream", 1)
-    assert row_traversal(8192, 50257, bf16, "H200") == ("stream", 1)
+    assert row_traversal(8192, 50257, bf16, "H200") == ("cluster", 4)
+    assert row_traversal(8192, 50257, bf16, "H200", alike=False) == ("stream", 1)
+    assert row_traversal(8192, 50257, bf16, "A100") == ("stream", 1)
+    assert row_traversal(8192, 151643, bf16, "H200") == row_traversal(8192, 151648, bf16, "H200")
     assert row_traversal(8192, 262144, bf16, "H200 slice") == ("stream", 1)
 
 
@@ -170,12 +181,12 @@ def test_the_intended_slices() -> None:
 def test_a_plan_depends_on_rows_only_where_they_are_few() -> None:
     """So that a row's bits do not depend on its batch (but for a split of very long rows)."""
     assert module is not None
-    for classes in (10, 1000, 4096, 32000, 128256):
+    for classes in (10, 1000, 4096, 32000, 50257, 128256):
         kept = [
             {
                 name: value
                 for name, value in module.cuda_row_plan(
-                    rows, classes, 3, True, classes % 8 == 0, False, True, *DEVICES["H200"]
+                    rows, classes, 3, True, True, classes % 8 == 0, False, True, *DEVICES["H200"]
                 ).items()
                 if name not in ("blocks", "fits")
             }

@@ -135,13 +135,13 @@ class SliceStages {
   KDK_DEVICE void fetch_bulk(int64_t row, int stage, int lane) const {
     fetch_edges(row, stage, lane);
     if (lane != 0) return;
-    const Extent s = extent(from(problem_.student, row)), t = extent(from(problem_.teacher, row));
+    const Extent<T> s = extent(from(problem_.student, row)), t = extent(from(problem_.teacher, row));
     Barrier* const barrier = barriers_ + stage;
-    barrier_expect(barrier, uint32_t(s.packs + t.packs) * 16);
+    barrier_expect(barrier, uint32_t(s.packed + t.packed) * sizeof(T));
     bulk_load(place(problem_.student, row, stage, 0) + s.head, from(problem_.student, row) + s.head,
-              uint32_t(s.packs) * 16, barrier);
+              uint32_t(s.packed) * sizeof(T), barrier);
     bulk_load(place(problem_.teacher, row, stage, 1) + t.head, from(problem_.teacher, row) + t.head,
-              uint32_t(t.packs) * 16, barrier);
+              uint32_t(t.packed) * sizeof(T), barrier);
   }
   KDK_DEVICE void wait_bulk(int stage, unsigned parity) const { barrier_wait(barriers_ + stage, parity); }
 
@@ -152,12 +152,10 @@ class SliceStages {
   }
   KDK_DEVICE void fetch_edges(int64_t row, int stage, int lane) const {
     if constexpr (kWhole) return;
-    const int side = lane / 16, which = lane % 8;
+    const int side = lane / 16;
     const Rows& x = side ? problem_.teacher : problem_.student;
-    const Extent e = extent(from(x, row));
-    const bool before = lane % 16 < 8;
-    const int at = before ? which : e.head + e.packs * kPack<T> + which;
-    if (at < (before ? e.head : count_)) place(x, row, stage, side)[at] = from(x, row)[at];
+    const int at = extent(from(x, row)).edge(lane % 16);
+    if (at >= 0) place(x, row, stage, side)[at] = from(x, row)[at];
     T* const s = place(problem_.student, row, stage, 0);
     T* const t = place(problem_.teacher, row, stage, 1);
     for (int i = count_ + lane; i < all_; i += kWarp) s[i] = t[i] = lowest<T>();
@@ -166,16 +164,10 @@ class SliceStages {
   }
 
  private:
-  struct Extent {
-    int head, packs;  // elements before the first whole pack, and whole packs
-  };
   KDK_DEVICE static int beside(const T* from) {  // bytes
-    return kWhole ? 0 : int(reinterpret_cast<uintptr_t>(from) & 15);
+    return kWhole ? 0 : Extent<T>::beside(from);
   }
-  KDK_DEVICE Extent extent(const T* from) const {
-    const int head = (16 - beside(from)) % 16 / int(sizeof(T));
-    return head < count_ ? Extent{head, (count_ - head) / kPack<T>} : Extent{count_, 0};
-  }
+  KDK_DEVICE Extent<T> extent(const T* from) const { return Extent<T>(beside(from), count_); }
   KDK_DEVICE const T* from(const Rows& x, int64_t row) const {
     return static_cast<const T*>(x.data) + row * x.stride[0] + begin_;
   }
@@ -185,10 +177,10 @@ class SliceStages {
   KDK_DEVICE void fetch_side(const Rows& x, int64_t row, int stage, int side, int thread,
                              int threads) const {
     const T* const source = from(x, row);
-    const Extent e = extent(source);
+    const Extent<T> e = extent(source);
     T* const to = place(x, row, stage, side) + e.head;
-    for (int pack = thread; pack < e.packs; pack += threads)
-      copy16_async(to + pack * kPack<T>, source + e.head + pack * kPack<T>);
+    for (int i = thread * kPack<T>; i < e.packed; i += threads * kPack<T>)
+      copy16_async(to + i, source + e.head + i);
   }
 
   const CorrelationProblem& problem_;

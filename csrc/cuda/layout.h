@@ -37,6 +37,26 @@ inline bool whole_packs(const Rows& x, int64_t classes) {
   return whole;
 }
 
+// By how many bytes a row begins after the one before it, modulo 16; -1 where that differs from row to row.
+inline int64_t row_pitch(const Rows& x) {
+  int64_t pitch = 0, rows = 1;  // of the dimensions within
+  for (int dim = x.dims - 1; dim >= 0; --dim) {
+    if (x.size[dim] == 1) continue;
+    const int64_t step = x.stride[dim] * element_bytes(x.type) % 16;
+    if (rows == 1) pitch = step;
+    if (step != pitch * rows % 16) return -1;
+    rows *= x.size[dim];
+  }
+  return pitch;
+}
+
+// Whether each row of one begins at the same address modulo 16 bytes as that of the other; of rows at one
+// distance only, which those of contiguous tensors are.
+inline bool begin_alike(const Rows& a, const Rows& b) {
+  const auto place = [](const Rows& x) { return reinterpret_cast<std::uintptr_t>(x.data) % 16; };
+  return place(a) == place(b) && row_pitch(a) >= 0 && row_pitch(a) == row_pitch(b);
+}
+
 // Whether rows come in runs, at one distance, of which each class begins at, and holds, a multiple of 16
 // bytes.
 inline bool whole_runs(const Rows& x, int64_t run) {
@@ -54,9 +74,10 @@ inline RowShape shape_of(const Rows& student, const Rows& teacher, const Rows& g
     return holds(student) && holds(teacher) && (!gradient.data || holds(gradient));
   };
   const auto close = [&](const Rows& x) { return classes == 1 || x.class_stride == 1; };
-  RowShape shape{rows, classes, student.type, teacher.type, false, false, false, false, 0};
+  RowShape shape{rows, classes, student.type, teacher.type, false, false, false, false, false, 0};
   const bool alike = student.type == teacher.type;
   shape.dense = alike && all(close);
+  shape.alike = shape.dense && all([&](const Rows& x) { return begin_alike(x, student); });
   shape.aligned = shape.dense && all([&](const Rows& x) { return whole_packs(x, classes); });
   shape.adjacent = !shape.dense && student.stride[student.dims - 1] == 1 &&
                    teacher.stride[teacher.dims - 1] == 1;

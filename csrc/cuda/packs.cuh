@@ -92,6 +92,29 @@ struct PackMaxima {
   }
 };
 
+// `count` elements that begin so many bytes beside a multiple of 16: `head` of them, then whole packs, then the
+// tail.
+template <class T>
+struct Extent {
+  int count, head, packed;  // elements
+
+  KDK_DEVICE Extent(int beside, int count) : count(count), head((16 - beside) % 16 / int(sizeof(T))) {
+    if (head > count) head = count;
+    packed = (count - head) / kPack<T> * kPack<T>;
+  }
+  KDK_DEVICE static int beside(const T* from) { return int(reinterpret_cast<uintptr_t>(from) & 15); }
+  // The edges, head and tail, are fewer than two packs: element `which` of them, -1 where there is none.
+  KDK_DEVICE int edge(int which) const {
+    const int at = which < head ? which : which + packed;
+    return at < count ? at : -1;
+  }
+  // So many elements of the whole packs are the ones from `begin` to `end` of them.
+  KDK_DEVICE int within(int begin, int end) const {
+    const int many = (packed < end ? packed : end) - begin;
+    return many > 0 ? many : 0;
+  }
+};
+
 // Row `row` of a pair whose classes are adjacent, T on both sides.
 template <class T>
 struct RowPointers {

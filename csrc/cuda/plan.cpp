@@ -89,11 +89,11 @@ RowPlan plan_rows(const RowShape& shape, const Device& device) {
   // A team costs three meetings of the whole grid, some five microseconds.
   if (few && plan.cluster >= 8 && shape.classes >= 131072) {
     RowPlan cluster{};
-    const bool clustered = shape.aligned && by_cluster(shape, device, cluster);
+    const bool clustered = shape.alike && by_cluster(shape, device, cluster);
     if (!clustered || cluster.blocks * 4 < device.multiprocessors) return plan;
     return cluster;
   }
-  if (shape.aligned && by_cluster(shape, device, plan)) return plan;
+  if (shape.alike && by_cluster(shape, device, plan)) return plan;
   if (shape.classes <= kSingleRow) return by_block(shape, device);
   return by_stream(shape, device);
 }
@@ -109,7 +109,7 @@ RowPlan plan_as(Traversal traversal, const RowShape& shape, const Device& device
       if (able && shape.classes <= kSingleRow) return by_block(shape, device);
       break;
     case Traversal::cluster:
-      if (able && shape.aligned && by_cluster(shape, device, plan)) return plan;
+      if (able && shape.alike && by_cluster(shape, device, plan)) return plan;
       break;
     case Traversal::stream:
       if (able) return by_stream(shape, device);
@@ -134,7 +134,7 @@ bool fits(const RowPlan& plan, const RowShape& shape, const Device& device) {
     case Traversal::block:
       return good && int64_t(plan.threads) * plan.elements >= shape.classes;
     case Traversal::cluster:
-      return good && plan.cluster <= device.most_cluster && shape.aligned &&
+      return good && plan.cluster <= device.most_cluster && shape.alike &&
              plan.cluster * plan.threads / 32 <= 256 &&
              int64_t(plan.cluster) * plan.slice >= shape.classes &&
              plan.slice * element_bytes(shape.student) % 16 == 0;

@@ -112,32 +112,46 @@ class Registers {
   int rank_, size_;
 };
 
-// A slice of the row in this block's shared memory, `begin` classes into the row; whole packs. The
-// threads of the block share it; `rank` and `size` are theirs. The last sweep goes by parts, of
-// `part` classes, a multiple of what the threads take at once, and hands each to `refill` when the
-// block is about to leave it.
+// A slice of the row's whole packs in this block's shared memory, `begin` classes into them. The threads of
+// the block share it; `rank` and `size` are theirs. The classes before and after the whole packs are the
+// first block's, one a thread, in registers; they are read long before they are used. The last sweep goes by
+// parts, of `part` classes, a multiple of what the threads take at once, and hands each to `refill` when the
+// block is about to leave it: all parts of a slice, because the next row may have more whole packs.
 template <class T, class Refill>
 class Shared {
  public:
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr bool kLong = true;
 
-  KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, int begin, int count, int part, bool valid,
-                    int rank, int size, Refill& refill)
+  KDK_DEVICE Shared(const RowPointers<T>& at, T* s, T* t, const Extent<T>& row, int begin,
+                    const int& slice, const int& part, bool valid, int rank, int size, Refill& refill)
       : at_(at),
         s_(s),
         t_(t),
-        begin_(begin),
-        count_(count),
+        slice_(slice),
         part_(part),
-        read_(valid ? count : 0),
+        classes_(row.count),
+        begin_(row.head + begin),
+        read_(valid ? row.within(begin, begin + slice) : 0),
+        edge_(valid && begin == 0 ? row.edge(rank) : -1),
         rank_(rank),
         size_(size),
-        refill_(refill) {}
+        refill_(refill) {
+    if (edge_ < 0) return;
+    edge_s_ = at.s[edge_];
+    edge_t_ = at.t[edge_];
+  }
 
   // By the thread that reads the class: nobody else may still see the old value.
   KDK_DEVICE void exclude(int64_t target) {
-    if (owns(target)) s_[target - begin_] = t_[target - begin_] = lowest<T>();
+    const int at = int(target) - begin_;
+    if (at >= 0 && at < read_ && at / kPack<T> % size_ == rank_) {
+      s_[at] = t_[at] = lowest<T>();
+      excluded_ = begin_ + at;
+    } else if (edge_ == target) {
+      excluded_ = edge_;
+      edge_ = -1;
+    }
   }
 
   KDK_DEVICE void find_first(float (&origin)[2]) const {
@@ -150,17 +164,25 @@ class Shared {
     PackMaxima<T> maxima;
     each_pack(0, read_, [&](int, const PackPair<T>& pack) { maxima.add(pack); });
     maxima.join(origin);
+    if (edge_ < 0) return;
+    origin[0] = larger(origin[0], widen(edge_s_));
+    origin[1] = larger(origin[1], widen(edge_t_));
   }
 
   template <class F>
   KDK_DEVICE void each(const F& f) const {
     each_pack(0, read_, [&](int, const PackPair<T>& pack) { pack.each(f); });
+    if (edge_ >= 0) f(widen(edge_s_), widen(edge_t_));
   }
 
   // A loop without a gradient is one of its own: a test for each pack would cost as much as half a class.
   template <class F>
   KDK_DEVICE void emit(const F& f) const {
-    for (int begin = 0; begin < count_; begin += part_) {
+    if (edge_ >= 0) {
+      const float g = f(widen(edge_s_), widen(edge_t_));
+      if (at_.g) at_.g[edge_] = narrow<T>(g);
+    }
+    for (int begin = 0; begin < slice_; begin += part_) {
       const int end = begin + part_ < read_ ? begin + part_ : read_;
       if (at_.g) {
         each_pack(begin, end, [&](int i, const PackPair<T>& pack) {
@@ -174,13 +196,18 @@ class Shared {
   }
 
   KDK_DEVICE void clear() const {
-    for (int i = rank_ * kPack<T>; at_.g && i < count_; i += size_ * kPack<T>)
-      store16(at_.g + begin_ + i, Bits16{});
-    for (int begin = 0; begin < count_; begin += part_) refill_(begin);
+    if (at_.g) {
+      const Extent<T> row(Extent<T>::beside(at_.g), classes_);  // the gradient lies as the logits do
+      const int begin = begin_ - row.head, count = row.within(begin, begin + slice_);
+      for (int i = rank_ * kPack<T>; i < count; i += size_ * kPack<T>)
+        store16(at_.g + begin_ + i, Bits16{});
+      if (begin == 0 && row.edge(rank_) >= 0) at_.g[row.edge(rank_)] = narrow<T>(0.0f);
+    }
+    for (int begin = 0; begin < slice_; begin += part_) refill_(begin);
   }
 
-  KDK_DEVICE void put(int64_t target, float value) const {
-    if (at_.g && owns(target)) at_.g[target] = narrow<T>(value);
+  KDK_DEVICE void put(int64_t, float value) const {
+    if (at_.g && excluded_ >= 0) at_.g[excluded_] = narrow<T>(value);
   }
 
   KDK_DEVICE float student(int64_t c) const { return at_.student(c); }
@@ -193,14 +220,14 @@ class Shared {
     for (int i = begin + rank_ * kPack<T>; i < end; i += size_ * kPack<T>)
       f(i, PackPair<T>{load16_shared(s_ + i), load16_shared(t_ + i)});
   }
-  KDK_DEVICE bool owns(int64_t target) const {
-    const int at = int(target) - begin_;
-    return at >= 0 && at < count_ && at / kPack<T> % size_ == rank_;
-  }
 
   RowPointers<T> at_;
   T *s_, *t_;
-  int begin_, count_, part_, read_;
+  const int &slice_, &part_;
+  int classes_, begin_, read_;
+  int edge_;  // the thread's class outside of the packs; -1 where there is none, or it is excluded
+  T edge_s_, edge_t_;
+  int excluded_ = -1;  // the target, in the thread that has it
   int rank_, size_;
   Refill& refill_;
 };

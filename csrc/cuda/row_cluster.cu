@@ -1,13 +1,26 @@
 // Rows that one block cannot hold, spread over the shared memory of a thread-block cluster: bulk
 // copies bring each logit in once, the next row's while the gradient of this one is written, and the blocks
 // reduce through each other's shared memory. While one cluster waits for its copies or its barrier,
-// another one on the same multiprocessors computes.
+// another one on the same multiprocessors computes. Copies take whole packs of 16 bytes, so that threads of the
+// first block load the classes around these; which those are differs from row to row where rows are odd.
 #include "launch.cuh"
 #include "row.cuh"
 #include "unit.cuh"
 
 namespace kdkernels::cuda {
 namespace {
+
+// Rows::offset of fewer than 2^32 rows, whose divisions are short enough to stand in several places.
+KDK_DEVICE int64_t offset_of(const Rows& x, uint32_t row) {
+  int64_t at = 0;
+  KDK_UNROLL_BY(1)
+  for (int dim = x.dims - 1; dim > 0; --dim) {
+    const uint32_t size = uint32_t(x.size[dim]);
+    at += row % size * x.stride[dim];
+    row /= size;
+  }
+  return at + row * x.stride[0];
+}
 
 // The slices of this block: its part of each row, refilled part by part as the last sweep over the
 // row before leaves them.
@@ -22,9 +35,7 @@ class Slices {
         part_(part),
         barriers_(reinterpret_cast<Barrier*>(shared_memory() + kClusterExchange)),
         s_(reinterpret_cast<T*>(shared_memory() + kClusterExchange + kBarrierBytes)),
-        begin_(cluster_rank() * slice),
-        count_(int(problem.classes) - begin_ < slice ? int(problem.classes) - begin_ : slice) {
-    if (count_ < 0) count_ = 0;
+        begin_(cluster_rank() * slice) {
     if (thread_index() == 0) {
       for (int i = 0; i < kParts; ++i) barrier_init(barriers_ + i);
       fence_barriers();
@@ -36,16 +47,17 @@ class Slices {
   KDK_DEVICE Shared<T, Slices> load(int64_t index, bool valid, int64_t next, bool next_valid) {
     if (first_) {
       next_ = valid ? int(index) : -1;
-      for (int begin = 0; begin < count_; begin += part_) fetch(begin);
+      for (int begin = 0; begin < slice_; begin += part_) fetch(begin);
       first_ = false;
     }
     next_ = next_valid ? int(next) : -1;
     if (valid) {
-      for (int begin = 0; begin < count_; begin += part_)
+      for (int begin = 0; begin < slice_; begin += part_)
         barrier_wait(barriers_ + begin / part_, parity_);
       parity_ ^= 1;
     }
-    return Shared<T, Slices>(pointers(index), s_, s_ + slice_, begin_, count_, part_, valid,
+    const RowPointers<T> at = pointers(index);
+    return Shared<T, Slices>(at, s_, s_ + slice_, extent(at), begin_, slice_, part_, valid,
                              thread_index(), thread_count(), *this);
   }
 
@@ -58,24 +70,29 @@ class Slices {
 
  private:
   KDK_DEVICE RowPointers<T> pointers(int64_t row) const {
-    return RowPointers<T>(problem_, row, [row](const Rows& x) { return x.offset_called(row); });
+    return RowPointers<T>(problem_, row, [row](const Rows& x) { return offset_of(x, uint32_t(row)); });
+  }
+  KDK_DEVICE Extent<T> extent(const RowPointers<T>& at) const {
+    return Extent<T>(Extent<T>::beside(at.s), int(problem_.classes));
   }
   KDK_DEVICE void fetch(int begin) const {
     if (next_ < 0 || thread_index() != 0) return;
     const RowPointers<T> at = pointers(next_);
-    const int classes = count_ - begin < part_ ? count_ - begin : part_;
-    const uint32_t bytes = uint32_t(classes * sizeof(T));
+    const Extent<T> row = extent(at);
+    const int from = begin_ + begin, most = slice_ - begin < part_ ? slice_ - begin : part_;
+    const uint32_t bytes = uint32_t(row.within(from, from + most) * sizeof(T));
     Barrier* const barrier = barriers_ + begin / part_;
     barrier_expect(barrier, 2 * bytes);
-    bulk_load(s_ + begin, at.s + begin_ + begin, bytes, barrier);
-    bulk_load(s_ + slice_ + begin, at.t + begin_ + begin, bytes, barrier);
+    if (bytes == 0) return;
+    bulk_load(s_ + begin, at.s + row.head + from, bytes, barrier);
+    bulk_load(s_ + slice_ + begin, at.t + row.head + from, bytes, barrier);
   }
 
   const RowProblem& problem_;
   Barrier* barriers_;
   const int &slice_, &part_;
   T* s_;
-  int begin_, count_, next_ = -1;  // the next row, -1 if it is not valid
+  int begin_, next_ = -1;  // the next row, -1 if it is not valid
   uint32_t parity_ = 0;
   bool first_ = true;
 };

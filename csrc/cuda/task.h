@@ -66,6 +66,7 @@ struct RowShape {
   int64_t rows, classes;
   Scalar student, teacher;
   bool dense;      // classes lie next to each other in all three tensors, of one dtype
+  bool alike;      // and each row begins at the same address modulo 16 bytes in all three
   bool aligned;    // and every row begins at, and holds, a multiple of 16 bytes
   bool adjacent;   // rows lie next to each other instead
   bool plain;      // float32 arithmetic, no standardisation

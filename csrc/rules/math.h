@@ -12,13 +12,10 @@
 
 #if defined(__CUDACC__)
 #define KDK_FN __host__ __device__ __forceinline__
-#define KDK_FN_CALLED __host__ __device__ __noinline__
 #elif defined(KDK_NO_FORCED_INLINE)  // sanitizers take minutes to instrument what is inlined
 #define KDK_FN inline
-#define KDK_FN_CALLED inline
 #else
 #define KDK_FN inline __attribute__((always_inline))
-#define KDK_FN_CALLED inline
 #endif
 
 namespace kdkernels {

@@ -99,6 +99,7 @@ def plan(
     dtype: torch.dtype,
     *,
     dense: bool = True,
+    alike: bool | None = None,
     aligned: bool | None = None,
     adjacent: bool = False,
     plain: bool | None = None,
@@ -115,15 +116,18 @@ def plan(
     rows = math.prod(size) // classes
     if plain is None:
         plain = dtype != torch.float64
+    if alike is None:
+        alike = dense
     if aligned is None:
-        aligned = dense and classes * dtype.itemsize % 16 == 0
-    asked = (rows, classes, CODES[dtype], dense, aligned, adjacent, plain)
+        aligned = alike and classes * dtype.itemsize % 16 == 0
+    asked, others = (rows, classes, CODES[dtype], dense), (aligned, adjacent, plain)
     device = facts().values()
     if family == "row":
-        return ROW_TRAVERSALS[module.cuda_row_plan(*asked, *device)["traversal"]]
+        return ROW_TRAVERSALS[module.cuda_row_plan(*asked, alike, *others, *device)["traversal"]]
     if run is None:
         run = rows if dense else 0
-    return CORRELATION_TRAVERSALS[module.cuda_correlation_plan(*asked, run, *device)["traversal"]]
+    chosen = module.cuda_correlation_plan(*asked, *others, run, *device)
+    return CORRELATION_TRAVERSALS[chosen["traversal"]]
 
 
 def inputs(

@@ -34,8 +34,7 @@ from torch import Tensor
 pytestmark = needs_gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SIZES = ((256, 100), (33, 8191), (20, 32000), (17, 50257), (2, 131072), (160, 27000))
-"""On an H200 ``lanes``, ``block``, ``cluster``, ``stream`` and ``split``; DIST's ``columns``,
-``stream`` and ``slices``."""
+"""On an H200 ``lanes``, ``cluster``, ``split``; DIST's ``columns``, ``stream`` and ``slices``."""
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 
 
