@@ -20,6 +20,8 @@ import torch
 from cuda_emulator import ROOT, TOYS, build_facts, compiler, raise_error, row_call
 from torch import Tensor
 
+from kdkernels import native
+
 BUILD = ROOT / "build" / "rules"
 ROW_RULES = [
     name for name, family in build_facts().rules().items() if family in ("divergence", "decoupled")
@@ -35,8 +37,18 @@ def _setup() -> ModuleType:
     return module
 
 
-def ninja_file(target: Path) -> str:
+def _sets() -> dict[str, list[str]]:
+    """The instruction sets with their flags, to the one that kdkernels chooses here: others would
+    be a minute of compilation for nothing."""
     sets: dict[str, list[str]] = _setup().instruction_sets()
+    extension = native.extension()
+    last = extension.cpu_capability() if extension else None
+    names = list(sets)[: list(sets).index(last) + 1] if last in sets else list(sets)
+    return {name: sets[name] for name in names}
+
+
+def ninja_file(target: Path) -> str:
+    sets = _sets()
     csrc, tests = ROOT / "csrc", ROOT / "tests"
     flags = "-std=c++17 -O1 -fPIC -fvisibility=hidden -fno-math-errno -Wno-psabi"
     lines = [
