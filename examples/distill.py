@@ -136,10 +136,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         reader.error(f"--jobs must be at least 1, got {args.jobs}")
     if args.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         reader.error("--jobs must be 1 under torchrun, whose processes train one network together")
-    args.methods = list(args.methods or setup.methods)
-    args.seeds = list(args.seeds or setup.seeds)
-    args.splits = args.splits or ["same"]
-    args.teachers = args.teachers or ["medium"]
+    args.methods = list(dict.fromkeys(args.methods or setup.methods))
+    args.seeds = list(dict.fromkeys(args.seeds or setup.seeds))
+    args.splits = list(dict.fromkeys(args.splits or ["same"]))
+    args.teachers = list(dict.fromkeys(args.teachers or ["medium"]))
     known = {"--teachers": (args.teachers, setup.teachers), "--splits": (args.splits, setup.splits)}
     for option, (names, choices) in known.items():
         for name in names:
@@ -164,6 +164,7 @@ def run(args: argparse.Namespace, world: World) -> list[report.Results]:
             f"{loaders.GET_FASHION}\n",
             flush=True,
         )
+    torch.backends.cudnn.deterministic = True
     data = side_by_side.load(args).to(world.device)
     if args.fresh and world.main:
         shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
@@ -193,5 +194,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.deterministic = True
     raise SystemExit(main())

@@ -27,9 +27,10 @@ class Plan:
         apart = [text for text in args.methods if not Method.parse(text).recipe.shared]
         self.left = [text for text in args.methods if not shared and text not in apart]
         methods = [Method.parse(text) for text in args.methods if text not in self.left]
-        self.plain = [m for m in methods if m.recipe.term is None]
+        self.plain = list({m.label: m for m in methods if m.recipe.term is None}.values())
         taught = [m for m in methods if m.recipe.term is not None]
-        self.pairs = [(t, m) for t in args.teachers for m in taught if m.teacher in (None, t)]
+        pairs = [(t, m) for t in args.teachers for m in taught if m.teacher in (None, t)]
+        self.pairs = list({(t, m.label): (t, m) for t, m in pairs}.values())
         self.teachers = [t for t in args.teachers if any(t == one for one, _ in self.pairs)]
         place = f"{name}-validation" if args.validate else name
         self.folder = args.output / "checkpoints" / place

@@ -1,8 +1,8 @@
 """The networks of a comparison trained in several processes, each on one CPU thread.
 
-A network of 20000 parameters gains little from a second thread, and two of them twice as much as
-one. What a process leaves is a checkpoint, the same to the bit as without processes: the comparison
-itself then goes through its networks one after the other, and finds each of them done.
+A network of 20000 parameters gains little from a second thread. What a process leaves is a
+checkpoint, the same to the bit as without processes: the comparison itself then goes through its
+networks one after the other, and finds each of them done.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def load(args: argparse.Namespace) -> Data:
 
 def _begin(args: argparse.Namespace) -> None:
     global _given
+    _given = args, load(args)  # with as many threads as where there are no jobs: means depend on it
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
-    _given = args, load(args)
 
 
 def _train(network: Network) -> Trained:
@@ -81,18 +81,21 @@ def train(args: argparse.Namespace, plan: Plan, tell: Callable[[str, float, floa
         for seed in args.seeds
     ]
     # The largest teacher takes longest, so that it comes first.
-    first = [Network(plan.name, by) for by in reversed(plan.teachers)]
-    first += [network for by, network in students if by is None]
+    ready = [Network(plan.name, by) for by in reversed(plan.teachers)]
+    ready += [network for by, network in students if by is None]
     # Not forked: threads of a product that ran here would be missing there.
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), _begin, (args,))
     try:
-        left: dict[Future[Trained], Network] = {pool.submit(_train, n): n for n in first}
-        while left:
-            for future in wait(left, return_when=FIRST_COMPLETED).done:
-                network = left.pop(future)
+        running: dict[Future[Trained], Network] = {}
+        while ready or running:
+            # No more than there are processes: what the pool holds it trains, whatever happens.
+            while ready and len(running) < args.jobs:
+                network = ready.pop(0)
+                running[pool.submit(_train, network)] = network
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                network = running.pop(future)
                 tell(*future.result())
                 if network.method is None:
-                    ready = [n for by, n in students if by == network.by]
-                    left |= {pool.submit(_train, n): n for n in ready}
+                    ready += [n for by, n in students if by == network.by]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -38,13 +38,11 @@ class Checked(NamedTuple):
     class_dim: int = 1
     reduction: int = 0
 
-    @property
     def rows(self) -> torch.Size:
         """The rows' shape."""
         shape = self.student.shape
         return shape[: self.class_dim] + shape[self.class_dim + 1 :]
 
-    @property
     def named(self) -> dict[str, Any]:
         """The options by name."""
         return dict(zip(self.spec.options, self.options, strict=True))
@@ -53,7 +51,7 @@ class Checked(NamedTuple):
         """One number for each row, also where there is one for all."""
         if numbers is None or numbers.dim():
             return numbers
-        return numbers.to(self.student.device).expand(self.rows)
+        return numbers.to(self.student.device).expand(self.rows())
 
     def flat(self, numbers: Tensor | None) -> Tensor | None:
         """Likewise, (rows,)."""

@@ -81,9 +81,10 @@ def row_loss(run: Callable[[Checked, Any], Tensor], call: Checked, of_shards: bo
 
     names = ("target", "token_weight", "hard_token_weight", "row_temperature")
     of_rows = {name: getattr(call, name) for name in names}
-    of_rows |= {name: x for name, x in call.named.items() if isinstance(x, Tensor)}
+    of_rows |= {name: x for name, x in call.named().items() if isinstance(x, Tensor)}
     rank_shared = {k for k, x in of_rows.items() if x is not None and x.dim() == 0 and plain(x)}
-    sharded = {k: x for k, x in of_rows.items() if k not in rank_shared}
+    given_as = {"target": call.spec.target_name, "row_temperature": "temperature"}
+    sharded = {given_as.get(k, k): x for k, x in of_rows.items() if k not in rank_shared}
     mesh = _mesh({"student_logits": call.student, "teacher_logits": call.teacher, **sharded})
     given: Any = call.student
     by_row = [p.is_shard() and p.dim != call.class_dim for p in given.placements]
@@ -103,16 +104,16 @@ def row_loss(run: Callable[[Checked, Any], Tensor], call: Checked, of_shards: bo
         k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
         for k, x in of_rows.items()
     }
-    options = tuple(local.pop(name, x) for name, x in call.named.items())
+    options = tuple(local.pop(name, x) for name, x in call.named().items())
     code = _NONE if call.reduction == _NONE else _SUM
     loss = run(call._replace(student=s, teacher=t, options=options, reduction=code, **local), group)
     if code == _NONE:
-        strides = torch.empty(call.rows, device="meta").stride()
+        strides = torch.empty(call.rows(), device="meta").stride()
         return DTensor.from_local(
-            loss, mesh, row_placements, run_check=False, shape=call.rows, stride=strides
+            loss, mesh, row_placements, run_check=False, shape=call.rows(), stride=strides
         )
     if call.reduction != _SUM:
-        count: Any = max(call.rows.numel(), 1)
+        count: Any = max(call.rows().numel(), 1)
         y = local["target"]
         if y is not None:
             own = (y != call.ignore_index).sum()

@@ -49,7 +49,7 @@ def row_loss(call: Checked) -> tuple[Tensor, Tensor | None]:
         if call.spec.needs_target:
             args = (target,)
 
-    how = {"temperature": heat, "standardize": call.standardize, **call.named}
+    how = {"temperature": heat, "standardize": call.standardize, **call.named()}
     values = call.spec.reference(student, teacher, *args, **how)
     hard_values = spread = torch.zeros_like(values)
     if call.hard != 0.0:
@@ -87,9 +87,9 @@ def finish(
     total = soft + hard
     separate = None
     if call.parts:
-        separate = torch.stack([soft.detach(), hard.detach(), spread]).reshape(3, *call.rows)
+        separate = torch.stack([soft.detach(), hard.detach(), spread]).reshape(3, *call.rows())
     if call.reduction == 0:
-        return total.reshape(call.rows), separate
+        return total.reshape(call.rows()), separate
     loss = total.sum()
     if call.reduction == 1:
         count = valid.sum().clamp(min=1) if valid is not None else max(soft.shape[0], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,11 @@ def run(call: Checked) -> Result:
         return _reduce.row_loss(call)
     if target is not None and (target.dtype != torch.int64 or not target.is_contiguous()):
         target = target.to(torch.int64).contiguous()
-    of_rows = call.token_weight, call.hard_token_weight, call.row_temperature
-    if of_rows != (None, None, None):
+    of_rows: list[Any] = [call.token_weight, call.hard_token_weight, call.row_temperature]
+    if any([x is not None for x in of_rows]):
         dtype = working_dtype(student, teacher)
-        by_row = (call.by_row(x) for x in of_rows)
-        of_rows = tuple(None if x is None else x.to(dtype).contiguous() for x in by_row)  # type: ignore[assignment]
+        by_row = [call.by_row(x) for x in of_rows]
+        of_rows = [None if x is None else x.to(dtype).contiguous() for x in by_row]
     options = call.options if spec.rule_numbers is None else spec.rule_numbers(*call.options)
     of_kernel = RowCall(
         spec.rule, [call.temperature, call.scale, call.hard, *options], None, call.standardize,
@@ -142,7 +144,7 @@ def _by_evaluation(call: Checked, chosen: str) -> Result:
         given = spec.at_once(rows)
         if given is not None:
             loss, separate = given
-            return loss, None if separate is None else separate.reshape(3, *call.rows)
+            return loss, None if separate is None else separate.reshape(3, *call.rows())
     return _reduce.weighed(call, *spec.evaluate(rows, chosen, None))
 
 

@@ -56,7 +56,7 @@ def run(group: Any, call: Checked, exchanged: bool = False) -> Result:
         return both_gradients(loss, other), separate
     _checks.allocated("student_logits", student)
     _checks.allocated("teacher_logits", teacher)
-    count, own = call.rows.numel(), student.shape[call.class_dim]
+    count, own = call.rows().numel(), student.shape[call.class_dim]
     numbers = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in call.options]
     needs = int(student.requires_grad and torch.is_grad_enabled())
     numbers += [call.temperature, call.scale, call.hard, call.parts, call.ignore_index]

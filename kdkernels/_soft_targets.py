@@ -86,7 +86,7 @@ def check_form(value: Any, student: Tensor, teacher: Tensor) -> None:
 def run(given: Checked) -> Result:
     """As ``_rowrun.run``, of probabilities in the logits' shape; no row is ignored."""
     assert given.target is not None  # the caller's affair
-    spec, shape, hard, parts = given.spec, given.rows, given.hard, given.parts
+    spec, shape, hard, parts = given.spec, given.rows(), given.hard, given.parts
     # The gradients of up to four calls are summed, of which half precision would keep too little.
     student, teacher = _reduce.promote(given.student, given.teacher)
     dtype, reduction = student.dtype, given.reduction
@@ -139,7 +139,7 @@ def run(given: Checked) -> Result:
         heat: Any = given.temperature
         if heats is not None:
             heat = heats.to(student.device, dtype).unsqueeze(1)
-        named = given.named
+        named = given.named()
         pair = s, t
         if given.standardize:
             pair, heat = rescale(s, t, heat, True), 1.0

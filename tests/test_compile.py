@@ -46,10 +46,7 @@ def _assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor])
 
 @each(
     reduction=("mean", "sum", "none"),
-    keep=lambda case, reduction: (
-        reduction in reductions(case.spec)
-        and (case.backend != "reference" or case.spec in ONE_A_FAMILY)
-    ),
+    keep=lambda case, reduction: reduction in reductions(case.spec),
     shared=("reduction",),
 )
 def test_fullgraph(case: Case, reduction: str) -> None:

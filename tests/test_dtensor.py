@@ -43,7 +43,8 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
 
     leaf = place(case.student.clone()).requires_grad_()
     rest = [place(x) for x in case.tensors[1:]]
-    loss = spec.function(leaf, *rest, **{k: place(v) for k, v in options.items()})
+    placed = {k: place(v) for k, v in options.items()}
+    loss = spec.function(leaf, *rest, **placed)
     assert isinstance(loss, DTensor)
     torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
     loss.sum().backward()
@@ -53,6 +54,10 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
         assert loss.placements == (Shard(0),)  # rows that are sharded stay sharded
     with pytest.raises(TypeError, match="must be a DTensor"):
         spec.function(leaf, *case.tensors[1:], **options)
+    if spec.family == "divergence" and not spec.t_squared:  # what the user calls it
+        heats = torch.ones(leaf.shape[:1])
+        with pytest.raises(TypeError, match=r"^temperature must be a DTensor"):
+            spec.function(leaf, *rest, **placed, temperature=heats)
 
 
 class _Exchanged(TorchDispatchMode):

@@ -12,7 +12,7 @@ from cases import LOSS_IDS, LOSSES, ONE_A_FAMILY
 from every import every, example, gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kdkernels.registry import LossSpec
+from kdkernels.registry import SPECS, LossSpec
 
 VALUES = 5
 
@@ -61,7 +61,11 @@ def test_a_schedule_compiles_twice(spec: LossSpec, backend: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("spec", ONE_A_FAMILY, ids=LOSS_IDS)
+OTHERS = [spec for spec in SPECS.values() if spec not in LOSSES]
+"""Whose modules have forward methods of their own."""
+
+
+@pytest.mark.parametrize("spec", [*ONE_A_FAMILY, *OTHERS], ids=LOSS_IDS)
 def test_a_scheduled_module_compiles_twice(spec: LossSpec) -> None:
     """As attributes of the module, which calls the function: on the default backend."""
     case, schedules = example(spec), _schedules(spec)
