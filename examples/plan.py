@@ -24,8 +24,7 @@ class Plan:
         self.known = data if labels.teacher is None else data.only(labels.teacher)
         self.new = data if labels.student is None else data.only(labels.student)
         shared = labels.teacher == labels.student
-        apart = [text for text in args.methods if not Method.parse(text).recipe.shared]
-        self.left = [text for text in args.methods if not shared and text not in apart]
+        self.left = [m for m in args.methods if Method.parse(m).recipe.shared and not shared]
         methods = [Method.parse(text) for text in args.methods if text not in self.left]
         self.plain = list({m.label: m for m in methods if m.recipe.term is None}.values())
         taught = [m for m in methods if m.recipe.term is not None]

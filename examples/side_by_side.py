@@ -8,16 +8,19 @@ networks one after the other, and finds each of them done.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import loaders
+import models
 import torch
 from data import Data
-from engine import fit
+from engine import Job, fit
 from plan import Plan
 from recipes import Method
 from world import World
@@ -53,24 +56,38 @@ def _begin(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def _train(network: Network) -> Trained:
+@functools.cache
+def _plan(split: str) -> Plan:
+    """Made once, because a split copies the images of its classes."""
     args, data = _given
     world = World.join(args.device)
-    plan = Plan(args, world, data.to(world.device), network.split)
-    teacher, folder = None, plan.folder
-    if network.by is not None:
-        lesson = plan.teacher(network.by)
-        begin = time.perf_counter()
-        history = fit(lesson, world, plan.teacher_folder, save_every=args.save_every, quiet=True)
-        if network.method is None:
-            return Trained(lesson.name, history.final, time.perf_counter() - begin)
-        teacher = lesson.model.requires_grad_(False)
-    assert network.method is not None
-    method = Method.parse(network.method)
-    job = plan.student(method, network.seed, teacher, network.by)
+    return Plan(args, world, data.to(world.device), split)
+
+
+def _fit(plan: Plan, job: Job, folder: Path) -> Trained:
     begin = time.perf_counter()
-    history = fit(job, world, folder, save_every=args.save_every, quiet=True)
+    history = fit(job, plan.world, folder, save_every=plan.args.save_every, quiet=True)
     return Trained(job.name, history.final, time.perf_counter() - begin)
+
+
+@functools.cache
+def _teacher(split: str, by: str) -> tuple[models.ResNet, Trained]:
+    """Trained by this process, or restored once for all its students."""
+    plan = _plan(split)
+    lesson = plan.teacher(by)
+    trained = _fit(plan, lesson, plan.teacher_folder)
+    return lesson.model.requires_grad_(False), trained
+
+
+def _train(network: Network) -> Trained:
+    teacher = None
+    if network.by is not None:
+        teacher, trained = _teacher(network.split, network.by)
+        if network.method is None:
+            return trained
+    assert network.method is not None
+    plan, method = _plan(network.split), Method.parse(network.method)
+    return _fit(plan, plan.student(method, network.seed, teacher, network.by), plan.folder)
 
 
 def train(args: argparse.Namespace, plan: Plan, tell: Callable[[str, float, float], None]) -> None:

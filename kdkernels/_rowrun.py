@@ -51,7 +51,7 @@ def run(call: Checked) -> Result:
         dtype = working_dtype(student, teacher)
         by_row = [call.by_row(x) for x in of_rows]
         of_rows = [None if x is None else x.to(dtype).contiguous() for x in by_row]
-    options = call.options if spec.rule_numbers is None else spec.rule_numbers(*call.options)
+    options = spec.numbers_of_rule(call.options)
     of_kernel = RowCall(
         spec.rule, [call.temperature, call.scale, call.hard, *options], None, call.standardize,
         call.parts, call.ignore_index, call.class_dim, call.reduction,

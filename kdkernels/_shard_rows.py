@@ -207,6 +207,16 @@ class Rows:
         inner = torch.where(q == 0, 0.0, q * told[..., 1].T).sum(-1)
         return entropy(masses, 1.0, False) + inner
 
+    def beside(self, call: Checked, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' cross-entropies and entropies like ``values``; 0 where the call wants none."""
+        hard_values = spread = torch.zeros_like(values)
+        if call.hard != 0.0:
+            assert call.target is not None  # checked before
+            hard_values = self.cross_entropy(call.target).to(values.dtype)
+        if call.parts:
+            spread = self.entropy().to(values.dtype)
+        return hard_values, spread
+
     def step(
         self, of: LossSpec, *numbers: float, scale: float = 1.0, hard: float = 0.0,
         constant: bool = False, index: Tensor | None = None,

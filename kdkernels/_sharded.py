@@ -83,17 +83,12 @@ def evaluate(shards: Shards, call: Checked) -> tuple[Tensor, Tensor, Tensor, Ten
     rows = Rows(shards, call)
     if spec.evaluate is not None:
         chosen = choose(SPECS["topk_kd"], call.student, call.backend)
-        of_rows = call._replace(student=rows.student, row_temperature=rows.heats)
-        of_rows = of_rows._replace(hard=0.0, parts=False)
+        of_rows = call._replace(
+            student=rows.student, row_temperature=rows.heats, hard=0.0, parts=False
+        )
         values, _, _, rows.valid = spec.evaluate(of_rows, chosen, rows)
     elif spec.steps is None:
         values = rows.divergence(spec, *options).to(rows.dtype)
     else:
         values = spec.steps(rows.step, *options).to(rows.dtype)
-    hard_values = spread = torch.zeros_like(values)
-    if call.hard != 0.0:
-        assert call.target is not None  # checked before
-        hard_values = rows.cross_entropy(call.target).to(values.dtype)
-    if call.parts:
-        spread = rows.entropy().to(values.dtype)
-    return values, hard_values, spread, rows.valid
+    return values, *rows.beside(call, values), rows.valid

@@ -111,6 +111,9 @@ class LossSpec:
                 return end.spec, end.options, end.factor
         return self, options, 1.0
 
+    def numbers_of_rule(self, options: tuple[Any, ...]) -> tuple[Any, ...]:
+        return options if self.rule_numbers is None else self.rule_numbers(*options)
+
     @property
     def rule_family(self) -> str:
         """The family of the kernels' rule: a sampled token's is a cross-entropy."""

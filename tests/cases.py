@@ -93,6 +93,11 @@ def alone_if_interpreted(case: Case, *values: Any) -> bool:
     return not case.interpreted or case.spec in ONE_A_FAMILY
 
 
+def once_if_interpreted(case: Case, sample: int, dtype: torch.dtype) -> bool:
+    """For ``each_sample`` of several dtypes: the first in float32 where kernels are interpreted."""
+    return not case.interpreted or (sample == 0 and dtype == torch.float32)
+
+
 def call(
     spec: LossSpec, student: Tensor, teacher: Tensor, index: Tensor | None = None, /, **options: Any
 ) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LOSSES, Case, each, each_sample, same_bits, value_and_grad
+from cases import LOSSES, Case, each, each_sample, once_if_interpreted, same_bits, value_and_grad
 from inputs import make
 from plain_losses import gradients, pair, plain
 from torch import Tensor
@@ -73,9 +73,7 @@ def expected(
 @each_sample(
     DECOUPLED,
     dtype=(torch.float64, torch.float32),
-    keep=lambda case, sample, dtype: (
-        not case.interpreted or (sample == 0 and dtype == torch.float32)
-    ),
+    keep=once_if_interpreted,
 )
 def test_is_the_expectation_of_the_plain_formula(
     case: Case, options: dict[str, Any], dtype: torch.dtype

@@ -20,6 +20,7 @@ from cases import (
     alone_if_interpreted,
     each,
     each_sample,
+    once_if_interpreted,
     row_weights,
     same_bits,
 )
@@ -35,9 +36,7 @@ ON = {"teacher_grad": True}
 
 @each_sample(
     dtype=(torch.float64, torch.float32),
-    keep=lambda case, sample, dtype: (
-        not case.interpreted or (sample == 0 and dtype == torch.float32)
-    ),
+    keep=once_if_interpreted,
 )
 def test_both_gradients_are_those_of_the_plain_formula(
     case: Case, options: dict[str, Any], dtype: torch.dtype

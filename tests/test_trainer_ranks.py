@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,21 +75,27 @@ def _job(method: str, form: str, folder: Path) -> lm_engine.Job:
     )
 
 
+def _of_main(world: World, model: nn.Module, fit: Callable[[], Any]) -> Any:
+    """What the main process trains alone, and its history, on every process."""
+    history = [fit() if world.main else None]
+    dist.broadcast_object_list(history)
+    for x in model.parameters():
+        dist.broadcast(x.detach(), 0)
+    return history[0]
+
+
 def _check(method: str, form: str) -> None:
     """The same numbers, so that the same seeds give them on any number of processes."""
     world = World(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     with tempfile.TemporaryDirectory() as folder:
         alone, shared = (_job(method, form, Path(folder)) for _ in range(2))
         before = [x.detach().clone() for x in alone.model.parameters()]
-        if world.main:
-            wanted = lm_engine.fit(alone, Path(folder) / "alone")
+        wanted = _of_main(world, alone.model, lambda: lm_engine.fit(alone, Path(folder) / "alone"))
         shared = replace(shared, world=world)
         paths: list[object] = [folder]
         dist.broadcast_object_list(paths)  # checkpoints are read from one folder
         found = lm_engine.fit(shared, Path(str(paths[0])) / "shared")
         world.barrier()
-    if not world.main:  # test_replicas_stay_equal
-        return
     assert abs(found.loss[-1] - wanted.loss[-1]) < 1e-5
     assert abs(found.final - wanted.final) < 1e-5
     pairs = zip(before, alone.model.parameters(), shared.model.parameters(), strict=True)
@@ -135,14 +142,13 @@ def _check_dist(global_batch: bool) -> None:
     world = World(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     alone, shared = _image_job(one, *extra), _image_job(world, *extra)
     with tempfile.TemporaryDirectory() as folder:
-        if world.main:
-            wanted = engine.fit(alone, one, Path(folder) / "alone")
+        wanted = _of_main(
+            world, alone.model, lambda: engine.fit(alone, one, Path(folder) / "alone")
+        )
         paths: list[object] = [folder]
         dist.broadcast_object_list(paths)
         found = engine.fit(shared, world, Path(str(paths[0])) / "shared")
         world.barrier()
-    if not world.main:
-        return
     pairs = zip(alone.model.parameters(), shared.model.parameters(), strict=True)
     gap = max(float((x - y).detach().abs().max()) for x, y in pairs)
     if global_batch:

@@ -165,10 +165,4 @@ def _chunk(
     values = of_shards.run(how.spec, how.options, small, buckets, 0)
     for factor in own_weight:
         values = _reduce.weigh(values, 1.0, factor, None)
-    hard_values = spread = torch.zeros_like(values)
-    if hard != 0.0:
-        assert target is not None  # checked before
-        hard_values = of_shards.cross_entropy(target).to(values.dtype)
-    if call.parts:
-        spread = of_shards.entropy().to(values.dtype)
-    return values, hard_values, spread
+    return values, *of_shards.beside(rows, values)

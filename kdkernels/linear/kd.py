@@ -204,18 +204,16 @@ def linear_kd_loss(
     scale, *weights = row_weights(loss_weight, token_weight, hidden, work, hard)
     divisor = _divisor(num_items_in_batch, reduction, labels, index, hidden)
     spec, options, factor = spec.at(options)
-    own_options = options
-    if spec.rule_numbers is not None:
-        options = spec.rule_numbers(*options)
+    numbers = [temperature, scale * factor, hard, *spec.numbers_of_rule(options)]
     call = LinearCall(
-        chosen, kind, spec.rule, [temperature, scale * factor, hard, *options], None,
+        chosen, kind, spec.rule, numbers, None,
         [softcap or 0.0, logit_scale, *caps], index, tokens, return_parts,
     )  # fmt: skip
     shards: Split | None = None
     if sharded:
         items = None if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
         shards, call = split(
-            tp_group, spec, own_options, backend, call, (tail, reduction, items),
+            tp_group, spec, options, backend, call, (tail, reduction, items),
             (hidden, weight, bias), labels, of_teacher,
         )  # fmt: skip
     of_rows = [None if x is None else x.reshape(-1) for x in (labels, *weights)]

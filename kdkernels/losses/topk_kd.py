@@ -229,8 +229,7 @@ def _at_once(given: Checked) -> Result | None:
     marked, p, valid, _ = buckets(ids, logprobs, log_rest, tail, dtype)
     target, ignore_index, _ = _counted(valid, given.target, given.ignore_index)
     spec, numbers, _ = DENSE[divergence].at((beta,) if divergence == "jsd" else ())
-    if spec.rule_numbers is not None:
-        numbers = spec.rule_numbers(*numbers)
+    numbers = spec.numbers_of_rule(numbers)
     rows = TopKCall(
         [given.temperature], None, dtype == torch.float64, tail != "renormalize", hard != 0.0,
         parts, ignore_index,
