@@ -199,7 +199,7 @@ def preamble(capture: str = "") -> list[str]:
 
 
 def cpu_statements(output: Path) -> list[str]:
-    """kdkernels._C: one object for each (rule, instruction set), and the operators."""
+    """kdkernels._C: for each instruction set the stages that rules share, and each rule; the operators."""
     source = ROOT / "csrc"
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     link = ["-shared", f"-L{torch().libraries}", "-ltorch_cpu"]
@@ -218,14 +218,16 @@ def cpu_statements(output: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: compile {path}", f"  extra = {extra}"])
 
-    for rule in cuda_build.rules():
-        for name, isa_flags in instruction_sets().items():
-            extra = [*isa_flags, f"-DKDK_RULE={rule}", f"-DKDK_ISA={name}"]
-            add(f"{rule}_{name}", source / "cpu" / "rule.cpp", " ".join(extra))
+    of_a_set = {path.stem: source / "cpu" / path for path in map(Path, ("row_stages.cpp", "rule.cpp"))}
+    for name, isa_flags in instruction_sets().items():
+        extra = " ".join([*isa_flags, f"-DKDK_ISA={name}"])
+        add(f"row_stages_{name}", of_a_set["row_stages"], extra)
+        for rule in cuda_build.rules():
+            add(f"{rule}_{name}", of_a_set["rule"], f"{extra} -DKDK_RULE={rule}")
     hosts = [*source.glob("*.cpp"), *(source / "cpu").glob("*.cpp")]
     # How the CUDA kernels are launched is plain arithmetic, which the tests try without CUDA.
     hosts += (source / "cuda").glob("plan*.cpp")
-    for path in sorted(path for path in hosts if path.name != "rule.cpp"):
+    for path in sorted(path for path in hosts if path not in of_a_set.values()):
         add(path.stem, path, "$host")
     lines.append(f"build {output}: link {' '.join(objects)}\n")
     return lines

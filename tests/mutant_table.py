@@ -131,7 +131,7 @@ _of(
      "options.value[0]"),
 )  # fmt: skip
 _of(
-    "csrc/cpu", "row_kernel.h", "test_language_models.py", "native and digits",
+    "csrc/cpu", "row_stages.cpp", "test_language_models.py", "native and digits",
     ("certain_rows", "rules::select(certain, «rules::logarithm_of_one_plus(gap)», log_ratio)",
      "log_ratio"),
 )  # fmt: skip
@@ -177,30 +177,32 @@ _of(
 # Traversals of the CPU.
 
 _of(
-    "csrc/cpu", "row_kernel.h", "test_losses.py", "native and (kd or dkd) and float32-float32",
+    "csrc/cpu", "modes.h", "test_standardize.py", "native and contiguous",
     ("rest_of_moments", "return rules::select(lane_numbers<R>(0) < typename Simd<R>::Int("
-     "mode.rest()), v,\n                       typename M::V{});", "return v;",
-     "test_standardize.py", "native and contiguous"),
-    ("maximum_without_rest", "s1 = maximum(s1, fetch(s, whole, Part<true>{}));", "",
-     "test_losses.py", "native and kd and (gap or huge or offset)"),
+     "mode.rest()), v,\n                       typename M::V{});", "return v;"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "sources.h", "test_losses.py", "native and kd and (gap or huge or offset)",
+    ("maximum_without_rest", "s1 = maximum(s1, fetch(s, whole, Part<true>{}));", ""),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_stages.cpp", "test_standardize.py", "native",
     ("only_the_target", "row.max_s = rules::select(row.max_s == -kInfinity<R>, S{}, row.max_s);",
      "", "test_losses.py", "native and (dkd or aekt) and (mask_all or 3x1 or 1x1)"),
-    ("spread_eps", "row.moments_s.deviation + R(rules::kStandardizeEps)", "row.moments_s.deviation",
-     "test_standardize.py", "native"),
+    ("spread_eps", "row.moments_s.deviation + R(rules::kStandardizeEps)", "row.moments_s.deviation"),
     ("centre_from_zero", "Moments<S> row{«mode.first(x)», S{}, S{}};", "S{}",
      "test_standardize.py", "native and many_lengths"),
-    ("no_rest_of_mean", "row.rest = M::sum(sum.total) * inverse;", "",
-     "test_standardize.py", "native"),
-    ("biased_deviation", "square * R(1.0 / double(«mode.classes - 1»))", "mode.classes",
-     "test_standardize.py", "native"),
-    ("constant_row", "pull = rules::select(deviation == R(0), S{}, pull);", "",
-     "test_standardize.py", "native"),
+    ("no_rest_of_mean", "row.rest = M::sum(sum.total) * inverse;", ""),
+    ("biased_deviation", "square * R(1.0 / double(«mode.classes - 1»))", "mode.classes"),
+    ("constant_row", "pull = rules::select(deviation == R(0), S{}, pull);", ""),
     ("mean_slope", "out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);",
-     "", "test_standardize.py", "native"),
+     ""),
     ("teacher_keeps_target", "mode.exclude(i, b, fill);", "",
      "test_losses.py", "native and dkd and gaussian"),
-    ("gap_by_one_scale", "b * factor_t - a * factor_s", "(b - a) * factor_t",
-     "test_standardize.py", "native"),
+    ("gap_by_one_scale", "b * factor_t - a * factor_s", "(b - a) * factor_t"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_kernel.h", "test_losses.py", "native and (kd or dkd) and float32-float32",
     ("no_other_class_s", "inverse_s = rules::select(row.z_s == R(0), S{}, inverse_s);", "",
      "test_losses.py", "native and (mask_rest or mask_all)"),
     ("no_other_class_t", "implicit_weight = rules::select(row.z_t == R(0), S{}, implicit_weight);",

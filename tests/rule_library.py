@@ -72,6 +72,8 @@ def ninja_file(target: Path) -> str:
     files += [tests / "rules" / f"{rule}.h" for rule in TOYS]
     every = "'-DKDK_RULES(X)=" + " ".join(f"X({path.stem})" for path in files) + "'"
     for name, isa_flags in sets.items():
+        stages = csrc / "cpu" / "row_stages.cpp"
+        add(f"row_stages_{name}", stages, *isa_flags, f"-DKDK_ISA={name}")
         for rule in TOYS:
             source = csrc / "cpu" / "rule.cpp"
             add(f"{rule}_{name}", source, *isa_flags, f"-DKDK_RULE={rule}", f"-DKDK_ISA={name}")

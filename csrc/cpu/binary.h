@@ -2,6 +2,7 @@
 // stage widens half precision, the second does nothing, and the last is the only sweep.
 #pragma once
 
+#include "convert.h"
 #include "row_kernel.h"
 
 namespace kdkernels::KDK_ISA {
@@ -9,36 +10,33 @@ namespace kdkernels::KDK_ISA {
 template <class Rule>
 constexpr bool kBinary = Rule::family == Family::binary;
 
-template <class Rule, class M, class A, class B, class R = typename M::Real>
-KDK_FN void stage_one(RowState<M>& row, const RowProblem& problem, const Temperature<R>& temperature,
-                      const A& source_s, const B& source_t) {
+template <class Rule, class R>
+KDK_FN void stage_one(RowState<ByClass<R>>& row, const RowProblem& problem,
+                      const Temperature<R>& temperature, int64_t number, R* scratch_s,
+                      R* scratch_t) {
   if constexpr (kBinary<Rule>) {
-    const M mode = row.mode;
-    sweep(
-        mode,
-        [&](int64_t i, auto part) KDK_LAMBDA {
-          constexpr bool kPart = decltype(part)::value;
-          if constexpr (!std::is_same_v<A, InPlace<R>>)
-            (void)source_s.template get<kPart>(mode, i, R(0));
-          if constexpr (!std::is_same_v<B, InPlace<R>>)
-            (void)source_t.template get<kPart>(mode, i, R(0));
-        },
-        [&]() KDK_LAMBDA {});
+    row.s = row_in_place(problem.student, number, row.mode.classes, scratch_s);
+    row.t = row_in_place(problem.teacher, number, row.mode.classes, scratch_t);
   } else {
-    find_maxima<Rule>(row, problem, temperature, source_s, source_t);
+    find_maxima<kTargetApart<Rule>>(row, problem, temperature, number, scratch_s, scratch_t);
   }
+}
+template <class Rule, class R>
+KDK_FN void stage_one(RowState<ByRow<R>>& row, const RowProblem& problem,
+                      const Temperature<R>& temperature) {
+  if constexpr (!kBinary<Rule>) find_maxima<kTargetApart<Rule>>(row, problem, temperature);
 }
 
 template <class Rule, class M, class R = typename M::Real>
-KDK_FN void stage_two(RowState<M>& row, const RowProblem& problem,
-                      const Temperature<R>& temperature) {
-  if constexpr (!kBinary<Rule>) exponentiate<Rule>(row, problem, temperature);
+KDK_FN void stage_two(RowState<M>& row, const Temperature<R>& temperature) {
+  if constexpr (!kBinary<Rule>)
+    exponentiate<kTargetApart<Rule>, rules::PointwiseOf<Rule>::type::centred>(row, temperature);
 }
 
 // The gradient may lie where the student's logits do.
-template <class Rule, bool kGradient, class M, class Sink, class R = typename M::Real>
+template <class Rule, bool kGradient, class M, class G, class R = typename M::Real>
 KDK_FN typename M::S stage_three(RowState<M>& row, const RowProblem& problem,
-                                 const Temperature<R>& temperature, const Sink& sink) {
+                                 const Temperature<R>& temperature, const Sink<G, R>& sink) {
   if constexpr (kBinary<Rule>) {
     using V = typename M::V;
     using S = typename M::S;

@@ -206,6 +206,13 @@ inline void read_row(const Rows& x, int64_t row, int64_t classes, R* to) {
     read_run(data + x.offset(row), x.class_stride, classes, to, 1);
   });
 }
+// Where a row lies in the working type; in scratch where it does not.
+template <class R>
+KDK_FN const R* row_in_place(const Rows& x, int64_t row, int64_t classes, R* scratch) {
+  if (direct<R>(x)) return static_cast<const R*>(x.data) + x.offset(row);
+  read_row(x, row, classes, scratch);
+  return scratch;
+}
 template <class R>
 inline void write_row(const Rows& x, int64_t row, int64_t classes, const R* from) {
   with_type(x, [&](auto* data) KDK_LAMBDA {

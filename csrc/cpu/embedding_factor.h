@@ -34,13 +34,7 @@ inline Norm<R> norm(const R* x, int64_t width, R squares) {
   return {R(small ? 1.0 / Rule::eps : scale / length), !small};
 }
 
-// Where a sample's values lie: in place, or converted to scratch.
-template <class R>
-inline const R* sample_of(const Rows& x, int64_t row, int64_t width, R* scratch) {
-  if (direct<R>(x)) return static_cast<const R*>(x.data) + x.offset(row);
-  read_row(x, row, width, scratch);
-  return scratch;
-}
+// Where a sample's gradient is written: in place, or in scratch.
 template <class R>
 inline R* place_of(const Rows& x, int64_t row, R* scratch) {
   return direct<R>(x) ? static_cast<R*>(x.data) + x.offset(row) : scratch;
@@ -51,9 +45,9 @@ double factor_sample(const FactorProblem& problem, int64_t row, R* scratch, int6
   using V = Vec<R>;
   const int64_t width = problem.width;
   const ByClass<R> mode{width};
-  const R* const a = sample_of(problem.inheritance, row, width, scratch);
-  const R* const e = sample_of(problem.exploration, row, width, scratch + stride);
-  const R* const t = sample_of(problem.teacher, row, width, scratch + 2 * stride);
+  const R* const a = row_in_place(problem.inheritance, row, width, scratch);
+  const R* const e = row_in_place(problem.exploration, row, width, scratch + stride);
+  const R* const t = row_in_place(problem.teacher, row, width, scratch + 2 * stride);
 
   Blocked<V> aa, ee, tt;
   sweep(

@@ -118,6 +118,14 @@ KDK_FN void sweep(const M& mode, Body&& body, Flush&& flush) {
   }
 }
 
+// Zero in the lanes past the end of the row.
+template <class M>
+KDK_FN typename M::V mask_rest(const M& mode, const typename M::V& v) {
+  using R = typename M::Real;
+  return rules::select(lane_numbers<R>(0) < typename Simd<R>::Int(mode.rest()), v,
+                       typename M::V{});
+}
+
 // A sum kept in blocks.
 template <class V>
 struct Blocked {

@@ -90,25 +90,6 @@ KDK_FN void put_values(const RowProblem& problem, int64_t row, R value, R hard, 
   parts[2 * problem.rows + row] = entropy;
 }
 
-// Calls f with the source of a row's logits, which are at `at` after stage 1.
-template <class R, class F>
-KDK_FN void with_source(const Rows& x, int64_t row, int64_t classes, R* scratch, const R*& at,
-                        F&& f) {
-  if (direct<R>(x)) {
-    at = static_cast<const R*>(x.data) + x.offset(row);
-    return f(InPlace<R>{at});
-  }
-  at = scratch;
-  if constexpr (std::is_same_v<R, float>) {
-    if (x.class_stride == 1 && x.type == Scalar::bf16)
-      return f(Widened<bf16>{static_cast<const bf16*>(x.data) + x.offset(row), scratch});
-    if (x.class_stride == 1 && x.type == Scalar::f16)
-      return f(Widened<f16>{static_cast<const f16*>(x.data) + x.offset(row), scratch});
-  }
-  read_row(x, row, classes, scratch);
-  f(InPlace<R>{scratch});
-}
-
 // Rows begin to end, lanes along the classes. T is the gradient's type where it can be written where
 // it lies, else R (and then each row goes through scratch); void where none is wanted.
 template <class Rule, class R, class T>
@@ -152,13 +133,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     scratch.give(state, set);
     if constexpr (kGradient && std::is_same_v<G, R>)
       if (in_place && !again) state.exp_s = sink(row).to;
-    with_source<R>(problem.student, row, classes, scratch.student(set), state.s,
-                   [&](const auto& s) KDK_LAMBDA {
-      with_source<R>(problem.teacher, row, classes, scratch.teacher(set), state.t,
-                     [&](const auto& t) KDK_LAMBDA {
-        stage_one<Rule>(state, problem, temperature, s, t);
-      });
-    });
+    stage_one<Rule>(state, problem, temperature, row, scratch.student(set), scratch.teacher(set));
   };
   const auto end_row = [&](int64_t row) KDK_LAMBDA {
     const Sink<G, R> to = sink(row);
@@ -182,7 +157,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     if (row < end && !ignored(row)) start(row);
     const int64_t second = row - lag, third = row - 2 * lag;
     if (second >= begin && second < end && !ignored(second))
-      stage_two<Rule>(states[second % abreast], problem, temperature);
+      stage_two<Rule>(states[second % abreast], temperature);
     if (third >= begin) end_row(third);
   }
 }
@@ -234,8 +209,8 @@ void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
     }
     read_lanes(problem.student, row, count, classes, scratch.student(0));
     read_lanes(problem.teacher, row, count, classes, scratch.teacher(0));
-    stage_one<Rule>(state, problem, temperature, InPlace<R>{state.s}, InPlace<R>{state.t});
-    stage_two<Rule>(state, problem, temperature);
+    stage_one<Rule>(state, problem, temperature);
+    stage_two<Rule>(state, temperature);
     Vec<R> value;
     if (problem.gradient.data) {
       value = stage_three<Rule, true>(state, problem, temperature, sink);

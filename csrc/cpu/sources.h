@@ -60,4 +60,37 @@ struct Sink {
   }
 };
 
+// Maxima of a row pair, two chains wide each to hide the latency.
+template <bool kExclude, class M, class A, class B>
+KDK_FN void maxima(const M& mode, const A& s, const B& t, typename M::S& max_s,
+                   typename M::S& max_t) {
+  using V = typename M::V;
+  using R = typename M::Real;
+  const R fill = -kInfinity<R>;
+  V s0 = splat<R>(fill), s1 = s0, t0 = s0, t1 = s0;
+  const auto fetch = [&](const auto& x, int64_t i, auto part) KDK_LAMBDA {
+    V v = x.template get<decltype(part)::value>(mode, i, fill);
+    if constexpr (kExclude) mode.exclude(i, v, fill);
+    return v;
+  };
+  const int64_t whole = mode.whole();
+  int64_t i = 0;
+  for (; i + 2 <= whole; i += 2) {
+    s0 = maximum(s0, fetch(s, i, Part<false>{}));
+    t0 = maximum(t0, fetch(t, i, Part<false>{}));
+    s1 = maximum(s1, fetch(s, i + 1, Part<false>{}));
+    t1 = maximum(t1, fetch(t, i + 1, Part<false>{}));
+  }
+  if (i < whole) {
+    s0 = maximum(s0, fetch(s, i, Part<false>{}));
+    t0 = maximum(t0, fetch(t, i, Part<false>{}));
+  }
+  if (mode.rest()) {
+    s1 = maximum(s1, fetch(s, whole, Part<true>{}));
+    t1 = maximum(t1, fetch(t, whole, Part<true>{}));
+  }
+  max_s = M::max(maximum(s0, s1));
+  max_t = M::max(maximum(t0, t1));
+}
+
 }  // namespace kdkernels::KDK_ISA
