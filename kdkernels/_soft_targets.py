@@ -217,7 +217,7 @@ def _others(
         explicit = torch.where(weights == 0, 0.0, explicit * ratio)
     factors = explicit - shares * beta
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
-    terms = terms + (1.0 - p) * ((1.0 - p).log() - (1.0 - q).log())
+    terms = terms + (1.0 - p) * (torch.log1p(-p) - torch.log1p(-q))
     # What is infinite here KL is too, from which no part of it is taken off.
     finite = torch.where(terms.isinf(), 0.0, terms) if transformed() else _finite(terms)
     sums = (factors * finite).sum(-1)

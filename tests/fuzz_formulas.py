@@ -253,6 +253,9 @@ def _projected(
     slope = np.where(np.isfinite(mean), q * (x - mean), np.nan)
     if not options["pivot"]:
         far = np.where(np.isfinite(by_log_q), abs(by_log_q), 0)
+        # The exponential of a logarithm errs by the rounding of that, of which fuzz.py allows 32.
+        with np.errstate(divide="ignore"):
+            far = far * np.maximum(1, np.where(q == 0, 0, -np.log(q)) / 32)
         total = (q * far).sum(-1, keepdims=True) * (1 + q.shape[-1] / 64)
         size = np.maximum(size, q * (far + total))
         size = _collected(q, size)

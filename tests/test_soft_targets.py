@@ -118,6 +118,18 @@ def test_hard_inputs_in_float32(case: Case, family: str) -> None:
         assert ((loss - values).abs() <= 1e-5 * values + 1e-6).all(), name
 
 
+@each(DECOUPLED, keep=lambda case: not case.interpreted)
+def test_unlikely_classes_of_rows_that_agree(case: Case) -> None:
+    """log(1 - p) of a small p has none of its digits: a class of 1e-13 is not one of 1e-16."""
+    student = torch.tensor([[80.0, 50.0, -40.0, 0.0, 30.0], [0.0, 31.0, 3.0, 4.0, 2.0]]).double()
+    teacher = student + torch.tensor([[0.01, -0.01, 0.02, 0.0, 0.01]]).double()
+    weights = smoothed(torch.tensor([3, 2]), 5)
+    options = {"temperature": 1.0, "alpha": 1e12, "beta": 1e-6}
+    loss = case(student, teacher, weights, reduction="none", **options)
+    values, _ = expected(case.spec, student, teacher, weights, options)
+    torch.testing.assert_close(loss, values, rtol=1e-6, atol=0.0)
+
+
 @decoupled
 @pytest.mark.parametrize("family", ["masked_student", "masked_teacher", "masked_both"])
 def test_excluded_classes(spec: LossSpec, family: str) -> None:
