@@ -199,7 +199,7 @@ def preamble(capture: str = "") -> list[str]:
 
 
 def cpu_statements(output: Path) -> list[str]:
-    """kdkernels._C: for each instruction set the stages that rules share, and each rule; the operators."""
+    """kdkernels._C: the rules and the stages that they share, by instruction set; the operators."""
     source = ROOT / "csrc"
     sanitizer = os.environ.get("KDKERNELS_SANITIZE")
     link = ["-shared", f"-L{torch().libraries}", "-ltorch_cpu"]
@@ -218,7 +218,9 @@ def cpu_statements(output: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: compile {path}", f"  extra = {extra}"])
 
-    of_a_set = {path.stem: source / "cpu" / path for path in map(Path, ("row_stages.cpp", "rule.cpp"))}
+    of_a_set = {
+        path.stem: source / "cpu" / path for path in map(Path, ("row_stages.cpp", "rule.cpp"))
+    }
     for name, isa_flags in instruction_sets().items():
         extra = " ".join([*isa_flags, f"-DKDK_ISA={name}"])
         add(f"row_stages_{name}", of_a_set["row_stages"], extra)

@@ -189,7 +189,7 @@ _of(
     "csrc/cpu", "row_stages.cpp", "test_standardize.py", "native",
     ("only_the_target", "row.max_s = rules::select(row.max_s == -kInfinity<R>, S{}, row.max_s);",
      "", "test_losses.py", "native and (dkd or aekt) and (mask_all or 3x1 or 1x1)"),
-    ("spread_eps", "row.moments_s.deviation + R(rules::kStandardizeEps)", "row.moments_s.deviation"),
+    ("spread_eps", "row.spread_s = row.moments_s.deviation + «R(rules::kStandardizeEps)»;", "R(0)"),
     ("centre_from_zero", "Moments<S> row{«mode.first(x)», S{}, S{}};", "S{}",
      "test_standardize.py", "native and many_lengths"),
     ("no_rest_of_mean", "row.rest = M::sum(sum.total) * inverse;", ""),

@@ -18,6 +18,7 @@ from cases import (
     LOSS_IDS,
     LOSSES,
     Case,
+    alone_if_interpreted,
     at_temperature,
     call,
     each,
@@ -70,7 +71,9 @@ ARGUMENTS = {
 
 @each(
     argument=ARGUMENTS,
-    keep=lambda case, name: name in inspect.signature(case.spec.function).parameters,
+    keep=lambda case, name: (
+        name in inspect.signature(case.spec.function).parameters and alone_if_interpreted(case)
+    ),
 )
 def test_every_argument_matters(case: Case, argument: str) -> None:
     """An argument that is accepted and forgotten is the most silent of bugs."""

@@ -24,6 +24,7 @@ from kdkernels.registry import SPECS
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="the emulator needs a C++ compiler"
 )
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE = {**cuda_emulator.SMALL, "multiprocessors": 1}
 SIZES = ((40, 40), (11, 4104), (13, 20008))
 
@@ -125,11 +126,13 @@ def run_laid(
 
 
 @pytest.mark.parametrize("rule", [*ROW_RULES, "toy", "toy_decoupled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_begin_and_end_anywhere(rule: str, dtype: torch.dtype, layout: str) -> None:
     """Targets, and rows that are ignored, at every place of a pack."""
-    for cluster, rows, classes in (1, 26, 2051), (2, 20, 4101), (4, 19, 4099), (16, 9, 8197):
+    shapes = (1, 26, 2051), (2, 20, 4101), (4, 19, 4099), (16, 9, 8197)
+    turn = [*LAYOUTS].index(layout) + DTYPES.index(dtype)
+    for cluster, rows, classes in shapes[turn % 2 :: 2]:
         student, teacher, target = make("gaussian", rows, classes, dtype=dtype)
         target[::3] = torch.arange(len(target[::3])) % 8
         target[1::3] = classes - 1 - torch.arange(len(target[1::3])) % 8
