@@ -218,18 +218,16 @@ def cpu_statements(output: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: compile {path}", f"  extra = {extra}"])
 
-    of_a_set = {
-        path.stem: source / "cpu" / path for path in map(Path, ("row_stages.cpp", "rule.cpp"))
-    }
+    of_sets = stages, of_rule = [source / "cpu" / name for name in ("row_stages.cpp", "rule.cpp")]
     for name, isa_flags in instruction_sets().items():
         extra = " ".join([*isa_flags, f"-DKDK_ISA={name}"])
-        add(f"row_stages_{name}", of_a_set["row_stages"], extra)
+        add(f"row_stages_{name}", stages, extra)
         for rule in cuda_build.rules():
-            add(f"{rule}_{name}", of_a_set["rule"], f"{extra} -DKDK_RULE={rule}")
+            add(f"{rule}_{name}", of_rule, f"{extra} -DKDK_RULE={rule}")
     hosts = [*source.glob("*.cpp"), *(source / "cpu").glob("*.cpp")]
     # How the CUDA kernels are launched is plain arithmetic, which the tests try without CUDA.
     hosts += (source / "cuda").glob("plan*.cpp")
-    for path in sorted(path for path in hosts if path not in of_a_set.values()):
+    for path in sorted(path for path in hosts if path not in of_sets):
         add(path.stem, path, "$host")
     lines.append(f"build {output}: link {' '.join(objects)}\n")
     return lines

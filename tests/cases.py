@@ -45,15 +45,6 @@ ONE_A_FAMILY = [SPECS[name] for name in ("kd", "dkd", "sigmoid_kd", "dist")]
 """A loss of each family, which stands for all in what their operator does."""
 assert {spec.family for spec in LOSSES} == {spec.family for spec in ONE_A_FAMILY}
 
-
-def one_a_family(specs: Iterable[LossSpec]) -> list[LossSpec]:
-    """The first of each family: for more than two processes, where two have tried every loss."""
-    first: dict[str, LossSpec] = {}
-    for spec in specs:
-        first.setdefault(spec.family, spec)
-    return [*first.values()]
-
-
 KERNELS = ("native", "triton")
 NOT_ON_CUDA = cuda_emulator.build_facts().without_kernels()
 """Rules that say that CUDA does not compile them: nothing to emulate."""

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +15,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from kdkernels.registry import LossSpec
+
 Cases = Callable[[], Iterator[tuple[str, Callable[[], None]]]]
 
 needs_processes = pytest.mark.skipif(
     not dist.is_available() or sys.platform != "linux", reason="torch.distributed is not available"
 )
+
+
+def of_this_world(specs: Sequence[LossSpec]) -> Sequence[LossSpec]:
+    """The losses to try: all on two ranks, and the first of each family on more."""
+    if dist.get_world_size() == 2:
+        return specs
+    return list({spec.family: spec for spec in reversed(specs)}.values())
 
 
 def _worker(rank: int, path: str, world: int, cases: Cases, failures: Any) -> None:

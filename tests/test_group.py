@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LOSSES, one_a_family
+from cases import LOSSES
 from every import GROUPED, example
 from inputs import make
-from ranks import needs_processes, run_on_ranks
+from ranks import needs_processes, of_this_world, run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -219,7 +219,7 @@ def _check_timeout() -> None:
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     world = dist.get_world_size()
-    for spec in GROUPED if world == 2 else one_a_family(GROUPED):
+    for spec in of_this_world(GROUPED):
         for dtype, tolerance in TOLERANCES.items():
             tensors = example(spec, dtype).tensors
             samples = spec.samples if dtype == torch.float64 else spec.samples[:1]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import one_a_family
 from every import GROUPED, example
-from ranks import needs_processes, run_on_ranks
+from ranks import needs_processes, of_this_world, run_on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -97,7 +96,7 @@ def _accumulated(spec: LossSpec) -> None:
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    for spec in OF_LOGITS if dist.get_world_size() == 2 else one_a_family(OF_LOGITS):
+    for spec in of_this_world(OF_LOGITS):
         checks = {"FSDP2": _sharded, "checkpointed": _checkpointed}
         if spec.by_row:
             checks["accumulated"] = _accumulated

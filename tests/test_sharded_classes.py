@@ -13,9 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import one_a_family
 from inputs import make
-from ranks import needs_processes, run_on_ranks
+from ranks import needs_processes, of_this_world, run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -280,7 +279,7 @@ def _check_timeout() -> None:
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    for spec in SHARDED if dist.get_world_size() == 2 else one_a_family(SHARDED):
+    for spec in of_this_world(SHARDED):
         for dtype in TOLERANCES:
             samples = spec.samples if dtype == torch.float64 else spec.samples[:1]
             for options in samples:

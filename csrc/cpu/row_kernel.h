@@ -8,6 +8,10 @@
 
 namespace kdkernels::KDK_ISA {
 
+// Whether the softmax is that of the classes other than the target.
+template <class Rule>
+constexpr bool kTargetApart = Rule::family == Family::decoupled;
+
 // The pivot of a rule that is not centred; see csrc/rules/contract.h.
 template <class Pointwise, class M, class R = typename M::Real>
 KDK_FN typename M::S pivot(const RowState<M>& row, const Options& options,
@@ -19,7 +23,7 @@ KDK_FN typename M::S pivot(const RowState<M>& row, const Options& options,
   return rules::pivot_of(slope, q);
 }
 
-// Likewise where the target stands apart: that of the pair, and that of the others by their share.
+// Entropy where the target stands apart: that of the pair, and that of the others by their share.
 template <class M, class R = typename M::Real>
 KDK_FN typename M::S entropy_of(const RowState<M>& row, const rules::TwoPoint<typename M::S>& q) {
   using S = typename M::S;
@@ -27,9 +31,6 @@ KDK_FN typename M::S entropy_of(const RowState<M>& row, const rules::TwoPoint<ty
   const S of_others = rules::select(q.n == R(0), S{}, S(q.n * (q.log_n - entropy_of(row))));
   return -of_target - of_others;
 }
-
-template <class Rule>
-constexpr bool kTargetApart = Rule::family == Family::decoupled;
 
 // Stage 3: the value (bare), and the gradient times the row's coefficient into `sink`. Rules that need
 // more than one sweep for the gradient (`reads_logits_again`) have a sink in the working type.
@@ -124,7 +125,7 @@ KDK_FN typename M::S finish(RowState<M>& row, const RowProblem& problem,
     if constexpr (kWorking && !Pointwise::centred) {
       const S pull = g * (implicit_slope * M::sum(slopes.total) + explicit_slope);
       project<kTargetApart<Rule>>(row, sink.to, S(pull * inverse_s), g_explicit,
-                          problem.standardize ? HardTerm<M>{} : hard);
+                                  problem.standardize ? HardTerm<M>{} : hard);
     }
     if constexpr (kTargetApart<Rule>) {
       S at_target = g * explicit_slope;

@@ -46,19 +46,15 @@ KDK_FN Moments<typename M::S> moments(const M& mode, const R* x) {
 template <class R, class F>
 KDK_FN void with_source(const Rows& x, int64_t row, int64_t classes, R* scratch, const R*& at,
                         F&& f) {
-  if (direct<R>(x)) {
-    at = static_cast<const R*>(x.data) + x.offset(row);
-    return f(InPlace<R>{at});
-  }
-  at = scratch;
   if constexpr (std::is_same_v<R, float>) {
+    at = scratch;
     if (x.class_stride == 1 && x.type == Scalar::bf16)
       return f(Widened<bf16>{static_cast<const bf16*>(x.data) + x.offset(row), scratch});
     if (x.class_stride == 1 && x.type == Scalar::f16)
       return f(Widened<f16>{static_cast<const f16*>(x.data) + x.offset(row), scratch});
   }
-  read_row(x, row, classes, scratch);
-  f(InPlace<R>{scratch});
+  at = row_in_place(x, row, classes, scratch);
+  f(InPlace<R>{at});
 }
 
 // What follows from a row's maxima before stage 2 may overwrite the logits.
@@ -232,23 +228,32 @@ typename M::S entropy_of(const RowState<M>& row) {
   const S entropy = logarithm(row.z_s) - row.log_sum / row.z_s;
   return rules::select(row.z_s == R(0), S{}, entropy);
 }
+
+// The gradient changed by `change`, in the last sweep over it, in which the cross-entropy's joins.
+template <class M, class Change, class R = typename M::Real>
+KDK_FN void end_gradient(const M& mode, R* gradient, const HardTerm<M>& hard, Change&& change) {
+  sweep(
+      mode,
+      [&](int64_t i, auto part) KDK_LAMBDA {
+        constexpr bool kPart = decltype(part)::value;
+        typename M::V out = mode.template get<kPart>(gradient, i, R(0));
+        change(i, part, out);
+        if (hard) out += hard.template get<kPart>(mode, i);
+        mode.template put<kPart>(gradient, i, out);
+      },
+      [&]() KDK_LAMBDA {});
+}
+
 template <bool kDecoupled, class M, class R>
 void project(const RowState<M>& row, R* gradient, const typename M::S& pull,
              const typename M::V& at_target, const HardTerm<M>& hard) {
   using V = typename M::V;
   const M mode = row.mode;
   const V factor = M::spread(pull);
-  sweep(
-      mode,
-      [&](int64_t i, auto part) KDK_LAMBDA {
-        constexpr bool kPart = decltype(part)::value;
-        V out = mode.template get<kPart>(gradient, i, R(0));
-        out -= factor * mode.template get<kPart>(row.exp_s, i, R(0));
-        if constexpr (kDecoupled) mode.set_excluded(i, out, at_target);
-        if (hard) out += hard.template get<kPart>(mode, i);
-        mode.template put<kPart>(gradient, i, out);
-      },
-      [&]() KDK_LAMBDA {});
+  end_gradient(mode, gradient, hard, [&](int64_t i, auto part, V& out) KDK_LAMBDA {
+    out -= factor * mode.template get<decltype(part)::value>(row.exp_s, i, R(0));
+    if constexpr (kDecoupled) mode.set_excluded(i, out, at_target);
+  });
 }
 
 template <class M, class R>
@@ -271,16 +276,10 @@ void through_deviation(const RowState<M>& row, R* gradient, const HardTerm<M>& h
   S pull = M::sum(dot.total) / (row.spread_s * deviation * R(mode.classes - 1));
   pull = rules::select(deviation == R(0), S{}, pull);
   const V factor = M::spread(pull);
-  sweep(
-      mode,
-      [&](int64_t i, auto part) KDK_LAMBDA {
-        constexpr bool kPart = decltype(part)::value;
-        V out = mode.template get<kPart>(gradient, i, R(0));
-        out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);
-        if (hard) out += hard.template get<kPart>(mode, i);
-        mode.template put<kPart>(gradient, i, out);
-      },
-      [&]() KDK_LAMBDA {});
+  end_gradient(mode, gradient, hard, [&](int64_t i, auto part, V& out) KDK_LAMBDA {
+    constexpr bool kPart = decltype(part)::value;
+    out -= factor * ((mode.template get<kPart>(row.s, i, R(0)) - centre) - rest);
+  });
 }
 
 // All of them, for rows in the order of memory and across the lanes.
