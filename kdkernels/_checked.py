@@ -10,6 +10,9 @@ from torch import Tensor
 from . import _checks
 from .registry import LossSpec
 
+Result = tuple[Tensor, Tensor | None]
+"""The loss, and its parts by row where they are wanted."""
+
 
 class Checked(NamedTuple):
     """The defaults are those of rows that are softened and counted already."""

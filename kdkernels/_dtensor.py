@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._checked import Checked
+from ._checked import Checked, Result
 from ._tracing import plain
 
 _USUAL = frozenset({Tensor, torch.nn.Parameter, float, int, str, bool, type(None)})
@@ -71,56 +71,86 @@ def _classes_over(student: Any, class_dim: int) -> int | None:
     return found[0] if bool((ranks[1:] > ranks[:-1]).all()) else None
 
 
-def row_loss(run: Callable[[Checked, Any], Tensor], call: Checked, of_shards: bool) -> Tensor:
+def of_rows(local: Tensor, student: Any, class_dim: int, before: int = 0) -> Tensor:
+    """What each rank has of its own rows, behind ``before`` dimensions, as a DTensor of all rows
+    of the student's."""
+    from torch.distributed.tensor import DTensor
+
+    rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+    shape = local.shape[:before] + rows
+    strides = torch.empty(shape, device="meta").stride()
+    placements = _of_rows(student, class_dim, before)
+    return DTensor.from_local(
+        local, student.device_mesh, placements, run_check=False, shape=shape, stride=strides
+    )
+
+
+def _of_rows(student: Any, class_dim: int, before: int = 0) -> list[Any]:
+    """Where numbers by row lie whose rows lie as the student's; each rank of others has all."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [
+        Shard(p.dim - (p.dim > class_dim) + before)
+        if p.is_shard() and p.dim != class_dim
+        else Replicate()
+        for p in student.placements
+    ]
+
+
+def row_loss(run: Callable[[Checked, Any], Result], call: Checked, of_shards: bool) -> Result:
     """``run`` of the call's local tensors on each rank's rows, and of the group that shares the
     classes, None where each rank has all.
 
     ``of_shards`` says whether the loss can be evaluated on shards of its classes.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     names = ("target", "token_weight", "hard_token_weight", "row_temperature")
-    of_rows = {name: getattr(call, name) for name in names}
-    of_rows |= {name: x for name, x in call.named().items() if isinstance(x, Tensor)}
-    rank_shared = {k for k, x in of_rows.items() if x is not None and x.dim() == 0 and plain(x)}
+    by_row = {name: getattr(call, name) for name in names}
+    by_row |= {name: x for name, x in call.named().items() if isinstance(x, Tensor)}
+    rank_shared = {k for k, x in by_row.items() if x is not None and x.dim() == 0 and plain(x)}
     given_as = {"target": call.spec.target_name, "row_temperature": "temperature"}
-    sharded = {given_as.get(k, k): x for k, x in of_rows.items() if k not in rank_shared}
+    sharded = {given_as.get(k, k): x for k, x in by_row.items() if k not in rank_shared}
     mesh = _mesh({"student_logits": call.student, "teacher_logits": call.teacher, **sharded})
     given: Any = call.student
-    by_row = [p.is_shard() and p.dim != call.class_dim for p in given.placements]
     over = _classes_over(given, call.class_dim) if of_shards else None
     group = None if over is None else mesh.get_group(over)
+    row_placements = _of_rows(given, call.class_dim)
     placements = [
-        p if own or i == over else Replicate()
-        for i, (p, own) in enumerate(zip(given.placements, by_row, strict=True))
+        p if of_row.is_shard() or i == over else Replicate()
+        for i, (p, of_row) in enumerate(zip(given.placements, row_placements, strict=True))
     ]
-    row_placements = [
-        Shard(p.dim - (p.dim > call.class_dim)) if own else Replicate()
-        for p, own in zip(given.placements, by_row, strict=True)
-    ]
-    of_sums = [Partial() if own else Replicate() for own in by_row]
+    of_sums = [Partial() if p.is_shard() else p for p in row_placements]
     s, t = (_local(x, mesh, placements) for x in (call.student, call.teacher))
     local: dict[str, Any] = {
         k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
-        for k, x in of_rows.items()
+        for k, x in by_row.items()
     }
     options = tuple(local.pop(name, x) for name, x in call.named().items())
+    index = call.ignore_index
+    if call.spec.counted is not None:
+        local["target"], index = call.spec.counted(options, local["target"], index)
     code = _NONE if call.reduction == _NONE else _SUM
-    loss = run(call._replace(student=s, teacher=t, options=options, reduction=code, **local), group)
-    if code == _NONE:
-        strides = torch.empty(call.rows(), device="meta").stride()
-        return DTensor.from_local(
-            loss, mesh, row_placements, run_check=False, shape=call.rows(), stride=strides
-        )
-    if call.reduction != _SUM:
+    loss, parts = run(
+        call._replace(
+            student=s, teacher=t, options=options, reduction=code, ignore_index=index, **local
+        ),
+        group,
+    )
+    if call.reduction not in (_NONE, _SUM):
         count: Any = max(call.rows().numel(), 1)
         y = local["target"]
         if y is not None:
-            own = (y != call.ignore_index).sum()
+            own = (y != index).sum()
             valid = DTensor.from_local(own, mesh, of_sums, run_check=False)
             count = valid.full_tensor().clamp(min=1)
         loss = loss / count
-    return DTensor.from_local(loss, mesh, of_sums, run_check=False)
+        parts = None if parts is None else torch.cat([parts[:2] / count, parts[2:]])
+    if parts is not None:
+        parts = of_rows(parts, given, call.class_dim, before=1)
+    if code == _NONE:
+        return of_rows(loss, given, call.class_dim), parts
+    return DTensor.from_local(loss, mesh, of_sums, run_check=False), parts
 
 
 def gathered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

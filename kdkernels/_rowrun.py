@@ -16,14 +16,11 @@ from ._autograd import (
     wants_gradient,
 )
 from ._calls import RowCall
-from ._checked import Checked
+from ._checked import Checked, Result
 from ._dispatch import choose, choose_beside_cuda
 from ._dtypes import working_dtype
 from ._tracing import readable
 from .registry import SPECS, LossSpec
-
-Result = tuple[Tensor, Tensor | None]
-"""The loss, and its parts by row where they are wanted."""
 
 
 def run(call: Checked) -> Result:

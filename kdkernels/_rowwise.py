@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dtensor, _ensemble, _group, _sharded, _soft_targets, _temperature
-from ._checked import Checked
+from ._checked import Checked, Result
 from ._dtensor import any_sharded
 from ._dtypes import working_dtype
 from ._ensemble import TeacherLogits
@@ -160,7 +160,10 @@ def row_loss(
         target, index = indices(spec, student, target, class_dim, ignore_index, not reads_target)
     elif reads_target:
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
-    mask = target if soft is None else None
+    sharded = not (plain(student) and plain(teacher)) and any_sharded(student, teacher)
+    mask, ignored = target if soft is None else None, index
+    if spec.counted is not None and not sharded:
+        mask, ignored = spec.counted(options, mask, index)
     if token_weight is not None:
         _checks.token_weight(token_weight, student, class_dim)
         token_weight = keepable(token_weight)
@@ -179,7 +182,7 @@ def row_loss(
         given = temperature if heats is None else heats
         once = functools.partial(row_loss, spec, student, teacher, target, options, given, **common)
         both = joined(once(loss_weight=loss_weight), once(loss_weight=0.0, hard_weight=hard))
-        return over_ranks(both, process_group, student, class_dim, mask, index)
+        return over_ranks(both, process_group, student, class_dim, mask, ignored)
     # Weights and counts that are tensors: nothing reads them on the host.
     factor = divisor = None
     hard_token_weight = token_weight if hard != 0.0 else None
@@ -212,15 +215,15 @@ def row_loss(
         else:
             scale, hard = scale / items, hard / items
     call = Checked(
-        spec, backend, options, student, teacher, target if soft is None else soft, token_weight,
-        hard_token_weight, heats, temperature, scale, hard, standardize, return_parts, index,
+        spec, backend, options, student, teacher, mask if soft is None else soft, token_weight,
+        hard_token_weight, heats, temperature, scale, hard, standardize, return_parts, ignored,
         class_dim, code,
     )  # fmt: skip
     parts = None
     if soft is not None:
         loss, parts = _soft_targets.run(call)
-    elif not (plain(student) and plain(teacher)) and any_sharded(student, teacher):
-        loss = _of_dtensors(call, learned)
+    elif sharded:
+        loss, parts = _of_dtensors(call, learned)
     elif tp_group is not None and tp_group.size() > 1:
         loss, parts = _sharded.run(tp_group, call)
     else:
@@ -229,22 +232,22 @@ def row_loss(
             loss = _temperature.with_gradient(asked, loss, given_heats, call)
     result: Any = _weigh(loss, factor, divisor)
     if parts is not None:
-        values = parts[:2] if code == 0 else parts[:2].flatten(1).sum(1)
+        values = parts[:2]
+        if code != 0:
+            values = values.sum(tuple(range(1, parts.dim())))
         values = _weigh(values, None if factor is None else factor.detach(), divisor)
         result = result, LossParts(values[0], values[1], parts[2])
-    return over_ranks(result, process_group, student, class_dim, mask, index)
+    return over_ranks(result, process_group, student, class_dim, mask, ignored)
 
 
-def _of_dtensors(call: Checked, learned: bool) -> Tensor:
+def _of_dtensors(call: Checked, learned: bool) -> Result:
     """The loss of DTensors: of their local tensors, by ranks that have the rows or the classes."""
-    if call.parts:
-        raise _checks.fail("return_parts", "False where logits are DTensors", True)
     if learned:
         raise _checks.fail("temperature", "a constant where logits are DTensors", "another")
     why = _sharded.why_not(call.spec, call.options, call.standardize, call.teacher)
 
-    def local(call: Checked, group: Any) -> Tensor:
-        return (run(call) if group is None else _sharded.run(group, call))[0]
+    def local(call: Checked, group: Any) -> Result:
+        return run(call) if group is None else _sharded.run(group, call)
 
     return _dtensor.row_loss(local, call, of_shards=why is None)
 

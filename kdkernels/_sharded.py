@@ -13,10 +13,10 @@ from torch import Tensor
 
 from . import _checks, _reduce
 from ._autograd import both_gradients, wants_gradient
-from ._checked import Checked
+from ._checked import Checked, Result
 from ._dispatch import choose
 from ._dtypes import working_dtype
-from ._rowrun import Result, check_range
+from ._rowrun import check_range
 from ._shard_rows import BY_CHAIN, Rows
 from ._shards import Shards, agree
 from .registry import SPECS, LossSpec

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from . import _checks, _reduce
-from ._checked import Checked
+from ._checked import Checked, Result
 from ._dispatch import choose
 from ._dtensor import any_sharded
 from ._ops import once
-from ._rowrun import Result, run as run_hard
+from ._rowrun import run as run_hard
 from ._tracing import readable, traced, transformed
 from .reference._rows import logsumexp, rescale, top, weighted
 from .reference.aekt import weight_of_ratio

@@ -47,7 +47,9 @@ class LossSpec:
     where no rule alone gives it; ``evaluate`` gives the values, cross-entropies, entropies and the
     mask of rows (``_checked.Checked``) on a backend, where the teacher is no logits, of shards of
     the classes too, and ``at_once`` the reduced loss by compiled kernels that compute the gradient
-    in the forward pass, or None where they cannot. ``by_temperature`` gives each row's derivative
+    in the forward pass, or None where they cannot; ``counted`` makes, of the options, the target
+    and its ``ignore_index``, those that also ignore the rows of which the options say nothing.
+    ``by_temperature`` gives each row's derivative
     by its temperature, for those who learn it. ``exchanged`` gives, of the options, the name and
     options of the loss that this is with teacher and student in exchanged roles: its kernels make
     the teacher's gradient, which is autograd's of the reference where there is none.
@@ -84,6 +86,7 @@ class LossSpec:
     steps: Callable[..., Tensor] | None = None
     evaluate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     at_once: Callable[..., tuple[Tensor, Tensor | None] | None] | None = None
+    counted: Callable[..., tuple[Tensor, int]] | None = None
     by_temperature: Callable[..., Tensor] | None = None
     exchanged: Callable[..., tuple[str, tuple[Any, ...]] | None] = lambda *_: None
     constant_weight: str = ""

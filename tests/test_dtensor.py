@@ -30,8 +30,10 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
     if ignored and spec.takes_target and spec.family != "embedding":
         labels = torch.tensor([-100, 2, -100, 3, 1, 2])  # more on one rank than on the other
         labels = labels[: len(case.student)]
-        case.tensors[2 + (spec.family == "sampled") :] = []
+        case.tensors[2 + (spec.family in ("sampled", "sparse")) :] = []
         options[spec.target_name] = labels
+        if spec.counted is not None:
+            case.tensors[2][3] = -torch.inf  # a row of which the teacher says nothing
     expected = case.of(case.student, **options)
     slope = gradient(case.function(**options), case.student)
 
@@ -54,10 +56,22 @@ def _check(spec: LossSpec, reduction: str, dim: int, ignored: bool) -> None:
         assert loss.placements == (Shard(0),)  # rows that are sharded stay sharded
     with pytest.raises(TypeError, match="must be a DTensor"):
         spec.function(leaf, *case.tensors[1:], **options)
+    if spec.by_row and spec.family not in ("binary", "embedding"):  # what has parts
+        _check_beside(spec, leaf, rest, placed, case.of(case.student, return_parts=True, **options))
     if spec.family == "divergence" and not spec.t_squared:  # what the user calls it
         heats = torch.ones(leaf.shape[:1])
         with pytest.raises(TypeError, match=r"^temperature must be a DTensor"):
             spec.function(leaf, *rest, **placed, temperature=heats)
+
+
+def _check_beside(
+    spec: LossSpec, leaf: Any, rest: list[Any], options: dict[str, Any], expected: Any
+) -> None:
+    """The loss's parts, and its entropies by row."""
+    loss, parts = spec.function(leaf, *rest, return_parts=True, **options)
+    for given, wanted in zip((loss, *parts), (expected[0], *expected[1]), strict=True):
+        assert given.shape == wanted.shape
+        torch.testing.assert_close(given.full_tensor(), wanted, rtol=1e-5, atol=1e-6)
 
 
 class _Exchanged(TorchDispatchMode):
@@ -90,11 +104,13 @@ def _check_classes(spec: LossSpec) -> None:
     teachers = [teacher]
     if spec.family == "sampled":
         teachers = [labels, teacher.log_softmax(-1).gather(1, labels[:, None])[:, 0]]
+    if spec.family == "sparse":
+        teachers = [*reversed(teacher.log_softmax(-1).topk(5))]
     expected = spec.function(student.requires_grad_(), *teachers, **options)
     (slope,) = torch.autograd.grad(expected, student)
 
     def place(x: torch.Tensor) -> Any:
-        return distribute_tensor(x, mesh, [Shard(1) if x.dim() == 2 else Replicate()])
+        return distribute_tensor(x, mesh, [Shard(1) if classes in x.shape else Replicate()])
 
     leaf, placed = place(student.detach()).requires_grad_(), [place(x) for x in teachers]
     with _Exchanged() as seen:
@@ -176,30 +192,40 @@ def _check_image() -> None:
     sharded = {name: distribute_tensor(x, mesh, [Shard(1)]) for name, x in numbers.items()}
     loss = spec.function(s, t, y, hard_weight=0.5, **sharded)
     torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="return_parts must be False where logits are DTensors"):
-        spec.function(s, t, y, return_parts=True)
+    hard = {"hard_weight": 0.5}
+    beside = spec.function(student, teacher, labels, return_parts=True, **hard)
+    _check_beside(spec, s, [t, y], hard, beside)
 
 
-def _check_sparse(spec: LossSpec) -> None:
-    """Sharded rows of sparse teachers are refused in words."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+def _check_sparse() -> None:
+    """A teacher of a few ids a row: rows of images, the mass of its ids; and a plain student."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (WORLD,))
-    tensors = [distribute_tensor(x, mesh, [Shard(0)]) for x in example(spec).tensors[:3]]
-    with pytest.raises(ValueError, match="student_logits must be a plain Tensor"):
-        spec.function(*tensors)
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.randn(2, 7, 3, 4, generator=generator) for _ in range(2))
+    logprobs, ids = teacher.log_softmax(1).movedim(1, -1).topk(3)
+    spec = SPECS["topk_kd"]
+    expected, mass = spec.function(student, ids, logprobs, return_mass=True)
+    for dim, of_rows in ((2, Shard(1)), (1, Replicate())):
+        s = distribute_tensor(student, mesh, [Shard(dim)])
+        sparse = [distribute_tensor(x, mesh, [of_rows]) for x in (ids, logprobs)]
+        loss, given = spec.function(s, *sparse, return_mass=True)
+        for a, b in zip((loss, *given), (expected, *mass), strict=True):
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.full_tensor(), b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match="student_logits must be a DTensor"):
+        spec.function(student, *sparse)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "image", _check_image
+    yield "sparse", _check_sparse
     yield "standardized", _check_standardized
     for spec in SPECS.values():
-        if spec.by_row and spec.family != "sparse":
+        if spec.by_row:
             yield f"{spec.name} classes", functools.partial(_check_classes, spec)
     for spec in SPECS.values():
-        if spec.family == "sparse":
-            yield spec.name, functools.partial(_check_sparse, spec)
-            continue
         for reduction in ("mean", "sum", "none") if spec.by_row else ("mean", "sum"):
             for dim in (0, 1):
                 for ignored in (False, True):

@@ -130,6 +130,11 @@ def _check_masked(spec: LossSpec, labels: Tensor) -> None:
     _check(spec, tensors, "uneven", options, 1e-10)
     if not spec.needs_target:
         _check(spec, tensors, "uneven", {spec.target_name: labels != -100}, 1e-10)
+    if spec.counted is not None:
+        silent = tensors[2].clone()
+        silent[1::3] = -torch.inf  # rows of which the teacher says nothing
+        for masked in ({}, options):
+            _check(spec, [*tensors[:2], silent], "uneven", masked, 1e-10)
     _check(spec, tensors, "uneven", other, 1e-10)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, _topk
 from .._dtypes import working_dtype
-from ..losses.topk_kd import DENSE, MOST, buckets, check_pair
+from ..losses.topk_kd import DENSE, MOST, buckets, check_pair, said
 from ..teacher import LinearTeacher, TopKTeacher
 
 Teacher = Tensor | LinearTeacher | TopKTeacher
@@ -80,9 +80,8 @@ def sparse(teacher: TopKTeacher, divergence: str, beta: float, tail: str, hidden
     if teacher.k > MOST:
         raise _checks.fail("teacher", f"of at most {MOST} ids a row", teacher.k)
     dtype = working_dtype(hidden, teacher.logprobs)
-    marked, logits, says, mass = buckets(
-        teacher.ids, teacher.logprobs, teacher.log_rest, tail, dtype
-    )
+    marked, logits, mass = buckets(teacher.ids, teacher.logprobs, teacher.log_rest, tail, dtype)
+    says = said(teacher.logprobs, teacher.log_rest, tail).reshape(-1)
     kind = "topk_alone" if tail == "renormalize" else "topk"
     if tail != "drop":
         return Sparse(kind, [logits, marked], says, None)

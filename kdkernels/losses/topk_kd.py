@@ -8,11 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from .. import _checks, _topk
-from .._calls import NO_ID, RowCall, TopKCall, TopKLossCall
-from .._checked import Checked
-from .._dtensor import any_sharded
+from .._calls import RowCall, TopKCall, TopKLossCall
+from .._checked import Checked, Result
+from .._dtensor import any_sharded, of_rows
 from .._dtypes import INTEGERS, working_dtype
-from .._rowrun import Result, run
+from .._rowrun import run
 from .._rowwise import CommonOptions, row_loss
 from .._tracing import readable
 from ..reference.topk import rows as reference
@@ -99,8 +99,8 @@ def topk_kd_loss(
     least = 2 if common.get("tp_group") is None else 0
     class_dim = _checks.logits(student_logits, student_logits.detach(), least)
     _checks.allocated("student_logits", student_logits)
-    if any_sharded(student_logits, teacher_ids, teacher_logprobs):
-        raise _checks.fail("student_logits", "a plain Tensor (call .to_local() on it)", "a DTensor")
+    if any_sharded(teacher_ids, teacher_logprobs, log_rest) and not any_sharded(student_logits):
+        raise _checks.fail_type("student_logits", "a DTensor, as the teacher's are", "a Tensor")
     _check_teacher(student_logits, class_dim, teacher_ids, teacher_logprobs, log_rest)
     tail = _tail("tail", tail)
     divergence = _divergence("divergence", divergence)
@@ -114,8 +114,9 @@ def topk_kd_loss(
     given = row_loss(TOPK_KD, student_logits, constant, labels, options, temperature, **common)
     if masses is None:
         return given
-    shape = teacher_ids.shape[:-1]
-    mass = TopKMass(*(x.reshape(shape) for x in masses[-1]))
+    mass = masses[-1]
+    if any_sharded(student_logits):
+        mass = TopKMass(*(of_rows(x, student_logits, class_dim) for x in mass))
     return (*given, mass) if isinstance(given, tuple) else (given, mass)
 
 
@@ -154,10 +155,9 @@ def check_pair(divergence: str, beta: float, tail: str) -> None:
 def buckets(
     ids: Tensor, logprobs: Tensor, log_rest: Tensor | None, tail: str, dtype: torch.dtype,
     with_mass: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The teacher's side: its ids (rows, K), ``NO_ID`` where absent; the logits of its K + 1
-    buckets; the rows of which it says something; the mass of its ids, where ``tail`` or the caller
-    asks for it."""
+    buckets; the mass of its ids, where ``tail`` or the caller asks for it."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
     marked = _topk.marked(ids, logprobs == -torch.inf)
@@ -165,17 +165,32 @@ def buckets(
     total = None
     if with_mass or tail == "drop" or (tail == "bucket" and log_rest is None):
         total = logprobs.double().exp().sum(-1)
-    valid = (marked != NO_ID).any(-1)
     if tail != "bucket":
         rest = torch.full_like(logprobs[:, :1], -torch.inf)
     elif log_rest is not None:
         rest = log_rest.reshape(-1, 1).to(dtype)
-        valid = valid | (rest[:, 0] != -torch.inf)
     else:
         assert total is not None
         rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
     mass = None if total is None else total.to(dtype)
-    return marked, torch.cat([logprobs, rest], -1), valid, mass
+    return marked, torch.cat([logprobs, rest], -1), mass
+
+
+def said(logprobs: Tensor, log_rest: Tensor | None, tail: str) -> Tensor:
+    """The rows of which the teacher says something."""
+    known = (logprobs != -torch.inf).any(-1)
+    return known if tail != "bucket" or log_rest is None else known | (log_rest != -torch.inf)
+
+
+def _counted(
+    options: tuple[Any, ...], target: Tensor | None, ignore_index: int
+) -> tuple[Tensor, int]:
+    """The target that ignores rows of which the teacher says nothing, and what it ignores."""
+    _, _, tail, _, logprobs, log_rest, _ = options
+    known = said(logprobs, log_rest, tail)
+    if target is None:
+        return torch.where(known, 0, _checks.NO_INDEX), _checks.NO_INDEX
+    return torch.where(known, target.long(), ignore_index), ignore_index
 
 
 def _evaluate(
@@ -186,8 +201,10 @@ def _evaluate(
     divergence, beta, tail, ids, logprobs, log_rest, masses = given.options
     student, hard = given.student, given.hard != 0.0
     dtype = working_dtype(student, logprobs)
-    marked, p, valid, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
-    target, ignore_index, valid = _counted(valid, given.target, given.ignore_index)
+    marked, p, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
+    target, ignore_index = given.target, given.ignore_index
+    assert target is not None  # of ``_counted``
+    valid = target != ignore_index
     if (backend != "native" or shards is not None) and readable(student, ids):
         classes = student.shape[1] if shards is None else shards.shards.classes
         _topk.check_ids(marked, valid, classes)
@@ -207,7 +224,8 @@ def _evaluate(
     if masses is not None:
         assert mass is not None
         own = small.detach().softmax(-1)[:, :-1].sum(-1)
-        masses.append(TopKMass(*(torch.where(valid, x, 0.0) for x in (own, mass))))
+        both = (torch.where(valid, x, 0.0).reshape(ids.shape[:-1]) for x in (own, mass))
+        masses.append(TopKMass(*both))
     if tail == "renormalize":
         last = torch.full_like(small[:, :1], -torch.inf)
         small = torch.cat([small[:, :-1], last], -1)
@@ -226,29 +244,19 @@ def _at_once(given: Checked) -> Result | None:
     if tail == "drop" or masses is not None or not _topk.at_once(student, ids, reduction):
         return None
     dtype = working_dtype(student, logprobs)
-    marked, p, valid, _ = buckets(ids, logprobs, log_rest, tail, dtype)
-    target, ignore_index, _ = _counted(valid, given.target, given.ignore_index)
+    marked, p, _ = buckets(ids, logprobs, log_rest, tail, dtype)
     spec, numbers, _ = DENSE[divergence].at((beta,) if divergence == "jsd" else ())
     numbers = spec.numbers_of_rule(numbers)
     rows = TopKCall(
         [given.temperature], None, dtype == torch.float64, tail != "renormalize", hard != 0.0,
-        parts, ignore_index,
+        parts, given.ignore_index,
     )  # fmt: skip
     dense = RowCall(
-        spec.rule, [1.0, given.scale, hard, *numbers], None, False, parts, ignore_index, 1,
+        spec.rule, [1.0, given.scale, hard, *numbers], None, False, parts, given.ignore_index, 1,
         reduction,
     )  # fmt: skip
-    of_rows = target, given.token_weight, given.hard_token_weight, given.row_temperature
-    return _topk.loss_at_once(student, marked, p, of_rows, TopKLossCall(rows, dense, reduction))
-
-
-def _counted(valid: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int, Tensor]:
-    """The target that ignores rows of which the teacher says nothing, what it ignores, and the
-    rows that count."""
-    if target is None:
-        return torch.where(valid, 0, _checks.NO_INDEX), _checks.NO_INDEX, valid
-    valid = valid & (target != ignore_index)
-    return torch.where(valid, target, ignore_index), ignore_index, valid
+    by_row = given.target, given.token_weight, given.hard_token_weight, given.row_temperature
+    return _topk.loss_at_once(student, marked, p, by_row, TopKLossCall(rows, dense, reduction))
 
 
 def _dense(
@@ -314,6 +322,7 @@ TOPK_KD = register(
         t_squared=False,
         rule="topk",
         evaluate=_evaluate,
+        counted=_counted,
         at_once=_at_once,
         options={
             "divergence": _divergence,
