@@ -280,7 +280,8 @@ def by_rows(case: Case, loss: Tensor, gradients: dict[str, Tensor], upstream: Te
     lost = formulas.WIDE(info.smallest_normal) * weights / K
     value = np.where(either & ~np.isfinite(actual), kept, value)
     slope = np.where((either & ~np.isfinite(gradient).all(1))[:, None], kept_slope, slope)
-    noise = np.stack([abs(v - value) for v, _, _ in moves]).max(0) + lost
+    of_mixture = lost * classes * formulas.held(spec.name, options)
+    noise = np.stack([abs(v - value) for v, _, _ in moves]).max(0) + lost + of_mixture
     # Powers of subnormal probabilities are normal numbers, four times too large at worst.
     both = np.isfinite(kept) & np.isfinite(value)
     noise = noise + np.where(both, 4 * abs(np.where(both, kept - value, 0)), 0) / K

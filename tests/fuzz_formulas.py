@@ -185,7 +185,12 @@ def two_terms(
     )
     slope = -on_target[:, None] * q + beta * np.where((none_p | none_q)[:, None], 0, q - p)
     slope[rows, target] = on_target
-    return value, slope, abs(on_target)[:, None] * q + abs(beta) * (p + q)
+    # The difference of the rarer outcome's probabilities: the target's, or that of all others.
+    rarer = np.where(rare, 0, 1)
+    outcome = abs(alpha) * weight * sum(np.exp(x[rows, rarer]) for x in (pair_p, pair_q))
+    size = outcome[:, None] * q + abs(beta) * (p + q)
+    size[rows, target] = outcome
+    return value, slope, size
 
 
 @softened
@@ -436,6 +441,18 @@ def sigmoid_kd(
     return value, np.where(nan, np.nan, factor * slope), abs(factor) * size
 
 
+def held(name: str, options: dict[str, Any]) -> Any:
+    """What a class of a mixture may lose of a value, over the number that a mixture is held at.
+
+    Of p log(p / m), where m falls short of it: p is at most m over the mixture's smaller share.
+    """
+    if name not in MIXTURES:
+        return 0
+    share = WIDE(options[MIXTURES[name]])
+    return 1 / min(x for x in (share, 1 - share) if x > 0)
+
+
+MIXTURES = {"jsd": "beta", "skew_kl": "alpha", "skew_reverse_kl": "alpha"}
 ROWS: dict[str, Callable[..., Rows]] = {
     "sigmoid_kd": sigmoid_kd,
     "kd": kd,
