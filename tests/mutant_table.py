@@ -613,7 +613,9 @@ _of(
 _of(
     "kdkernels", "_dtensor.py", "test_dtensor.py", "sharded",
     ("count_of_shard", "count = «valid.full_tensor()».clamp(min=1)", "valid.to_local()"),
-    ("row_dim", "Shard(p.dim «- (p.dim > call.class_dim)»)", ""),
+    ("row_dim", "Shard(p.dim «- (p.dim > class_dim)» + before)", ""),
+    ("silent_rows_count", "own = (y != «index»).sum()", "call.ignore_index"),
+    ("parts_are_sums", "torch.cat([parts[:2] «/ count», parts[2:]])", ""),
     ("classes_gathered", "over = «_classes_over(given, call.class_dim) if of_shards else None»",
      "None"),
 )  # fmt: skip
@@ -672,6 +674,8 @@ _of(
     ("count_of_rank", "count = «_group.total(own, group)».clamp(min=1)", "own"),
     ("share_of_one", "return sums * (group.size() / count.to(sums.dtype))",
      "return sums / count.to(sums.dtype)"),
+    ("silent_rows_count", "over_ranks(result, process_group, student, class_dim, «mask, ignored»)",
+     "target, index"),
 )  # fmt: skip
 
 # Teachers: containers, targets, caches, servers' answers.
@@ -891,11 +895,11 @@ _of(
 _of(
     "kdkernels/losses", "topk_kd.py", "test_topk.py", "native or reference",
     ("normalised_drop", "values = mass * values + «torch.special.xlogy(mass, mass)»", "0"),
-    ("absent_rows_count", "valid = «(marked != NO_ID)».any(-1)", "(marked == marked)"),
+    ("absent_rows_count", "known = «(logprobs != -torch.inf)».any(-1)", "(logprobs == logprobs)"),
     ("rest_kept", "small = torch.cat([small[:, :-1], last], -1)", "small"),
     ("rest_given_is_forgotten", "rest = «log_rest.reshape(-1, 1)».to(dtype)",
      "torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1))"),
-    ("mass_of_the_ignored", "torch.where(«valid», x, 0.0) for x in (own, mass)", "valid | True"),
+    ("mass_of_the_ignored", "torch.where(«valid», x, 0.0).reshape(ids.shape[:-1])", "valid | True"),
 )  # fmt: skip
 _of(
     "kdkernels", "_shapes.py", "test_class_dim.py", "equals or parts or errors",
