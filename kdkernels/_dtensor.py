@@ -36,6 +36,13 @@ def any_sharded(*tensors: Any) -> bool:
     return any([isinstance(x, DTensor) for x in others])
 
 
+def none_sharded(of: str, named: dict[str, Any]) -> None:
+    """Check what stands beside plain tensors: kernels see no values of a DTensor."""
+    for name, x in named.items():
+        if any_sharded(x):
+            raise _checks.fail_type(name, f"a plain Tensor, as {of} is", "a DTensor")
+
+
 def _mesh(tensors: dict[str, Any]) -> Any:
     """The mesh of all tensors, which must be DTensors of one."""
     from torch.distributed.tensor import DTensor

@@ -104,6 +104,11 @@ def row_loss(
         teacher = _ensemble.single(
             spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
         )
+    sharded = not (plain(student) and plain(teacher)) and any_sharded(student, teacher)
+    if not sharded and any_sharded(target, token_weight, temperature, *options):
+        beside: dict[str, Any] = {spec.target_name: target, "token_weight": token_weight}
+        beside |= {"temperature": temperature, **dict(zip(spec.options, options, strict=True))}
+        _dtensor.none_sharded("student_logits", beside)
     soft = _soft_targets.probabilities(spec, target, student)
     if class_dim is not None:
         _of_classifiers(spec, "class_dim")
@@ -160,7 +165,6 @@ def row_loss(
         target, index = indices(spec, student, target, class_dim, ignore_index, not reads_target)
     elif reads_target:
         raise _checks.fail_type(spec.target_name, "a Tensor of class indices", "None")
-    sharded = not (plain(student) and plain(teacher)) and any_sharded(student, teacher)
     mask, ignored = target if soft is None else None, index
     if spec.counted is not None and not sharded:
         mask, ignored = spec.counted(options, mask, index)
@@ -277,7 +281,8 @@ def over_ranks(
     if group is None:
         return sums
     if target is None:
-        own = torch.full((), student.numel() // student.shape[class_dim], device=student.device)
+        rows = student.shape[:class_dim] + student.shape[class_dim + 1 :]
+        own = torch.full((), rows.numel(), device=student.device)
     else:
         own = (target if target.dtype == torch.bool else target.long() != ignored).sum()
     count = _group.total(own, group).clamp(min=1)
@@ -312,11 +317,12 @@ def indices(
     ignore_index: int | None,
     mask: bool,
 ) -> tuple[Tensor | None, int]:
-    """The class indices, checked; those that are but a mask may be bools, of which True counts."""
+    """The class indices as int64, whose comparisons with ``ignore_index`` do not wrap, checked;
+    those that are but a mask may be bools, of which True counts."""
     _checks.target(target, student, class_dim, spec.target_name, mask)
     _checks.allocated(spec.target_name, target)
     if mask and target.dtype == torch.bool:
         return target.to(torch.int64) - 1, -1
-    if ignore_index is None:
-        return None if mask else target, _checks.NO_INDEX
-    return target, ignore_index
+    if ignore_index is None and mask:
+        return None, _checks.NO_INDEX
+    return target.to(torch.int64), _checks.NO_INDEX if ignore_index is None else ignore_index

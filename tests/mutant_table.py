@@ -677,6 +677,12 @@ _of(
     ("silent_rows_count", "over_ranks(result, process_group, student, class_dim, «mask, ignored»)",
      "target, index"),
 )  # fmt: skip
+_of(
+    "kdkernels", "_rowwise.py", "test_dtensor.py", "every",
+    ("labels_wrap", "return «target.to(torch.int64)», _checks.NO_INDEX if", "target"),
+    ("shards_unseen",
+     "if «not sharded and any_sharded(target, token_weight, temperature, *options)»:", "False"),
+)  # fmt: skip
 
 # Teachers: containers, targets, caches, servers' answers.
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import LOSSES, SOFTMAX_ROWS
 from every import example, gradient
 from ranks import needs_processes, run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdkernels import functional
 from kdkernels.registry import SPECS, LossSpec
 
 WORLD = 2
@@ -198,6 +200,59 @@ def _check_image() -> None:
     _check_beside(spec, s, [t, y], hard, beside)
 
 
+def _check_plain(spec: LossSpec) -> None:
+    """A DTensor beside plain tensors is refused by name, whatever it is."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    case = example(spec)
+    names = list(inspect.signature(spec.function).parameters)
+    tensors = dict(zip(names, case.tensors, strict=False))
+    given = dict(tensors)
+    if spec.by_row and spec.family != "embedding":
+        rows = torch.ones(len(case.student))
+        given |= {name: rows for name in (*NUMBERS_OF_ROWS, "log_rest") if name in names}
+        given[spec.target_name] = rows.long()
+    for name in list(given)[1:]:
+        placed = distribute_tensor(given[name], mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"must be a (plain Tensor|DTensor), as "):
+            spec.function(**{**tensors, name: placed})
+
+
+def _check_head() -> None:
+    """Likewise beside plain hidden states."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    hidden, weight, teacher = torch.randn(3, 4), torch.randn(7, 4), torch.randn(3, 7)
+    placed: Any = distribute_tensor(torch.ones(3, dtype=torch.int64), mesh, [Replicate()])
+    for name, x in (("labels", placed), ("token_weight", placed.float())):
+        with pytest.raises(TypeError, match=f"{name} must be a plain Tensor, as student_hidden"):
+            functional.linear_kd_loss(hidden, weight, teacher, **{name: x})
+    with pytest.raises(TypeError, match="ids must be a plain Tensor, as hidden"):
+        functional.linear_logprob(hidden, weight, placed)
+
+
+def _check_narrow(spec: LossSpec, kind: torch.dtype) -> None:
+    """Labels of a type that holds neither every class nor what is ignored."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(6, 200, generator=generator) for _ in range(2))
+    labels = torch.tensor([0, 100, 3, 100, 5, 0] if kind == torch.int8 else [0, 156, 3, 156, 5, 0])
+    for ignored in (None, -100, 2**40 + 156):
+        options: dict[str, Any] = {"ignore_index": ignored}
+        if spec in SOFTMAX_ROWS and not spec.needs_target:
+            options["hard_weight"] = 0.5
+        expected = spec.function(student, teacher, **{spec.target_name: labels}, **options)
+        for given in (labels, labels.to(kind)):
+            y = distribute_tensor(given, mesh, [Shard(0)])
+            s, t = (distribute_tensor(x, mesh, [Shard(0)]) for x in (student, teacher))
+            loss: Any = spec.function(s, t, **{spec.target_name: y}, **options)
+            torch.testing.assert_close(loss.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+
+
 def _check_sparse() -> None:
     """A teacher of a few ids a row: rows of images, the mass of its ids; and a plain student."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -215,13 +270,19 @@ def _check_sparse() -> None:
         for a, b in zip((loss, *given), (expected, *mass), strict=True):
             assert a.shape == b.shape
             torch.testing.assert_close(a.full_tensor(), b, rtol=1e-5, atol=1e-6)
-    with pytest.raises(TypeError, match="student_logits must be a DTensor"):
+    with pytest.raises(TypeError, match="teacher_ids must be a plain Tensor, as student_logits is"):
         spec.function(student, *sparse)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "image", _check_image
     yield "sparse", _check_sparse
+    yield "head", _check_head
+    for spec in SPECS.values():
+        yield f"{spec.name} plain", functools.partial(_check_plain, spec)
+        if spec in LOSSES and spec.takes_target:
+            for kind in (torch.uint8, torch.int8, torch.int32):
+                yield f"{spec.name} {kind}", functools.partial(_check_narrow, spec, kind)
     yield "standardized", _check_standardized
     for spec in SPECS.values():
         if spec.by_row:

@@ -196,6 +196,21 @@ def test_a_schedule_of_fifty_compiles_twice_at_most(kind: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("kind", (torch.uint8, torch.int32))
+@pytest.mark.parametrize("ignored", (None, -100))
+def test_a_learned_one_beside_narrow_labels(kind: torch.dtype, ignored: int | None) -> None:
+    """Which hold neither every class nor what is ignored."""
+    student, teacher, _ = make("gaussian", 4, 200)
+    labels = torch.tensor([0, 156, 3, 156])
+    heat = torch.tensor(2.0, requires_grad=True)
+    options: dict[str, Any] = {"ignore_index": ignored, "hard_weight": 0.5}
+    given = [
+        torch.autograd.grad(kd_loss(student, teacher, heat, labels=y, **options), heat)
+        for y in (labels, labels.to(kind))
+    ]
+    torch.testing.assert_close(given[1], given[0])
+
+
 def test_a_learned_one_under_a_compiler() -> None:
     student, teacher, target = _inputs(Case(SPECS["kd"], "native", "cpu"))
     compiled = torch.compile(kd_loss, backend="aot_eager", fullgraph=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch, _head
+from .._dtensor import none_sharded
 from .._dtypes import working_dtype
 from .._group import ProcessGroup
 from .._head import Head
@@ -149,6 +150,7 @@ def linear_kd_loss(
     names = ("student_hidden", "student_weight", "student_bias")
     hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
     plain_rows(names, (hidden, weight, bias))
+    none_sharded(names[0], {"labels": labels, "token_weight": token_weight})
     sharded = check_shards(tp_group, hidden, weight, bias)
     least = 0 if sharded else 2
     softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names, least)

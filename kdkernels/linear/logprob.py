@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks, _dispatch, _head
 from .._calls import traceable
+from .._dtensor import none_sharded
 from .._dtypes import INTEGERS
 from .._group import ProcessGroup
 from .._head import Head
@@ -87,6 +88,7 @@ def linear_logprob(
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = as_linear_casts(hidden, weight, bias)
     plain_rows(names, (hidden, weight, bias))
+    none_sharded(names[0], {"ids": ids})
     sharded = check_shards(tp_group, hidden, weight, bias)
     least = 0 if sharded else 2
     softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names, least)

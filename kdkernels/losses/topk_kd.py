@@ -99,8 +99,6 @@ def topk_kd_loss(
     least = 2 if common.get("tp_group") is None else 0
     class_dim = _checks.logits(student_logits, student_logits.detach(), least)
     _checks.allocated("student_logits", student_logits)
-    if any_sharded(teacher_ids, teacher_logprobs, log_rest) and not any_sharded(student_logits):
-        raise _checks.fail_type("student_logits", "a DTensor, as the teacher's are", "a Tensor")
     _check_teacher(student_logits, class_dim, teacher_ids, teacher_logprobs, log_rest)
     tail = _tail("tail", tail)
     divergence = _divergence("divergence", divergence)
@@ -190,7 +188,7 @@ def _counted(
     known = said(logprobs, log_rest, tail)
     if target is None:
         return torch.where(known, 0, _checks.NO_INDEX), _checks.NO_INDEX
-    return torch.where(known, target.long(), ignore_index), ignore_index
+    return torch.where(known, target, ignore_index), ignore_index
 
 
 def _evaluate(
