@@ -45,7 +45,7 @@ demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; 
 demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three minutes, no GPU, no download
 	$(PY) examples/distill_lm.py --threads 2 --output runs/demo-lm $(DEMO_ARGS)
 
-reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, an hour
+reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, half an hour
 	$(PY) examples/reproduce.py --dataset fashion-mnist --jobs 2 --results examples/results $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## run the tests

@@ -55,8 +55,8 @@ SETUPS = {
     "fashion-mnist": Setup(
         teachers={
             "weak": Teaching("8x1", 2000, epochs=10, lr=0.1, batch=128),
-            "medium": Teaching("16x1", 10000, epochs=8, lr=0.1, batch=128),
-            "strong": Teaching("16x2", 20000, epochs=5, lr=0.1, batch=128),
+            "medium": Teaching("16x1", 10000, epochs=6, lr=0.1, batch=128),
+            "strong": Teaching("16x2", 20000, epochs=4, lr=0.1, batch=128),
         },
         student="8x1",
         lr=0.05,
