@@ -89,20 +89,24 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         kernels, call = ctx.kernels, ctx.call
         batched = under_vmap(upstream)
+        tensors: Any = None  # read once at most: checkpoints give them no second time
         if ctx.stored:
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
-                gradient = kernels.forward(*saved(ctx), call, True)[1]
+                tensors = saved(ctx)
+                gradient = kernels.forward(*tensors, call, True)[1]
             if batched:
                 gradient = (gradient * upstream).to(gradient.dtype)
             else:
                 gradient = kernels.scale_(gradient, upstream)
         elif batched:
-            gradient = _batched_backward(upstream, kernels, call, saved(ctx))
+            tensors = saved(ctx)
+            gradient = _batched_backward(upstream, kernels, call, tensors)
         else:
-            gradient = kernels.backward(upstream, *saved(ctx), call)
+            tensors = saved(ctx)
+            gradient = kernels.backward(upstream, *tensors, call)
         if torch.is_grad_enabled():  # create_graph=True: to differentiate again must not be silent
-            gradient = once(gradient, upstream, ctx.saved_tensors[0])
+            gradient = once(gradient, upstream, (tensors or saved(ctx))[0])
         return (gradient, None, None, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
@@ -163,19 +167,22 @@ class _FusedSeveral(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         kernels, call, needs = ctx.kernels, ctx.call, ctx.needs
         batched = under_vmap(upstream)
+        tensors: Any = None
         if ctx.stored or batched:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                gradients = kernels.forward(*saved(ctx), call, *needs)[1:]
+                tensors = saved(ctx)
+                gradients = kernels.forward(*tensors, call, *needs)[1:]
             if batched:
                 gradients = [(g * upstream).to(g.dtype) for g in gradients]
             else:
                 scaled = (kernels.scale_(g, upstream) if g.numel() else g for g in gradients)
                 gradients = list(scaled)
         else:
-            gradients = kernels.backward(upstream, *saved(ctx), call, *needs)
+            tensors = saved(ctx)
+            gradients = kernels.backward(upstream, *tensors, call, *needs)
         if torch.is_grad_enabled():
-            pairs = zip(gradients, saved(ctx), strict=False)
+            pairs = zip(gradients, tensors or saved(ctx), strict=False)
             gradients = [once(g, upstream, x) for g, x in pairs]
         others = len(ctx.needs_input_grad) - 3 - len(needs)
         wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))

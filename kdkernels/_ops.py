@@ -161,7 +161,8 @@ def _define(backend: str, family: Family) -> None:
             return (*(None,) * count, *nothing)
         needs = tuple(ctx.needs_input_grad[:count])
         if ctx.stored:
-            gradients, students = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+            kept = ctx.saved_tensors  # once: checkpoints give them no second time
+            gradients, students = kept[:count], kept[count:]
             by_row = ctx.call.reduction == 0
             factor = upstream.unsqueeze(ctx.call.class_dim) if by_row else upstream
             # Plain operations, which a compiler fuses with their neighbours, in the gradient's

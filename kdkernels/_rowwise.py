@@ -147,6 +147,8 @@ def row_loss(
     if spec.options:
         named = zip(spec.options.items(), options, strict=True)
         options = tuple([check(name, value) for (name, check), value in named])
+        if spec.together is not None:
+            spec.together(*options)
     if ignore_index is not None:
         ignore_index = _checks.integer("ignore_index", ignore_index)
     if standardize is not False:

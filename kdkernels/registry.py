@@ -39,6 +39,7 @@ class LossSpec:
     gradient; ``smooth`` that the gradient has no jumps, and the value no term of first order near
     equality. ``options`` are the row losses' own options, each with the function that checks it, of
     which ``domains`` are the least and the largest values where they are not merely >= 0;
+    ``together`` checks them beside each other;
     ``checks`` are of what the Module of another loss holds;
     ``ends`` are values of the first one at which the loss is another (pairs: the compiler compares
     a number that it holds, and looks none up). ``rule`` is the kernels' rule, where that is not
@@ -79,6 +80,7 @@ class LossSpec:
     needs_teacher_mass: bool = False
     smooth: bool = True
     options: Mapping[str, Callable[[str, Any], float]] = field(default_factory=dict)
+    together: Callable[..., None] | None = None
     checks: Mapping[str, Callable[[str, Any], Any]] = field(default_factory=dict)
     ends: tuple[tuple[float, End], ...] = ()
     rule: str = ""

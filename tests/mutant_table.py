@@ -788,15 +788,27 @@ _of(
     "kdkernels/linear", "_op.py", "test_linear_head.py", "reductions or twice",
     ("upstream_lost", "return gradient.mul_(«upstream»)", "1.0"),
     ("given_twice", "gradients, ctx.gradients = ctx.gradients, «None»", "ctx.gradients"),
-    ("rows_unweighted", "weights = [«upstream if x is None else x * upstream» for x in weights]",
-     "x"),
-    ("twice_silently", "g = «once(g, upstream, x)»", "g"),
+    ("rows_unweighted", "weights = [«rows if x is None else x * rows» for x in weights]", "x"),
+    ("twice_silently", "g = «once(g, upstream, tensors[i])»", "g"),
+    ("half_stored", "ctx.stored = not by_row« and hidden.dtype != torch.float16»", "",
+     "test_head_corners.py", "loss_scale"),
+)  # fmt: skip
+_of(
+    "kdkernels/linear", "kd.py", "test_head_corners.py", "nan or weight",
+    ("nan_spreads", "flat = «torch.where(counts.unsqueeze(-1), flat, 0.0)»", "flat"),
+    ("weight_of_the_ignored", "added = «torch.where(of_rows[0].ne(index), added, 0.0)»", "added"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "refilled.py", "test_embedding_refilled.py", "bad_embedding",
+    ("bad_unseen", "return «0.0 * distance.detach().sum()»", "torch.zeros_like(distance[0, 0])"),
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_sparse.py", "test_linear_head.py", "sparse",
     ("mass_lost", "weight = own if weight is None else «own * weight»", "weight"),
     ("hard_unweighted", "hard_upstream = hard_upstream * hard_weight", "pass"),
     ("hard_lost", "numbers, through, «hard_upstream», how", "None"),
+    ("infinite_of_0", "hard_values = «weighted(numbers[_topk.HARD], hard_upstream)»",
+     "numbers[_topk.HARD] * hard_upstream", "test_head_corners.py", "infinite"),
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_teachers.py", "test_linear_head.py", "sparse or vocabularies",
@@ -903,6 +915,8 @@ _of(
     ("normalised_drop", "values = mass * values + «torch.special.xlogy(mass, mass)»", "0"),
     ("absent_rows_count", "known = «(logprobs != -torch.inf)».any(-1)", "(logprobs == logprobs)"),
     ("rest_kept", "small = torch.cat([small[:, :-1], last], -1)", "small"),
+    ("rest_rounded", "(marked != NO_ID).sum(-1) >= «classes»", "classes + 1",
+     "test_head_corners.py", "all_classes"),
     ("rest_given_is_forgotten", "rest = «log_rest.reshape(-1, 1)».to(dtype)",
      "torch.log1p(-logprobs.exp().sum(-1, keepdim=True).clamp(max=1))"),
     ("mass_of_the_ignored", "torch.where(«valid», x, 0.0).reshape(ids.shape[:-1])", "valid | True"),

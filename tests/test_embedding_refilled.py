@@ -233,3 +233,13 @@ def test_operators_pass_opcheck(backend: str) -> None:
     d = (d + d.T).fill_diagonal_(0)
     arguments = (d.clone().requires_grad_(), d, target, [2.0, 4.0, 1.0], None, 1, True)
     torch.library.opcheck(tuples, arguments)
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_a_bad_embedding_is_seen(backend: str | None, bad: float) -> None:
+    """The miner's comparisons leave it out; the other rows' gradient would be NaN unseen."""
+    student = torch.tensor([[1.0, 0.0], [0.0, 1.0], [bad, 0.0], [0.9, 0.1], [0.5, 0.5]])
+    target = torch.tensor([0, 1, 1, 0, 1])
+    loss = K.tuple_matching_loss(student, torch.eye(5), target, 4.0, 2.0, backend=backend)
+    assert loss.isnan()

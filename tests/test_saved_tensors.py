@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from every import every, example, gradient
+from torch.utils.checkpoint import checkpoint
 
 from kdkernels.registry import SPECS, LossSpec
 
@@ -45,6 +46,21 @@ def test_a_changed_input_is_no_wrong_gradient(spec: LossSpec, backend: str | Non
                 _change(given if index == 0 else case.tensors[index])
             with contextlib.suppress(RuntimeError):  # "modified by an inplace operation"
                 (found,) = torch.autograd.grad(loss, leaf)
+                torch.testing.assert_close(found, expected)
+
+
+@every()
+def test_recomputed_by_a_checkpoint(spec: LossSpec, backend: str | None) -> None:
+    """Which gives every kept tensor once; also where the gradient is part of a graph."""
+    for dtype in DTYPES.values():
+        for reduction in ("mean", "none") if spec.by_row else ("mean",):
+            case = example(spec, dtype)
+            options: dict[str, Any] = {"reduction": reduction, "backend": backend}
+            expected = gradient(case.function(**options), case.student)
+            leaf = case.student.clone().requires_grad_()
+            for graph in (False, True):
+                loss = checkpoint(case.function(**options), leaf, use_reentrant=False)
+                (found,) = torch.autograd.grad(loss.sum(), leaf, create_graph=graph)
                 torch.testing.assert_close(found, expected)
 
 

@@ -62,7 +62,8 @@ def _evaluate(
 class _Linear(torch.autograd.Function):
     """The rows' values, or their sum with gradients that are stored.
 
-    ``by_row`` recomputes the logits in the backward pass, where the upstream gradients are known.
+    ``by_row``, and float16, of which a small weight leaves little before a loss scale comes,
+    recompute the logits in the backward pass, where the upstream gradients are known.
     """
 
     @staticmethod
@@ -82,38 +83,43 @@ class _Linear(torch.autograd.Function):
         ctx.needs = tuple(ctx.needs_input_grad[:3])
         ctx.by_row, ctx.call, ctx.shards = by_row, call, shards
         tensors = (hidden, weight, bias, labels, token_weight, hard_token_weight)
-        needs = (False,) * 3 if by_row else ctx.needs
+        ctx.stored = not by_row and hidden.dtype != torch.float16
+        needs = ctx.needs if ctx.stored else (False,) * 3
         values, parts, *gradients = _evaluate(call, shards, tensors, teacher, needs)
-        ctx.gradients = None if by_row else gradients
+        ctx.gradients = gradients if ctx.stored else None
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
         save(ctx, (*tensors, *teacher))
         ctx.mark_non_differentiable(parts)
         return (values if by_row else values.sum()), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
-        tensors, teacher = saved(ctx)[:_TEACHER], saved(ctx)[_TEACHER:]
-        hidden, weight, bias, labels, token_weight, hard_token_weight = tensors
         if not torch.compiler.is_compiling() and under_vmap(upstream):
             raise NotImplementedError(
                 "is_grads_batched must be False for a fused head, got True: use backend='reference'"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        tensors: Any = None  # read once at most: checkpoints give them no second time
         if gradients is None:
-            weights: list[Any] = [token_weight, hard_token_weight]
-            if ctx.by_row:
-                weights = [upstream if x is None else x * upstream for x in weights]
-            given = (hidden, weight, bias, labels, *weights)
-            call = ctx.call._replace(parts=False)
-            gradients = _evaluate(call, ctx.shards, given, teacher, ctx.needs)[2:]
+            tensors = saved(ctx)
+            *given, token_weight, hard_token_weight = tensors[:_TEACHER]
+            weights, call = [token_weight, hard_token_weight], ctx.call
+            if not ctx.stored:
+                rows = upstream if ctx.by_row else upstream.expand(given[0].shape[0])
+                weights = [rows if x is None else x * rows for x in weights]
+                call = call._replace(parts=False)
+            teacher = tensors[_TEACHER:]
+            gradients = _evaluate(call, ctx.shards, (*given, *weights), teacher, ctx.needs)[2:]
         made: list[Any] = [None] * 3
-        for i, (x, g) in enumerate(zip((hidden, weight, bias), gradients, strict=True)):
+        for i, (g, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
             if not ctx.needs[i]:
                 continue
-            if not ctx.by_row:
+            if ctx.stored:
                 g = _scaled(g, upstream)
-            g = g.to(x.dtype)
+            g = g.to(dtype)
             if torch.is_grad_enabled():  # to differentiate again must not be silent
-                g = once(g, upstream, x)
+                tensors = tensors or saved(ctx)
+                g = once(g, upstream, tensors[i])
             made[i] = g
         return (*made, *(None,) * (len(ctx.needs_input_grad) - 3))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _topk
 from .._backends import Kernels
 from .._calls import RowCall, TopKCall
+from ..reference._rows import weighted
 
 
 def rows(
@@ -48,7 +49,7 @@ def rows(
         hard_upstream = torch.full_like(values, hard)
         if hard_weight is not None:
             hard_upstream = hard_upstream * hard_weight
-        hard_values = numbers[_topk.HARD] * hard_upstream
+        hard_values = weighted(numbers[_topk.HARD], hard_upstream)
     parts = torch.stack([values, hard_values, numbers[_topk.ENTROPY]]) if call.parts else None
     if into is not None:
         _topk.gradient_of(

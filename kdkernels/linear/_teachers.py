@@ -73,14 +73,18 @@ class Sparse(NamedTuple):
     """(rows,): what the divergence of each row has besides, a constant."""
 
 
-def sparse(teacher: TopKTeacher, divergence: str, beta: float, tail: str, hidden: Tensor) -> Sparse:
+def sparse(
+    teacher: TopKTeacher, divergence: str, beta: float, tail: str, hidden: Tensor,
+    classes: int | None,
+) -> Sparse:  # fmt: skip
     """Checks and tensors of a sparse teacher; see ``losses.topk_kd``."""
     _checks.choice("divergence", divergence, tuple(DENSE))
     check_pair(divergence, beta, tail)
     if teacher.k > MOST:
         raise _checks.fail("teacher", f"of at most {MOST} ids a row", teacher.k)
     dtype = working_dtype(hidden, teacher.logprobs)
-    marked, logits, mass = buckets(teacher.ids, teacher.logprobs, teacher.log_rest, tail, dtype)
+    given = teacher.ids, teacher.logprobs, teacher.log_rest
+    marked, logits, mass = buckets(*given, tail, dtype, classes)
     says = said(teacher.logprobs, teacher.log_rest, tail).reshape(-1)
     kind = "topk_alone" if tail == "renormalize" else "topk"
     if tail != "drop":

@@ -16,7 +16,7 @@ from .._head import Head
 from .._rowwise import LossParts, row_loss
 from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
-from ..losses.topk_kd import TAILS, topk_kd_loss
+from ..losses.topk_kd import TAILS, said, topk_kd_loss
 from ..registry import SPECS, LossSpec
 from ..teacher import LinearTeacher, TopKTeacher
 from ._inputs import as_linear_casts, chunk, label_indices, plain_rows, row_weights
@@ -170,9 +170,14 @@ def linear_kd_loss(
     chosen = _dispatch.choose_beside_cuda(spec, hidden, backend)
     rows = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
+    classes = None if sharded else weight.shape[0]
+    labels, index = label_indices(spec, labels, hidden, classes, ignore_index, hard != 0.0)
     if chosen == "reference" and not sharded:
+        if token_weight is not None:
+            _checks.token_weight(token_weight, hidden, hidden.dim() - 1)
+            token_weight = token_weight.reshape(-1) if token_weight.dim() else token_weight
         common: Any = {
-            "ignore_index": ignore_index,
+            "ignore_index": index,
             "reduction": reduction,
             "loss_weight": loss_weight,
             "hard_weight": hard,
@@ -181,25 +186,33 @@ def linear_kd_loss(
             "return_parts": return_parts,
             "backend": "reference",
         }
-        logits = Head(weight, bias, softcap, logit_scale).logits(flat).unflatten(0, rows)
+        labels = None if labels is None else labels.reshape(-1)
+        counts = None if labels is None else labels != index
+        if isinstance(teacher, TopKTeacher):
+            teacher = teacher.flatten()
+            known = said(teacher.logprobs, teacher.log_rest, tail)
+            counts = known if counts is None else known & counts
+        if counts is not None:  # a row that is not used may hold NaN, which a product would spread
+            flat = torch.where(counts.unsqueeze(-1), flat, 0.0)
+        logits = Head(weight, bias, softcap, logit_scale).logits(flat)
         if isinstance(teacher, TopKTeacher):
             common |= {"divergence": divergence, "tail": tail, "log_rest": teacher.log_rest}
             common |= dict(zip(spec.options, options, strict=True))
-            return topk_kd_loss(
-                logits, teacher.ids, teacher.logprobs, labels, temperature, **common
-            )
-        dense = teacher.logits() if isinstance(teacher, LinearTeacher) else teacher
-        return row_loss(spec, logits, dense, labels, options, temperature, **common)
-    classes = None if sharded else weight.shape[0]
-    labels, index = label_indices(spec, labels, hidden, classes, ignore_index, hard != 0.0)
-    known: Sparse | None = None
+            sparse_teacher = teacher.ids, teacher.logprobs
+            given = topk_kd_loss(logits, *sparse_teacher, labels, temperature, **common)
+        else:
+            dense = teacher.logits() if isinstance(teacher, LinearTeacher) else teacher
+            dense = dense.reshape(logits.shape)
+            given = row_loss(spec, logits, dense, labels, options, temperature, **common)
+        return _in_shape(given, rows)
+    of_ids: Sparse | None = None
     if isinstance(teacher, TopKTeacher):
         of_jsd = options[0] if divergence == "jsd" else 0.5
-        known = sparse(teacher, divergence, of_jsd, tail, hidden)
+        of_ids = sparse(teacher, divergence, of_jsd, tail, hidden, classes)
         look = chosen != "native" and hidden.is_cpu and not traced(hidden) and not sharded
-        labels, index = counted(known, labels, index, weight.shape[0], look)
+        labels, index = counted(of_ids, labels, index, weight.shape[0], look)
         labels = labels.reshape(rows)
-        kind, of_teacher, caps = known.kind, known.tensors, [0.0, 1.0]
+        kind, of_teacher, caps = of_ids.kind, of_ids.tensors, [0.0, 1.0]
     else:
         kind, of_teacher, caps = tensors_of(teacher)
     work = working_dtype(hidden, of_teacher[0])
@@ -221,10 +234,11 @@ def linear_kd_loss(
     of_rows = [None if x is None else x.reshape(-1) for x in (labels, *weights)]
     loss, parts = apply(call, code == 0, shards, flat, weight, bias, *of_rows, of_teacher)
     added: Any = 0.0
-    if known is not None and known.added is not None:
+    if of_ids is not None and of_ids.added is not None:
         assert of_rows[0] is not None
-        added = torch.where(of_rows[0].ne(index), scale * factor * known.added, 0.0)
+        added = scale * factor * of_ids.added
         added = added if of_rows[1] is None else added * of_rows[1]
+        added = torch.where(of_rows[0].ne(index), added, 0.0)
         added = added if code == 0 else added.sum()
     loss = loss + added
     if isinstance(divisor, Tensor):
@@ -237,6 +251,14 @@ def linear_kd_loss(
     if code == 0:
         return loss, LossParts(soft.reshape(rows), hard_part.reshape(rows), parts[2].reshape(rows))
     return loss, LossParts(soft / divisor, hard_part / divisor, parts[2].reshape(rows))
+
+
+def _in_shape(given: Any, rows: torch.Size) -> Any:
+    """A loss of flat rows, and its parts, of which those by row get their shape."""
+    if isinstance(given, Tensor):
+        return given.reshape(rows) if given.dim() else given
+    loss, parts = given
+    return _in_shape(loss, rows), LossParts(*(_in_shape(x, rows) for x in parts))
 
 
 def _divisor(
@@ -264,4 +286,7 @@ def divergence_of(name: str, /, **numbers: float | None) -> tuple[LossSpec, tupl
             raise _checks.fail_type(option, f"None where divergence is {name!r}", value)
     given = {option: numbers.get(option) for option in spec.options}
     chosen = {k: defaults[k].default if v is None else v for k, v in given.items()}
-    return spec, tuple([spec.options[k](k, value) for k, value in chosen.items()])
+    checked = tuple([spec.options[k](k, value) for k, value in chosen.items()])
+    if spec.together is not None:
+        spec.together(*checked)
+    return spec, checked

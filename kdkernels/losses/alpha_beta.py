@@ -43,12 +43,14 @@ def alpha_beta_loss(
         alpha: exponent of the teacher's probabilities, in [0, 1]; with beta at least 0.5.
         beta: exponent of the student's, in [0, 1].
     """
-    options = (_checks.fraction("alpha", alpha), _checks.fraction("beta", beta))
-    if sum(options) < 0.5:
-        raise _checks.fail("alpha + beta", "at least 0.5", sum(options))
     return row_loss(
-        ALPHA_BETA, student_logits, teacher_logits, labels, options, temperature, **common
+        ALPHA_BETA, student_logits, teacher_logits, labels, (alpha, beta), temperature, **common
     )
+
+
+def _together(alpha: float, beta: float) -> None:
+    if alpha + beta < 0.5:
+        raise _checks.fail("alpha + beta", "at least 0.5", alpha + beta)
 
 
 class AlphaBetaLoss(TokenLoss):
@@ -76,6 +78,7 @@ ALPHA_BETA = register(
         target_name="labels",
         t_squared=False,
         options={"alpha": _checks.fraction, "beta": _checks.fraction},
+        together=_together,
         exchanged=lambda alpha, beta: ("alpha_beta", (beta, alpha)),
         samples=(
             {},

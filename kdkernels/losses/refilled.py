@@ -268,7 +268,7 @@ TUPLE_MATCHING = register(
         formula="1000 · mean KL(π_T ‖ π_S), π = softmax(−[D_ap, D_an…]/τ)",
         temperature="no τ²",
         reduction="mean over tuples",
-        eps="none needed",
+        eps="norms ≥ 1e-12",
         needs_target=True,
         takes_target=True,
         backends=("native", "triton", "reference"),

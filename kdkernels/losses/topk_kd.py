@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .. import _checks, _topk
-from .._calls import RowCall, TopKCall, TopKLossCall
+from .._calls import NO_ID, RowCall, TopKCall, TopKLossCall
 from .._checked import Checked, Result
 from .._dtensor import any_sharded, of_rows
 from .._dtypes import INTEGERS, working_dtype
@@ -152,10 +152,11 @@ def check_pair(divergence: str, beta: float, tail: str) -> None:
 
 def buckets(
     ids: Tensor, logprobs: Tensor, log_rest: Tensor | None, tail: str, dtype: torch.dtype,
-    with_mass: bool = False,
+    classes: int | None, with_mass: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The teacher's side: its ids (rows, K), ``NO_ID`` where absent; the logits of its K + 1
-    buckets; the mass of its ids, where ``tail`` or the caller asks for it."""
+    buckets; the mass of its ids, where ``tail`` or the caller asks for it. ``classes``: of the
+    student; None where they are not known."""
     k = ids.shape[-1]
     ids, logprobs = ids.reshape(-1, k), logprobs.reshape(-1, k)
     marked = _topk.marked(ids, logprobs == -torch.inf)
@@ -169,7 +170,10 @@ def buckets(
         rest = log_rest.reshape(-1, 1).to(dtype)
     else:
         assert total is not None
-        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype).unsqueeze(-1)
+        rest = torch.log1p(-total.clamp(max=1.0)).to(dtype)
+        if classes is not None and k >= classes:  # beside all of them the student has exactly none
+            rest = rest.masked_fill((marked != NO_ID).sum(-1) >= classes, -torch.inf)
+        rest = rest.unsqueeze(-1)
     mass = None if total is None else total.to(dtype)
     return marked, torch.cat([logprobs, rest], -1), mass
 
@@ -199,12 +203,12 @@ def _evaluate(
     divergence, beta, tail, ids, logprobs, log_rest, masses = given.options
     student, hard = given.student, given.hard != 0.0
     dtype = working_dtype(student, logprobs)
-    marked, p, mass = buckets(ids, logprobs, log_rest, tail, dtype, masses is not None)
+    classes = student.shape[1] if shards is None else shards.shards.classes
+    marked, p, mass = buckets(ids, logprobs, log_rest, tail, dtype, classes, masses is not None)
     target, ignore_index = given.target, given.ignore_index
     assert target is not None  # of ``_counted``
     valid = target != ignore_index
     if (backend != "native" or shards is not None) and readable(student, ids):
-        classes = student.shape[1] if shards is None else shards.shards.classes
         _topk.check_ids(marked, valid, classes)
         if hard:
             _checks.target_range(target, student.shape[1], ignore_index)
@@ -242,7 +246,7 @@ def _at_once(given: Checked) -> Result | None:
     if tail == "drop" or masses is not None or not _topk.at_once(student, ids, reduction):
         return None
     dtype = working_dtype(student, logprobs)
-    marked, p, _ = buckets(ids, logprobs, log_rest, tail, dtype)
+    marked, p, _ = buckets(ids, logprobs, log_rest, tail, dtype, student.shape[1])
     spec, numbers, _ = DENSE[divergence].at((beta,) if divergence == "jsd" else ())
     numbers = spec.numbers_of_rule(numbers)
     rows = TopKCall(

@@ -49,6 +49,12 @@ def semihard(distance: Tensor, target: Tensor, margin: float) -> Tensor:
     return positive[:, :, None] & ~same[:, None, :] & (gap > 0) & (gap <= margin)
 
 
+def unseen(distance: Tensor) -> Tensor:
+    """0, and NaN where a distance is: no comparison of the miner finds it, and every row's gradient
+    by the products behind the distances is NaN."""
+    return 0.0 * distance.detach().sum()
+
+
 def matching(
     student: Tensor,
     teacher: Tensor,
@@ -72,7 +78,7 @@ def matching(
     keep = member & tuples[:, :, None]
     p, q = (torch.where(keep, probabilities(x), 0.0) for x in (log_p, log_q))
     d = torch.where(keep, log_p, 0.0) - torch.where(keep, log_q, 0.0)
-    total = kl_terms(p, q, d).sum()
+    total = kl_terms(p, q, d).sum() + unseen(student)
     return total if reduction == "sum" else total / tuples.sum().clamp(min=1)
 
 
