@@ -208,6 +208,19 @@ def test_collate() -> None:
     assert moved.teacher.device.type == moved.labels.device.type == "meta"
 
 
+def test_collate_sequences_of_several_dtypes() -> None:
+    """The batch's holds the values of all, whichever comes first."""
+    logprobs = torch.tensor([[-1.0, -2.0]]).half()
+    narrow = TopKTeacher(torch.tensor([[1, 2]], dtype=torch.uint8), logprobs)
+    wide = TopKTeacher(torch.tensor([[348, 3]]), torch.tensor([[-1.0001, -2.0]]))
+    both = [CachedSequence(torch.arange(1), teacher) for teacher in (narrow, wide)]
+    for order in (both, both[::-1]):
+        teacher = collate(order).teacher
+        at = 1 if order is both else 0
+        assert torch.equal(teacher.ids[at], wide.ids)
+        assert torch.equal(teacher.logprobs[at], wide.logprobs)
+
+
 def test_rows_without_entries_do_not_count() -> None:
     """As of the prompt of a completion that a server has scored."""
     logprobs = torch.full((4, 2), -2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,11 @@ class TeacherBatch(NamedTuple):
         input_ids, mask, labels = (x.to(device, non_blocking=non_blocking) for x in self[:3])
         teacher = self.teacher.to(device, non_blocking=non_blocking)
         return TeacherBatch(input_ids, mask, labels, teacher)
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all."""
+    return functools.reduce(torch.promote_types, [x.dtype for x in tensors])
 
 
 def collate(
@@ -77,11 +83,14 @@ def collate(
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, ignore_index)
-    ids = torch.zeros(*shape, first.k, dtype=first.ids.dtype)
-    logprobs = torch.full((*shape, first.k), -torch.inf, dtype=first.dtype)
+    teachers = [teacher for _, teacher in sequences]
+    ids = torch.zeros(*shape, first.k, dtype=_widest([x.ids for x in teachers]))
+    kind = _widest([x.logprobs for x in teachers])
+    logprobs = torch.full((*shape, first.k), -torch.inf, dtype=kind)
     log_rest = None
-    if first.log_rest is not None:
-        log_rest = torch.zeros(shape, dtype=first.log_rest.dtype)
+    rests = [x.log_rest for x in teachers if x.log_rest is not None]
+    if rests:
+        log_rest = torch.zeros(shape, dtype=_widest(rests))
     for row, (tokens, teacher) in enumerate(sequences):
         n = len(tokens)
         input_ids[row, :n] = tokens
