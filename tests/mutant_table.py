@@ -738,7 +738,7 @@ _of(
     ("uncovered_rows_count", "    labels.masked_fill_((logprobs == -torch.inf)"
      ".all(-1), ignore_index)\n",
      ""),
-    ("padding_has_no_mass", "log_rest = torch.«zeros»(shape, dtype=first.log_rest.dtype)", "ones"),
+    ("padding_has_no_mass", "log_rest = torch.«zeros»(shape, dtype=_widest(rests))", "ones"),
 )  # fmt: skip
 _of(
     "kdkernels/teacher", "importers.py", "test_teacher_importers.py", "vllm or trl",
@@ -795,7 +795,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/linear", "kd.py", "test_head_corners.py", "nan or weight",
-    ("nan_spreads", "flat = «torch.where(counts.unsqueeze(-1), flat, 0.0)»", "flat"),
+    ("nan_spreads", "flat = «torch.where((labels != index).unsqueeze(-1), flat, 0.0)»", "flat"),
     ("weight_of_the_ignored", "added = «torch.where(of_rows[0].ne(index), added, 0.0)»", "added"),
 )  # fmt: skip
 _of(
@@ -812,7 +812,7 @@ _of(
 )  # fmt: skip
 _of(
     "kdkernels/linear", "_teachers.py", "test_linear_head.py", "sparse or vocabularies",
-    ("silent_rows_counted", "torch.where(«known.says», labels", "known.says | True"),
+    ("silent_rows_counted", "of_known(«known.says», flat", "known.says | True"),
     ("longer_prefix", "common = «min»(of_student, of_teacher)", "max"),
     ("ids_unchecked", "    if «look»:", "False"),
 )  # fmt: skip

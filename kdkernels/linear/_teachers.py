@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, _topk
 from .._dtypes import working_dtype
-from ..losses.topk_kd import DENSE, MOST, buckets, check_pair, said
+from ..losses.topk_kd import DENSE, MOST, buckets, check_pair, of_known, said
 from ..teacher import LinearTeacher, TopKTeacher
 
 Teacher = Tensor | LinearTeacher | TopKTeacher
@@ -97,12 +97,11 @@ def counted(
     known: Sparse, labels: Tensor | None, ignore_index: int, classes: int, look: bool
 ) -> tuple[Tensor, int]:
     """The labels, with the rows ignored of which the teacher says nothing; the ids, checked."""
-    if labels is None:
-        labels, ignore_index = torch.zeros_like(known.says, dtype=torch.int64), -1
-    flat = torch.where(known.says, labels.reshape(-1), ignore_index)
+    flat = None if labels is None else labels.reshape(-1)
+    flat, ignore_index = of_known(known.says, flat, ignore_index)
     if look:
         _topk.check_ids(known.tensors[1], flat != ignore_index, classes)
-    return flat.reshape(labels.shape), ignore_index
+    return flat, ignore_index
 
 
 def tensors_of(teacher: Tensor | LinearTeacher) -> tuple[str, list[Tensor], list[float]]:

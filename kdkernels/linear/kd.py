@@ -16,7 +16,7 @@ from .._head import Head
 from .._rowwise import LossParts, row_loss
 from .._tracing import traced
 from ..losses.kd import KD_OF_TOKENS
-from ..losses.topk_kd import TAILS, said, topk_kd_loss
+from ..losses.topk_kd import TAILS, of_known, said, topk_kd_loss
 from ..registry import SPECS, LossSpec
 from ..teacher import LinearTeacher, TopKTeacher
 from ._inputs import as_linear_casts, chunk, label_indices, plain_rows, row_weights
@@ -173,6 +173,13 @@ def linear_kd_loss(
     classes = None if sharded else weight.shape[0]
     labels, index = label_indices(spec, labels, hidden, classes, ignore_index, hard != 0.0)
     if chosen == "reference" and not sharded:
+        labels = None if labels is None else labels.reshape(-1)
+        if isinstance(teacher, TopKTeacher):
+            teacher = teacher.flatten()
+            known = said(teacher.logprobs, teacher.log_rest, tail)
+            labels, index = of_known(known, labels, index)
+        if labels is not None:  # a row that is not used may hold NaN, which a product would spread
+            flat = torch.where((labels != index).unsqueeze(-1), flat, 0.0)
         if token_weight is not None:
             _checks.token_weight(token_weight, hidden, hidden.dim() - 1)
             token_weight = token_weight.reshape(-1) if token_weight.dim() else token_weight
@@ -186,14 +193,6 @@ def linear_kd_loss(
             "return_parts": return_parts,
             "backend": "reference",
         }
-        labels = None if labels is None else labels.reshape(-1)
-        counts = None if labels is None else labels != index
-        if isinstance(teacher, TopKTeacher):
-            teacher = teacher.flatten()
-            known = said(teacher.logprobs, teacher.log_rest, tail)
-            counts = known if counts is None else known & counts
-        if counts is not None:  # a row that is not used may hold NaN, which a product would spread
-            flat = torch.where(counts.unsqueeze(-1), flat, 0.0)
         logits = Head(weight, bias, softcap, logit_scale).logits(flat)
         if isinstance(teacher, TopKTeacher):
             common |= {"divergence": divergence, "tail": tail, "log_rest": teacher.log_rest}

@@ -187,9 +187,12 @@ def said(logprobs: Tensor, log_rest: Tensor | None, tail: str) -> Tensor:
 def _counted(
     options: tuple[Any, ...], target: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, int]:
-    """The target that ignores rows of which the teacher says nothing, and what it ignores."""
     _, _, tail, _, logprobs, log_rest, _ = options
-    known = said(logprobs, log_rest, tail)
+    return of_known(said(logprobs, log_rest, tail), target, ignore_index)
+
+
+def of_known(known: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
+    """The target that ignores rows of which the teacher says nothing, and what it ignores."""
     if target is None:
         return torch.where(known, 0, _checks.NO_INDEX), _checks.NO_INDEX
     return torch.where(known, target, ignore_index), ignore_index

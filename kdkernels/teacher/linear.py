@@ -129,8 +129,6 @@ class LinearTeacher:
                 raise _checks.fail("out", expected, got)
         head = Head(self.weight, self.bias, self.softcap, self.logit_scale)
         logits = head.logits(hidden, out)
-        return (
-            logits
-            if rows is not None or out is not None
-            else logits.view(*self.shape, self.vocab_size)
-        )
+        if rows is not None or out is not None:
+            return logits
+        return logits.view(*self.shape, self.vocab_size)
