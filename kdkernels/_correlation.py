@@ -12,6 +12,7 @@ from ._calls import CorrelationCall
 from ._dispatch import choose, choose_beside_cuda
 from ._dtensor import gathered
 from ._rowwise import indices
+from .reference._rows import weighted
 from .registry import LossSpec
 
 
@@ -44,9 +45,10 @@ def correlation_loss(
         s, t = _reduce.promote(student, teacher)
         s, t = _reduce.as_rows(s, class_dim), _reduce.as_rows(t, class_dim)
         name = "sum" if code == _checks.REDUCTIONS["sum"] else "mean"
-        return loss_weight * spec.reference(
+        loss = spec.reference(
             s, t, counted, beta=beta, gamma=gamma, tau=tau, eps=eps, reduction=name
         )
+        return weighted(loss, loss_weight)
     scale = loss_weight * tau * tau
     numbers = [beta * scale, gamma * scale, tau, eps]
     call = CorrelationCall(spec.rule, numbers, None, class_dim, code)

@@ -16,6 +16,7 @@ from ._calls import ComposedCall, FactorCall, TupleCall
 from ._dispatch import choose
 from ._dtypes import INTEGERS, working_dtype
 from ._tracing import keepable, readable, traced, transformed
+from .reference._rows import weighted
 from .reference.refilled import distances, unseen
 from .registry import LossSpec
 
@@ -148,7 +149,7 @@ def _composed(
     teacher = keepable(teacher)
     name = "sum" if reduction == "sum" else "mean"
     loss = spec.reference(student, teacher, reduction=name, **options)
-    return (loss_weight * loss).to(student.dtype)
+    return weighted(loss, loss_weight).to(student.dtype)
 
 
 def _written(student: Tensor, teacher: Tensor, call: ComposedCall, need: bool) -> Any:

@@ -149,7 +149,7 @@ def _logarithms(weights: Any, members: list[Tensor], rows: torch.Size, class_dim
         return [0.0] * len(members)
     largest = max(weights)
     members[:] = [x for x, w in zip(members, weights, strict=True) if w]
-    return [math.log(w / largest) for w in weights if w]
+    return [math.log(w) - math.log(largest) for w in weights if w]
 
 
 def _narrow(x: Any, over: int, begin: int, size: int) -> Any:

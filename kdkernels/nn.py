@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _embedding
+from ._dtypes import INTEGERS
 
 __all__ = [
     "FactorAutoEncoder",
@@ -69,9 +70,12 @@ def split_channels(
         raise _checks.fail("ratio", "in (0, 1)", ratio)
     channels = features.shape[1]
     if permutation is not None:
+        _checks.tensor("permutation", permutation, "a Tensor of channel indices")
+        if permutation.dtype not in INTEGERS:
+            raise _checks.fail_type("permutation", "integer channel indices", permutation.dtype)
         if permutation.shape != (channels,):
             raise _checks.fail("permutation", f"of shape {(channels,)}", tuple(permutation.shape))
-        features = features.index_select(1, permutation)
+        features = features.index_select(1, permutation.to(torch.int64))
     inherited = min(max(round(channels * ratio), 1), channels - 1)
     return features[:, :inherited], features[:, inherited:]
 
@@ -125,11 +129,16 @@ def reconstruction_loss(features: Tensor, reconstruction: Tensor) -> Tensor:
 
     Two tensors of one shape; 0-d float32 (float64 if either input is).
     """
+    for name, x in (("features", features), ("reconstruction", reconstruction)):
+        _checks.tensor(name, x)
+        _checks.dtype(name, x)
     if features.shape != reconstruction.shape:
         raise _checks.fail(
             "reconstruction", f"of shape {tuple(features.shape)}", tuple(reconstruction.shape)
         )
     reconstruction, features = _embedding.promote(reconstruction, features)
+    if not features.numel():
+        return reconstruction.sum()  # 0, with a gradient, as every loss of no samples
     return torch.nn.functional.l1_loss(reconstruction, features)
 
 

@@ -938,7 +938,7 @@ _of(
     "kdkernels", "_ensemble.py", "test_ensemble.py", "mean or half or temperatures or class_dim",
     ("mean_of_logits", "torch.log_softmax(x.to(kind) / heat, class_dim)", "x.to(kind) / heat"),
     ("cold_mean", "return total« * heat»", ""),
-    ("numbers_as_logarithms", "«math.log(w / largest)» for w", "w"),
+    ("numbers_as_logarithms", "«math.log(w) - math.log(largest)» for w", "w / largest"),
     ("weights_as_logarithms", "working_dtype(*members))«.log()»", ""),
     ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
 )  # fmt: skip

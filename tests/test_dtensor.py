@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdkernels import functional
+from kdkernels.functional import ClassCenters, class_centers, semihard_tuples
 from kdkernels.registry import SPECS, LossSpec
 
 WORLD = 2
@@ -274,10 +275,26 @@ def _check_sparse() -> None:
         spec.function(student, *sparse)
 
 
+def _check_parts() -> None:
+    """What stands beside the losses: miners and centres."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    embeddings = torch.randn(8, 3, generator=torch.Generator().manual_seed(6))
+    target = torch.arange(8) % 3
+    x, y = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (embeddings, target))
+    for function in (semihard_tuples, functools.partial(class_centers, num_classes=3)):
+        given: Any = function(x, y)
+        assert torch.equal(given.full_tensor(), function(embeddings, target))
+    with pytest.raises(TypeError, match="embeddings must be a plain Tensor"):
+        ClassCenters(3, 3).update(x, y)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "image", _check_image
     yield "sparse", _check_sparse
     yield "head", _check_head
+    yield "parts", _check_parts
     for spec in SPECS.values():
         yield f"{spec.name} plain", functools.partial(_check_plain, spec)
         if spec in LOSSES and spec.takes_target:

@@ -22,6 +22,20 @@ def test_constant_features_give_no_nan(name: str, fill: float) -> None:
         assert loss.isfinite() and gradients(loss, flat)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_an_infinite_loss_of_weight_zero_is_switched_off(backend: str | None) -> None:
+    features, teacher = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 3e38)
+    assert K.hint_loss(features, teacher, backend=backend) == float("inf")
+    assert K.hint_loss(features, teacher, loss_weight=0.0, backend=backend) == 0
+
+
+def test_centers_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        centers = K.ClassCenters(2, 3)
+    centers.update(torch.eye(3)[:2], torch.tensor([1, 0]))
+    assert torch.equal(centers.centers(), torch.eye(3)[[1, 0]])
+
+
 def test_relation_invariances() -> None:
     s, t = draw(7, 5), draw(7, 6)
     rotation = torch.linalg.qr(draw(5, 5, seed=4))[0]
@@ -62,6 +76,10 @@ def test_split_channels() -> None:
         nn.split_channels(x, 1.0)
     with pytest.raises(ValueError, match=r"permutation must be of shape \(7,\), got"):
         nn.split_channels(x, permutation=order[1:])
+    assert torch.equal(nn.split_channels(x, permutation=order.to(torch.int16))[0][:, 0], x[:, 6])
+    for wrong in (order.tolist(), order.float()):
+        with pytest.raises(TypeError, match=r"permutation must be .*channel indices, got"):
+            nn.split_channels(x, permutation=wrong)  # type: ignore[arg-type]
 
 
 def test_factor_coders() -> None:
@@ -73,6 +91,9 @@ def test_factor_coders() -> None:
     assert torch.allclose(loss, (x - back).abs().mean())
     loss.backward()
     assert all(p.grad is not None for p in coder.parameters())
+    assert nn.reconstruction_loss(x[:0], back[:0]) == 0
+    with pytest.raises(TypeError, match="reconstruction must be a Tensor, got tuple"):
+        nn.reconstruction_loss(x, (factor, back))  # type: ignore[arg-type]
     convs = [m for m in nn.FactorEncoder(6, 3) if isinstance(m, torch.nn.Conv2d)]
     assert [(c.in_channels, c.out_channels, c.bias) for c in convs] == [
         (6, 6, None), (6, 3, None), (3, 3, None),

@@ -11,7 +11,7 @@ from cases import LOSSES
 from test_class_dim import LOSSES as OF_CLASSIFIERS
 from torch import Tensor
 
-from kdkernels import _ensemble
+from kdkernels import _ensemble, kd_loss
 from kdkernels.registry import LossSpec
 from kdkernels.teacher import EnsembleTeacher
 
@@ -198,6 +198,12 @@ def test_errors(spec: LossSpec) -> None:
 def test_errors_of_weights(weights: Any, match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         EnsembleTeacher([torch.zeros(2, 3)] * 3, weights)
+
+
+def test_weights_whose_ratio_underflows() -> None:
+    student, first, second = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
+    both = EnsembleTeacher([first, second], (1e-320, 1e12))
+    torch.testing.assert_close(kd_loss(student, both), kd_loss(student, second))
 
 
 def test_blocks_hold_few_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from ranks import needs_processes
 from torch import Tensor
 
 from benchmarks import group_cost
-from kdkernels import _group, _moments
+from kdkernels import KDLoss, _group, _moments
 from kdkernels.registry import LossSpec
 
 
@@ -37,6 +38,16 @@ def test_moments_that_underflow() -> None:
         (slope,) = torch.autograd.grad(rho, squares)
         assert rho.item() == pytest.approx(expected)
         assert slope.item() == pytest.approx(-expected / 2 / 1e-40)
+
+
+@needs_processes
+def test_copies_of_a_module_share_its_group(alone: Any) -> None:
+    """As an averaged copy of a model that holds its loss does."""
+    loss = KDLoss(4.0, process_group=alone)
+    copied = copy.deepcopy(torch.nn.ModuleList([loss]))[0]
+    assert copied is not loss and copied.process_group is alone
+    student, teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(copied(student, teacher), loss(student, teacher))
 
 
 @needs_processes

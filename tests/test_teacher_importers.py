@@ -296,6 +296,12 @@ BAD_TRL: dict[str, tuple[Any, type[Exception], str]] = {
         r"got one without \['completion_lengths', 'shape', 'token_ids_b64'\]",
     ),
     "shape": (binary(shape=[2, 3]), ValueError, r"shape must be \(B, T, K\), each >= 1, got"),
+    "no shape": (binary(shape=4), TypeError, "shape must be a list of three sizes, got int"),
+    "no lengths": (
+        binary(completion_lengths=2),
+        TypeError,
+        "completion_lengths must be a list, got int",
+    ),
     "lengths": (
         binary(completion_lengths=[1, 4]),
         ValueError,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference._rows import weighted
+
 
 def wide(
     reference: Callable[..., Tensor],
@@ -22,6 +24,6 @@ def wide(
     name = "mean" if reduction == 1 else "sum"
     with torch.enable_grad():
         leaf = student.detach().requires_grad_(need_gradient)
-        loss = scale * reference(leaf, teacher, reduction=name, **options)
+        loss = weighted(reference(leaf, teacher, reduction=name, **options), scale)
     gradient = torch.autograd.grad(loss, leaf)[0] if need_gradient else None
     return loss.detach().to(student.dtype), gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -81,6 +82,15 @@ class LossModule(_Loss):
 
     def _held(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._bound.parameters}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LossModule:
+        """Of a model that holds its loss, say: the copies share the groups, which have no copy."""
+        for group in map(self.__dict__.get, ("process_group", "tp_group")):
+            memo[id(group)] = group
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self._held().items())

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._dtensor import gathered, none_sharded
 
 
 class ClassCenters:
@@ -23,11 +24,13 @@ class ClassCenters:
     ) -> None:
         for name, value in (("num_classes", num_classes), ("dim", dim)):
             _at_least_one(name, value)
-        self.sums = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # made there, no later update could add to them
+            self.sums = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)
         self.dtype = torch.float32
 
     def update(self, embeddings: Tensor, target: Tensor) -> None:
         """Add (B, dim) embeddings, or (B, dim, 1, 1), of the classes ``target``, (B,)."""
+        none_sharded("self.sums", {"embeddings": embeddings, "target": target})
         embeddings = _embedding.embeddings("embeddings", embeddings)
         dim = self.sums.shape[1]
         if embeddings.shape[1] != dim:
@@ -42,6 +45,7 @@ class ClassCenters:
         return F.normalize(self.sums, dim=1).to(self.dtype)
 
 
+@gathered
 def class_centers(embeddings: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """L2-normalised class centres of one batch, (num_classes, D); see :class:`ClassCenters`.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _checks, _embedding
+from .._dtensor import gathered
 from ..reference import refilled as reference
 
 
+@gathered
 def semihard_tuples(embeddings: Tensor, target: Tensor, margin: float = 0.2) -> Tensor:
     r"""Mine the semi-hard triplets of a batch: same class for a and p, another for n, and
 

@@ -9,6 +9,7 @@ from .. import _checks, _embedding
 from .._calls import FactorCall
 from .._dispatch import choose
 from .._dtensor import gathered
+from ..reference._rows import weighted
 from ..reference.iekd import iekd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, of_batch, weighed
@@ -88,13 +89,14 @@ def iekd_loss(
     chosen = choose(IEKD, inheritance_factor, backend)
     if chosen == "reference":
         with _embedding.full_precision(inheritance_factor.device):
-            return loss_weight * reference(
+            loss = reference(
                 *_embedding.promote(inheritance_factor, exploration_factor, teacher_factor),
                 inheritance_weight=inheritance_weight,
                 exploration_weight=exploration_weight,
                 similarity=similarity,
                 reduction=reduction,
             )
+        return weighted(loss, loss_weight)
     return _embedding.factors(
         chosen,
         inheritance_factor,

@@ -11,6 +11,7 @@ from .._dtensor import gathered
 from .._dtypes import working_dtype
 from .._group import ProcessGroup
 from ..composed.pkd import pkd as composed
+from ..reference._rows import weighted
 from ..reference.pkd import EPS, pkd as reference
 from ..registry import LossSpec, register
 from ._base import LossModule, of_batch, weighed
@@ -73,7 +74,7 @@ def pkd_loss(
     if process_group is not None:
         _group.check_call(process_group)
         choose(PKD, student, backend)
-        loss = loss_weight * _of_group(student, teacher, process_group, reduction)
+        loss = weighted(_of_group(student, teacher, process_group, reduction), loss_weight)
         return _group.summed(loss.to(working_dtype(student, teacher)), process_group)
     return _embedding.composed(
         PKD,

@@ -15,6 +15,7 @@ from .._dtensor import gathered
 from .._group import ProcessGroup
 from .._rowwise import row_loss
 from ..reference import refilled as reference
+from ..reference._rows import weighted
 from ..registry import LossSpec, register
 from ._base import LossModule, number_temperature, of_batch, weighed
 from ._centers import ClassCenters as ClassCenters, class_centers as class_centers
@@ -109,7 +110,7 @@ def tuple_matching_loss(
         )  # fmt: skip
     if chosen == "reference":
         with _embedding.full_precision(student_embeddings.device):
-            return loss_weight * reference.tuple_matching(
+            loss = reference.tuple_matching(
                 student_embeddings,
                 teacher_embeddings,
                 target,
@@ -117,6 +118,7 @@ def tuple_matching_loss(
                 margin=margin,
                 reduction=reduction,
             )
+        return weighted(loss, loss_weight)
     return _embedding.tuples(
         chosen,
         student_embeddings,

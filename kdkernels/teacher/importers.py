@@ -187,10 +187,14 @@ def _binary(response: Mapping[str, Any]) -> TopKTeacher:
     missing = {"token_ids_b64", "shape", "completion_lengths"} - response.keys()
     if missing:
         raise _checks.fail("response", TRL_FORMS, f"one without {sorted(missing)}")
+    if not isinstance(response["shape"], (list, tuple)):
+        raise _checks.fail_type("shape", "a list of three sizes", type(response["shape"]).__name__)
     shape = tuple(_checks.integer("shape", size) for size in response["shape"])
     if len(shape) != 3 or min(shape) < 1:
         raise _checks.fail("shape", "(B, T, K), each >= 1", shape)
     counts = response["completion_lengths"]
+    if not isinstance(counts, (list, tuple)):
+        raise _checks.fail_type("completion_lengths", "a list", type(counts).__name__)
     lengths = torch.tensor([_checks.integer("completion_lengths", count) for count in counts])
     if lengths.shape != shape[:1] or (lengths > shape[1]).any() or (lengths < 0).any():
         expected = f"{shape[0]} numbers in [0, {shape[1]}]"
