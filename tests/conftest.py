@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter
 
-    interpreter.patch_once_a_launch()
+    interpreter.patch()
 
 # Fixed examples: a failure seen once is seen always.
 settings.register_profile(
