@@ -203,7 +203,7 @@ def items(value: Any, reduction: str) -> Any:
     if isinstance(value, Tensor):
         scalar("num_items_in_batch", value)
         constant("num_items_in_batch", value)
-        return value
+        return torch.where(value == 0, 1, value)  # no items: the sum over them is 0, and stays so
     return positive("num_items_in_batch", value)
 
 
@@ -334,6 +334,11 @@ def integer(name: str, value: Any) -> int:
     if not -(2**63) <= value < 2**63:
         raise fail(name, "an int of 64 bits", value)
     return value
+
+
+def at_least_one(name: str, value: Any) -> None:
+    if integer(name, value) < 1:
+        raise fail(name, ">= 1", value)
 
 
 def _to_int(name: str, value: Any) -> int:

@@ -110,7 +110,8 @@ def single(
             found = shape.dim
         _checks.allocated("teacher_logits", x)
     rows = student.shape[:found] + student.shape[found + 1 :]
-    weights = _logarithms(teacher.weights, members, rows, found)
+    kind = working_dtype(student, *members)
+    weights = _logarithms(teacher.weights, members, rows, found, kind)
     heat: Any
     if isinstance(temperature, Tensor):
         _checks.row_temperature(temperature, student, found)
@@ -120,7 +121,6 @@ def single(
         heat = temperature.unsqueeze(found) if temperature.dim() else temperature
     else:
         heat = _checks.temperature(temperature)
-    kind = working_dtype(*members)
     mean = _mean if spec.activation == "softmax" else _mean_of_sigmoids
     with torch.no_grad():
         if traced(*members) or transformed():
@@ -134,7 +134,9 @@ def single(
     return out
 
 
-def _logarithms(weights: Any, members: list[Tensor], rows: torch.Size, class_dim: int) -> list[Any]:
+def _logarithms(
+    weights: Any, members: list[Tensor], rows: torch.Size, class_dim: int, kind: torch.dtype
+) -> list[Any]:
     """The logarithm of each weight; drops members whose weight is the number 0.
 
     A sum of weights other than 1 shifts a row's logits, which no loss sees.
@@ -143,7 +145,7 @@ def _logarithms(weights: Any, members: list[Tensor], rows: torch.Size, class_dim
         if weights.dim() > 1 and weights.shape[1:] != rows:
             expected = f"of shape ({len(members)},) or {(len(members), *rows)}"
             raise _checks.fail("weights", expected, tuple(weights.shape))
-        logs = weights.to(working_dtype(*members)).log()
+        logs = weights.to(kind).log()
         return [x.unsqueeze(class_dim) if x.dim() else x for x in logs]
     if weights is None:
         return [0.0] * len(members)

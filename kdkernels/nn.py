@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, _embedding
 from ._dtypes import INTEGERS
+from ._tracing import readable
 
 __all__ = [
     "FactorAutoEncoder",
@@ -38,6 +40,7 @@ class TaskSerialization(nn.Linear):
     """
 
     def __init__(self, num_classes: int) -> None:
+        _checks.at_least_one("num_classes", num_classes)
         super().__init__(num_classes, num_classes)
 
     def reset_parameters(self) -> None:
@@ -75,6 +78,11 @@ def split_channels(
             raise _checks.fail_type("permutation", "integer channel indices", permutation.dtype)
         if permutation.shape != (channels,):
             raise _checks.fail("permutation", f"of shape {(channels,)}", tuple(permutation.shape))
+        if readable(permutation):
+            order = permutation.sort().values
+            if not torch.equal(order.to(torch.int64), torch.arange(channels, device=order.device)):
+                expected = f"each of the {channels} channels once"
+                raise _checks.fail("permutation", expected, permutation.tolist())
         features = features.index_select(1, permutation.to(torch.int64))
     inherited = min(max(round(channels * ratio), 1), channels - 1)
     return features[:, :inherited], features[:, inherited:]
@@ -93,6 +101,8 @@ class FactorEncoder(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            _checks.at_least_one(name, value)
         layers: list[nn.Module] = [nn.LeakyReLU(0.1)]
         widths = (in_channels, in_channels, out_channels, out_channels)
         for before, after in itertools.pairwise(widths):
@@ -100,6 +110,12 @@ class FactorEncoder(nn.Sequential):
             nn.init.normal_(conv.weight, std=math.sqrt(2.0 / (9 * after)))
             layers += [conv, nn.BatchNorm2d(after), nn.LeakyReLU(0.1)]
         super().__init__(*layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer, or some layers as a plain ``Sequential``."""
+        if isinstance(index, slice):
+            return nn.Sequential(*list(self)[index])
+        return super().__getitem__(index)
 
 
 class FactorAutoEncoder(nn.Module):

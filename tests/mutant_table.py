@@ -939,7 +939,7 @@ _of(
     ("mean_of_logits", "torch.log_softmax(x.to(kind) / heat, class_dim)", "x.to(kind) / heat"),
     ("cold_mean", "return total« * heat»", ""),
     ("numbers_as_logarithms", "«math.log(w) - math.log(largest)» for w", "w / largest"),
-    ("weights_as_logarithms", "working_dtype(*members))«.log()»", ""),
+    ("weights_as_logarithms", "weights.to(kind)«.log()»", ""),
     ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
 )  # fmt: skip
 

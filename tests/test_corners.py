@@ -10,6 +10,7 @@ from cases import (
     LOSS_IDS,
     LOSSES,
     ROW_LOSSES,
+    SOFTMAX_ROWS,
     Case,
     alone_if_interpreted,
     at_temperature,
@@ -270,3 +271,44 @@ def test_temperatures_and_numbers_at_the_ends_of_their_range(spec: LossSpec) -> 
                 case, student, teacher, target, reduction=reduction, **options
             )
             assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+@each(ROW_LOSSES, mask=(-1e6, -1e9))
+def test_a_finite_mask_on_the_teachers_likeliest_class(case: Case, mask: float) -> None:
+    """The gradient of the other classes keeps its digits, though differences of logits have few."""
+    student = torch.tensor([[0.96, 2.5, mask, 2.47], [0.5, -1.0, mask, 2.0]])
+    teacher = torch.tensor([[-1.5, -3.0, 0.0, -1.25], [2.0, 0.5, 2.5, -1.0]])
+    target = torch.tensor([1, 3])
+    spec = Case(case.spec, "reference", "cpu")
+    _, expected = value_and_grad(spec, student.double(), teacher.double(), target)
+    _, gradient = value_and_grad(case, student, teacher, target)
+    near = 1e-4 * expected.abs().amax(1, keepdim=True)
+    assert ((gradient - expected).abs() <= near).all()
+
+
+@each(SOFTMAX_ROWS)
+def test_a_teacher_without_a_class_beside_a_certain_student(case: Case) -> None:
+    student = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    teacher = torch.tensor([[-torch.inf, -torch.inf], [0.5, 0.0]])
+    loss = case(student, teacher, torch.tensor([0, 1]), reduction="none")
+    assert loss[0].isnan() and loss[1].isfinite()
+
+
+@each(SOFTMAX_ROWS, keep=alone_if_interpreted)
+def test_a_common_offset_costs_the_cross_entropy_nothing(case: Case) -> None:
+    student, teacher, target = make("gaussian", 4, 9)
+    student = (student * 64).round() / 64
+    given = {"target": target, "hard_weight": 1.0, "loss_weight": 0.0, "reduction": "none"}
+    expected = torch.nn.functional.cross_entropy(student.double(), target, reduction="none")
+    loss = case(student + 65536.0, teacher, **given).double()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@each(ROW_LOSSES, keep=alone_if_interpreted)
+def test_no_items_in_a_batch_without_any(case: Case) -> None:
+    """As a trainer counts them where every label is ignored."""
+    student, teacher, _ = make("gaussian", 3, 5)
+    ignored = torch.full((3,), -100)
+    options = {"target": ignored, "num_items_in_batch": torch.tensor(0)}
+    loss, gradient = value_and_grad(case, student, teacher, **options)
+    assert loss == 0 and not gradient.any()

@@ -77,6 +77,8 @@ def test_split_channels() -> None:
     with pytest.raises(ValueError, match=r"permutation must be of shape \(7,\), got"):
         nn.split_channels(x, permutation=order[1:])
     assert torch.equal(nn.split_channels(x, permutation=order.to(torch.int16))[0][:, 0], x[:, 6])
+    with pytest.raises(ValueError, match="permutation must be each of the 7 channels once, got"):
+        nn.split_channels(x, permutation=order // 2)
     for wrong in (order.tolist(), order.float()):
         with pytest.raises(TypeError, match=r"permutation must be .*channel indices, got"):
             nn.split_channels(x, permutation=wrong)  # type: ignore[arg-type]
@@ -98,6 +100,9 @@ def test_factor_coders() -> None:
     assert [(c.in_channels, c.out_channels, c.bias) for c in convs] == [
         (6, 6, None), (6, 3, None), (3, 3, None),
     ]  # fmt: skip
+    assert len(nn.FactorEncoder(4, 2)[:3]) == 3
+    with pytest.raises(ValueError, match="out_channels must be >= 1, got 0"):
+        nn.FactorEncoder(4, 0)
     assert nn.HintRegressor(6, 9)(draw(1, 6, 2, 2).float()).shape == (1, 9, 2, 2)
 
 

@@ -206,6 +206,14 @@ def test_weights_whose_ratio_underflows() -> None:
     torch.testing.assert_close(kd_loss(student, both), kd_loss(student, second))
 
 
+def test_float64_students_keep_their_digits() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(4, 7, generator=generator)
+    one, several = (kd_loss(student, x, 2.0) for x in (teacher, [teacher, teacher]))
+    torch.testing.assert_close(several, one, rtol=1e-13, atol=0.0)
+
+
 def test_blocks_hold_few_rows() -> None:
     """What is alive at once beside the result is some blocks, whatever the number of rows."""
     from test_class_dim import SHAPES

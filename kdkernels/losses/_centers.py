@@ -23,7 +23,7 @@ class ClassCenters:
         self, num_classes: int, dim: int, *, device: torch.device | str | None = None
     ) -> None:
         for name, value in (("num_classes", num_classes), ("dim", dim)):
-            _at_least_one(name, value)
+            _checks.at_least_one(name, value)
         with torch.inference_mode(False):  # made there, no later update could add to them
             self.sums = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)
         self.dtype = torch.float32
@@ -59,16 +59,11 @@ def class_centers(embeddings: Tensor, target: Tensor, num_classes: int) -> Tenso
         float32 (float64 for float64 embeddings); a constant, without a gradient.
     """
     embeddings = _embedding.embeddings("embeddings", embeddings)
-    _at_least_one("num_classes", num_classes)
+    _checks.at_least_one("num_classes", num_classes)
     # No object: the compiler would have to build it within its graph.
     sums = embeddings.new_zeros(num_classes, embeddings.shape[1], dtype=torch.float64)
     _add(sums, embeddings, target)
     return F.normalize(sums, dim=1).to(_embedding.promote(embeddings[:0])[0].dtype)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if _checks.integer(name, value) < 1:
-        raise _checks.fail(name, ">= 1", value)
 
 
 def _add(sums: Tensor, embeddings: Tensor, target: Tensor) -> None:

@@ -98,8 +98,9 @@ def _normalisers(
     total = torch.where(h < 20, q * h.exp(), grown).sum(-1, keepdim=True)
     c = torch.where(direct.abs() < 20, total.log(), direct)
     c = torch.where(direct.abs() < 1, torch.log1p(excess), c)
-    # Where the student excludes the teacher's likeliest class, or there is none, h has no origin.
-    lost = (log_q_best == -torch.inf) | (log_p_best == -torch.inf)
+    # Where the student all but excludes the teacher's likeliest class (a finite mask does so too),
+    # delta there has fewer digits than the gap of the normalisers; or there is no such class.
+    lost = (log_q_best < -20) | (log_p_best == -torch.inf)
     gap = (lse_p - lse_q).unsqueeze(-1)
     gap = torch.where(gap.isinf(), 0.0, gap)
     return torch.where(lost, gap, origin), torch.where(lost, 0.0, c)

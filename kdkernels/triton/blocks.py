@@ -82,7 +82,7 @@ def add_to_rest(maximum, larger, total, rest, logits, k):
 @triton.jit
 def log_ratio_of_sums(student_sum, teacher_sum, student_rest, teacher_rest):
     """log(teacher_sum / student_sum); of certain rows from the rests, whose digits 1 + x loses."""
-    certain = (student_sum < 1.125) & (teacher_sum < 1.125)
+    certain = (student_sum < 1.125) & (teacher_sum < 1.125) & (teacher_sum > 0) & (student_sum > 0)
     gap = (teacher_rest - student_rest) / student_sum
     near = log1p(tl.where(certain, gap, 0.0))
     return tl.where(certain, near, tl.log(teacher_sum / student_sum))
