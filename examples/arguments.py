@@ -25,6 +25,20 @@ def checked(parse: Callable[[str], T]) -> Callable[[str], str]:
     return check
 
 
+def positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"it must be a whole number from {least} on, got {text}")
+    return int(text)
+
+
 def assignment(text: str, name: str, known: Iterable[str]) -> tuple[str, float]:
     """``OPTION=VALUE`` of the method ``name``, which has the options ``known``."""
     option, equals, value = text.partition("=")

@@ -40,6 +40,8 @@ class Runs:
 def split(args: argparse.Namespace, world: World, data: Data, name: str) -> report.Results:
     """Teachers and students, who know all classes, or those that the split gives them."""
     plan = Plan(args, world, data, name)
+    if not len(plan):
+        raise SystemExit(f"--methods must have one for --splits {name}, got {args.methods}")
     if world.main:
         labels = plan.labels
         if labels.teacher is not None and labels.student is not None:
@@ -55,6 +57,7 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
 
     reached: dict[str, dict[int, History]] = {m.label: {} for m in plan.plain}
     timed: dict[str, Job] = {}
+    """By method and teacher, whose forward pass is part of a step."""
     for method in plan.plain:
         for seed in args.seeds:
             job = plan.student(method, seed, None, None)
@@ -89,12 +92,13 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
                 found.students[label][seed] = runs(jobs[seed], plan.folder)
             last = jobs[args.seeds[-1]]
             found.options[label] = last.options
-            timed.setdefault(label, last)
+            timed[f"{label}@{by}"] = last
             if world.main and method.recipe.extra is Centers:
                 found.induced[label] = {s: _induced(jobs[s], lesson.model) for s in jobs}
     if world.main and args.times:
         results.steps = report.time_steps(timed)
-        times = {label: report.time_loss(job) for label, job in timed.items()}
+        alone = {name.partition("@")[0]: job for name, job in reversed(timed.items())}
+        times = {label: report.time_loss(job) for label, job in reversed(alone.items())}
         results.times = {label: timing for label, timing in times.items() if timing is not None}
     return results
 

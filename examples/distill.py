@@ -33,7 +33,7 @@ try:
     import recipes
     import report
     import side_by_side
-    from arguments import checked
+    from arguments import checked, natural, positive
     from setups import SETUPS
     from world import World
 except ModuleNotFoundError as error:
@@ -68,11 +68,11 @@ def parser() -> argparse.ArgumentParser:
     add("--teachers", nargs="+", metavar="NAME", help="of the data set: weak, medium or strong")
     add("--splits", nargs="+", metavar="NAME", help="classes known: same, overlap or disjoint")
     add("--student", type=checked(models.size), metavar="WxB", help="width x blocks a stage")
-    add("--images-per-class", type=int, metavar="N", help="that the students see; 0: all")
+    add("--images-per-class", type=natural, metavar="N", help="that the students see; 0: all")
     add("--seeds", type=int, nargs="+", metavar="SEED")
-    add("--teacher-epochs", type=int, metavar="N")
-    add("--epochs", type=int, metavar="N", help="of the students")
-    add("--batch", type=int, metavar="N", help="images a step, over all processes")
+    add("--teacher-epochs", type=positive, metavar="N")
+    add("--epochs", type=positive, metavar="N", help="of the students")
+    add("--batch", type=positive, metavar="N", help="images a step, over all processes")
     add("--lr", type=float)
     add("--weight-decay", type=float)
     add(
@@ -93,13 +93,13 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add(
         "--threads",
-        type=int,
+        type=natural,
         metavar="N",
         help="CPU threads; 0: as many as torch takes; default: 1 or 2 for small networks",
     )
     add(
         "--jobs",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="networks trained at once, each by a process with one CPU thread: for small networks",
@@ -107,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/distill"), metavar="DIR")
     add("--teacher-folder", type=Path, metavar="DIR", help="of teachers that several runs share")
     add("--fresh", action="store_true", help="delete --output's checkpoints and start over")
-    add("--save-every", type=int, default=10, metavar="N", help="epochs between checkpoints")
-    add("--evaluate-every", type=int, metavar="N", help="epochs between evaluations")
+    add("--save-every", type=positive, default=10, metavar="N", help="epochs between checkpoints")
+    add("--evaluate-every", type=positive, metavar="N", help="epochs between evaluations")
     add("--times", action=argparse.BooleanOptionalAction, default=True, help="of steps and losses")
     add(
         "--validate",
@@ -132,8 +132,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(setup, name))
     args.teacher_threads = setup.teacher_threads if args.threads is None else args.threads
     args.threads = setup.threads if args.threads is None else args.threads
-    if args.jobs < 1:
-        reader.error(f"--jobs must be at least 1, got {args.jobs}")
     if args.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         reader.error("--jobs must be 1 under torchrun, whose processes train one network together")
     args.methods = list(dict.fromkeys(args.methods or setup.methods))
@@ -151,7 +149,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             reader.error(
                 f"the teacher of {text} must be one of --teachers {' '.join(args.teachers)}"
             )
-    if args.amp == "fp16" and (args.device or "cuda") == "cpu":
+    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
         reader.error("--amp fp16 needs a GPU; on the CPU use --amp bf16")
     return args
 

@@ -34,7 +34,7 @@ try:
     import lm_report
     import lm_teachers
     import models
-    from arguments import checked, threads
+    from arguments import checked, natural, positive, threads
     from lm_methods import METHODS, Method
     from world import World
 except ModuleNotFoundError as error:
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8; default: Python's pydoc_data.topics")
-    add("--vocab-size", type=_positive, default=2048, metavar="N", help="byte-pair tokens")
-    add("--context", type=_positive, default=64, metavar="N", help="tokens of a sequence")
+    add("--vocab-size", type=positive, default=2048, metavar="N", help="byte-pair tokens")
+    add("--context", type=positive, default=64, metavar="N", help="tokens of a sequence")
     add(
         "--methods",
         nargs="+",
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         help="how it reaches the student: its logits; its likeliest tokens, cached on disk once;"
         " hidden states and head",
     )
-    add("--top-k", type=_positive, default=32, metavar="K", help="tokens of --teacher topk")
+    add("--top-k", type=positive, default=32, metavar="K", help="tokens of --teacher topk")
     add(
         "--teacher-size",
         default="128x3",
@@ -79,20 +79,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="WxB",
         help="width x blocks",
     )
-    add("--teacher-steps", type=_positive, default=400, metavar="N")
-    add("--teacher-batch", type=_positive, default=16, metavar="N", help="sequences a step")
+    add("--teacher-steps", type=positive, default=400, metavar="N")
+    add("--teacher-batch", type=positive, default=16, metavar="N", help="sequences a step")
     add("--teacher-lr", type=float, default=8e-3)
     add("--dropout", type=float, default=0.2, help="of the teacher")
     add("--student", default="64x2", type=checked(models.size), metavar="WxB", help=SIZE)
     add("--share", type=_share, default=0.25, help="of the training text that a student sees")
-    add("--steps", type=_positive, default=250, metavar="N", help="of the students")
-    add("--batch", type=_positive, default=8, metavar="N", help="sequences a step")
+    add("--steps", type=positive, default=250, metavar="N", help="of the students")
+    add("--batch", type=positive, default=8, metavar="N", help="sequences a step")
     add("--lr", type=float, default=1.6e-2)
     add("--weight-decay", type=float, default=1.0)
-    add("--evaluate-every", type=_positive, default=100, metavar="N", help="steps; and checkpoints")
+    add("--evaluate-every", type=positive, default=100, metavar="N", help="steps; and checkpoints")
     add("--backend", choices=["native", "triton", "reference"], help="of the losses; default: best")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--threads", type=int, default=0, metavar="N", help="of the CPU; 0: as torch has it")
+    add("--threads", type=natural, default=0, metavar="N", help="of the CPU; 0: as torch has it")
     add("--output", type=Path, default=Path("runs/lm"), metavar="DIR")
     add("--fresh", action="store_true", help="delete --output's checkpoints and start over")
     add("--times", action=argparse.BooleanOptionalAction, default=True, help="of steps and losses")
@@ -102,12 +102,6 @@ def parser() -> argparse.ArgumentParser:
         help="hold out a part of the training text and evaluate there (to choose options)",
     )
     return result
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"it must be a whole number from 1 on, got {text}")
-    return int(text)
 
 
 def _methods(given: Sequence[str] | None, form: str) -> list[str]:
@@ -189,7 +183,8 @@ class Comparison:
         if args.teacher != "topk":
             return lm_teachers.Teacher(network, args.teacher)
         temperature = method.options["temperature"]
-        of = json.dumps({"teacher": self.teacher_settings(), "share": args.share, "seed": seed})
+        teacher = self.teacher_job().settings  # with what its dropout's draws depend on
+        of = json.dumps({"teacher": teacher, "share": args.share, "seed": seed})
         name = f"top{args.top_k}-seed{seed}-temperature{temperature:g}"
         folder = args.output / "teacher-cache" / ("validation" if args.validate else "main") / name
         how = (args.context, args.top_k, temperature, folder, of)
@@ -286,11 +281,13 @@ class Comparison:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))  # a seed is counted once
     args.methods = _methods(args.methods, args.teacher)
     threads(args.threads)
     world = World.join(args.device)
     if args.fresh and world.main:
-        shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
+        for left in ("checkpoints", "teacher-cache"):
+            shutil.rmtree(args.output / left, ignore_errors=True)
     world.barrier()
     try:
         results = Comparison(args, world).run()

@@ -183,7 +183,7 @@ def _train_epoch(
     )
     for images, target in batches:
         teacher = None
-        with _autocast(world.device, job.amp):
+        with autocast(world.device, job.amp):
             if job.teacher is not None and job.recipe.term is not None:
                 with torch.no_grad():
                     teacher = job.teacher(images)
@@ -220,7 +220,7 @@ def evaluate(model: ResNet, data: Data, world: World, batch: int = 256) -> float
     return 100.0 * world.total(right).item() / len(data.test_targets)
 
 
-def _autocast(device: torch.device, amp: str | None) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, amp: str | None) -> AbstractContextManager[Any]:
     if amp is None:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)

@@ -102,7 +102,8 @@ def _draw_curves(axis: Any, results: Results) -> None:
             label=method,
             linewidth=1.8,
         )
-        lowest = min(lowest, points[len(points) // 4][1])
+        if points:
+            lowest = min(lowest, points[len(points) // 4][1])
     highest = 101.0
     for name, taught in results.teachers.items():
         axis.axhline(

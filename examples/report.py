@@ -9,7 +9,7 @@ from typing import Any
 
 import timing
 import torch
-from engine import Distiller, History, Job
+from engine import Distiller, History, Job, autocast
 from models import Output
 from tables import grid, paired, spread, versions, write_json
 from terms import Step
@@ -57,7 +57,7 @@ class Results:
     teachers: dict[str, Taught] = field(default_factory=dict)
     times: dict[str, Timing] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of a training step, in turns with the other methods."""
+    """Milliseconds of a training step by ``METHOD`` or ``METHOD@TEACHER``, taken in turns."""
 
     def students(self) -> Iterator[tuple[str | None, str, dict[int, History]]]:
         """Teacher, method and histories, in the order of the table."""
@@ -111,7 +111,7 @@ def time_loss(job: Job) -> Timing | None:
     images, target = next(iter(job.data.epoch(job.batch, job.seed, 0)))
     distiller = Distiller(job).to(images.device).eval()
     teacher.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(images.device, job.amp):
         student_out, teacher_out = distiller.student(images), teacher(images)
     leaves = Output(*(part.detach().requires_grad_() for part in student_out))
     extra = Recorded(distiller.extra) if distiller.extra is not None else None
@@ -131,7 +131,7 @@ def time_loss(job: Job) -> Timing | None:
 
 
 def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
-    """Milliseconds of a whole step by method: batch, teacher, student, loss, backward, update."""
+    """Milliseconds of a whole step: batch, teacher, student, loss, backward, update."""
 
     def prepared(job: Job) -> Callable[[], None]:
         images, target = next(iter(job.data.epoch(job.batch, job.seed, 0)))
@@ -142,12 +142,14 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
 
         def once() -> None:
             output = None
-            if job.teacher is not None:
-                job.teacher.eval()
-                with torch.no_grad():
-                    output = job.teacher(images)
+            with autocast(images.device, job.amp):
+                if job.teacher is not None:
+                    job.teacher.eval()
+                    with torch.no_grad():
+                        output = job.teacher(images)
+                loss = distiller(images, target, output, 1.0)
             optimizer.zero_grad()
-            distiller(images, target, output, 1.0).backward()
+            loss.backward()
             if job.options["clip"]:
                 nn.utils.clip_grad_norm_(trained, job.options["clip"])
             optimizer.step()
@@ -156,7 +158,7 @@ def time_steps(jobs: Mapping[str, Job]) -> dict[str, float]:
 
     device = next(iter(jobs.values())).data.images.device
     seconds = timing.median_seconds([prepared(job) for job in jobs.values()], device)
-    return {method: 1e3 * one for method, one in zip(jobs, seconds, strict=True)}
+    return {name: 1e3 * one for name, one in zip(jobs, seconds, strict=True)}
 
 
 def table(results: Results) -> str:
@@ -207,7 +209,8 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
     head += ["loss µs", "eager µs"]
     found = []
     for teacher, method, _ in results.students():
-        step, timing = results.steps.get(method), results.times.get(method)
+        step = results.steps.get(f"{method}@{teacher}" if teacher else method)
+        timing = results.times.get(method)
         found.append(
             [
                 teacher or "-",

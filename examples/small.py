@@ -78,6 +78,7 @@ def compare(
     parser.add_argument("--threads", type=int, default=1, help="more gain nothing here")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    args.seeds = list(dict.fromkeys(args.seeds))  # a seed is counted once
     total = len(methods) * len(args.seeds) * args.steps
     found: dict[str, list[float]] = {}
     # disable=None: where the output is no terminal.

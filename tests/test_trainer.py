@@ -210,7 +210,10 @@ def test_option_changes_a_weight(tmp_path: Path) -> None:
         ("--methods kd@medium", "the teacher of kd@medium must be one of --teachers weak"),
         ("--teachers huge", "--teachers of digits must be weak, medium, strong, got huge"),
         ("--splits half", "--splits of digits must be same, overlap, disjoint, got half"),
-        ("--jobs 0", "--jobs must be at least 1, got 0"),
+        ("--jobs 0", "argument --jobs: it must be a whole number from 1 on, got 0"),
+        ("--epochs 0", "argument --epochs: it must be a whole number from 1 on, got 0"),
+        ("--images-per-class -1", "argument --images-per-class: "),
+        ("--amp fp16", "--amp fp16 needs a GPU"),
         ("--student 4", "size must be WIDTHxBLOCKS, such as 16x2, got 4"),
     ],
 )
