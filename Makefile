@@ -39,7 +39,7 @@ help:  ## list the targets
 install: $(VENV)/.installed  ## create the environment and build the package into it (editable)
 
 demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; three minutes, no GPU
-	$(PY) examples/distill.py --teachers weak medium strong --methods ce kd dist iekd@medium \
+	$(PY) examples/distill.py --teachers weak strong --methods ce kd dist iekd@strong \
 	  --seeds 0 1 2 --jobs 2 --output runs/demo $(DEMO_ARGS)
 
 demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three minutes, no GPU, no download

@@ -304,6 +304,15 @@ def test_no_nvcc_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
     assert "install a CUDA toolkit" in done.stderr
 
 
+def test_rules_that_are_not_there(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    done = _run(tmp_path, "--rules", "kd,heat")
+    assert done.returncode == 1 and "--rules must be compiled ones, got ['heat']" in done.stderr
+
+
 def test_no_nvcc_may_be_excused(tmp_path: Path) -> None:
     done = _run(tmp_path, "--if-available")
     assert done.returncode == 0

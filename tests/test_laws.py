@@ -33,7 +33,7 @@ from kdkernels.registry import SPECS
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-EXAMPLES = 25
+EXAMPLES = 12
 LAWS: dict[str, Callable[[Case, Inputs, dict[str, Any]], None]] = {}
 
 

@@ -1,12 +1,13 @@
 """Compile every CUDA kernel without a GPU, link the library, and judge the machine code.
 
-    python tests/gpu/compile.py [--archs 80,90,100] [--jobs 2] [--output build/cuda-check]
+    python tests/gpu/compile.py [--archs 80,90,100] [--rules kd,dist] [--jobs 2] [--output DIR]
 
 Needs nvcc, g++ and a torch (the CPU build will do). The build is setup.py's own: the library, with
 all architectures in each object. Fails where a hot kernel spills or uses local memory, where our
 code draws a warning, and where the library asks for a symbol outside of the stable ABI. Kernels
-with ``general`` in their name may use a stack. Results of unchanged sources are kept in the output
-folder, and the report is there too: kernels.json, kernels.md.
+with ``general`` in their name may use a stack. With ``--rules`` only their kernels are compiled
+and those without a rule: every traversal in less time, and no library. Results of unchanged sources
+are kept in the output folder, and the report is there too: kernels.json, kernels.md.
 """
 
 from __future__ import annotations
@@ -74,14 +75,16 @@ def inspect(cuobjdump: str, path: Path, output: Path) -> None:
     output.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def make(folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: Units) -> bool:
-    """Run the build; true if it succeeded."""
+def make(
+    folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: Units, objects: list[str]
+) -> bool:
+    """Run the build of the library, or of some objects; true if it succeeded."""
     import setup
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = setup.preamble(CAPTURE)
     lines += setup.cuda_statements(library, ["-Xptxas", "-v"], CAPTURE)
-    targets = [str(library)]
+    targets = objects or [str(library)]
     if cuobjdump:
         script = Path(__file__).resolve()
         lines += [
@@ -90,7 +93,7 @@ def make(folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: U
             "  description = $out",
         ]
         for unit in units:
-            targets.append(unit.object + ".json")
+            targets = [*targets, unit.object + ".json"]
             reader = script.parent / "usage.py"
             lines.append(f"build {targets[-1]}: inspect {unit.object} | {script} {reader}")
     (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -218,6 +221,7 @@ def table(kernels: Sequence[Kernel], markdown: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--archs", default="80,90,100", help="default: %(default)s")
+    parser.add_argument("--rules", help="of these only, such as kd,dist; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "cuda-check")
     parser.add_argument("--if-available", action="store_true", help="without nvcc, do nothing")
@@ -236,6 +240,11 @@ def main() -> int:
     os.environ["KDKERNELS_CUDA_ARCHS"] = options.archs
     start = time.monotonic()
     units = build.units()  # once: sources may be edited meanwhile
+    asked = options.rules.split(",") if options.rules else []
+    if unknown := set(asked) - {unit.rule for unit in units}:
+        print(f"cuda-check: --rules must be compiled ones, got {sorted(unknown)}", file=sys.stderr)
+        return 1
+    units = [unit for unit in units if not asked or unit.rule in (None, *asked)]
     objects = [unit.object for unit in units]
     objects += [f"cuda/host_{path.stem}.o" for path in build.host_sources()]
     cuobjdump = find_cuobjdump()
@@ -249,14 +258,15 @@ def main() -> int:
         )
         if cuobjdump is None:
             print("cuda-check: no cuobjdump (pip install triton has one): no look at the SASS")
-        built = bool(units) and make(folder, library, options.jobs, cuobjdump, units)
+        alone = objects if asked else []
+        built = bool(units) and make(folder, library, options.jobs, cuobjdump, units, alone)
     except RuntimeError as error:
         print(f"cuda-check: {error}", file=sys.stderr)
         return 1
     kernels = collect(folder, units)
     faults = judge(kernels, [name.removesuffix("+PTX") for name in names], units)
     # Where the build failed the library is one of an earlier run.
-    faults += judge_files(folder, library if built else None, objects)
+    faults += judge_files(folder, library if built and not asked else None, objects)
     if not built:
         faults.append("the build failed (above)")
     if not kernels:
