@@ -74,7 +74,7 @@ def idx(path: Path) -> Tensor:
     found = _packed(path)
     assert found is not None
     raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+    if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 or len(raw) <= 4 + 4 * raw[3]:
         raise SystemExit(f"distill.py: {found} must be an idx file of bytes, got {raw[:4].hex()}")
     begin = 4 + 4 * raw[3]
     shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, begin, 4)]

@@ -64,11 +64,11 @@ def teaching(args: argparse.Namespace, name: str) -> Teaching:
     return spec if args.teacher_epochs is None else replace(spec, epochs=args.teacher_epochs)
 
 
-def _common(args: argparse.Namespace, world: World, split: str) -> dict[str, Any]:
+def _common(args: argparse.Namespace, world: World, split: str, data: Data) -> dict[str, Any]:
     """What every checkpoint of a comparison depends on."""
     names = ("dataset", "validate", "amp", "weight_decay")
     kept = {name: getattr(args, name) for name in names}
-    return {**kept, "split": split, "processes": world.size}
+    return {**kept, "split": split, "processes": world.size, "data": data.stamp()}
 
 
 def student_job(
@@ -83,6 +83,7 @@ def student_job(
 ) -> Job:
     options = method.options(args.dataset, overrides(args))
     count = seen(args, data, split)
+    some = data.subset(count, seed)
     backend = args.backend if method.recipe.term is not None else None
     setup = SETUPS[args.dataset].splits[split]
     length = {"epochs": args.epochs or setup.epochs, "batch": args.batch or setup.batch}
@@ -93,7 +94,7 @@ def student_job(
         options=options,
         seed=seed,
         model=models.build(args.student, data, seed, serial=method.recipe.serial),
-        data=data.subset(count, seed),
+        data=some,
         epochs=length["epochs"],
         batch=length["batch"],
         lr=args.lr,
@@ -101,7 +102,7 @@ def student_job(
         amp=args.amp,
         backend=backend,
         settings={
-            **_common(args, world, split),
+            **_common(args, world, split, some),
             **length,
             "student": args.student,
             "lr": args.lr,
@@ -120,19 +121,20 @@ def student_job(
 
 def teacher_job(args: argparse.Namespace, world: World, data: Data, split: str, name: str) -> Job:
     spec = teaching(args, name)
+    some = data.subset(spec.images, 0)
     return Job(
         name=f"teacher-{name}",
         recipe=recipes.RECIPES["ce"],
         options=recipes.TRAINING,
         seed=0,
         model=models.build(spec.size, data, 0),
-        data=data.subset(spec.images, 0),
+        data=some,
         epochs=spec.epochs,
         batch=spec.batch,
         lr=spec.lr,
         weight_decay=args.weight_decay,
         amp=args.amp,
         backend=None,
-        settings={**_common(args, world, split), **asdict(spec)},
+        settings={**_common(args, world, split, some), **asdict(spec)},
         evaluate_every=spec.epochs,
     )

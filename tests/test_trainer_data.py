@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from trainer import digits, distill, loaders, recipes, setups
+from trainer import World, digits, distill, loaders, plan, recipes, setups
 
 
 def test_validation_keeps_the_test_split_out() -> None:
@@ -35,6 +36,20 @@ def test_subset_is_balanced() -> None:
     counts = data.subset(50, seed=3).targets.bincount()
     assert counts.tolist() == [5] * 10
     assert data.subset(50, seed=3).targets.equal(data.subset(50, seed=3).targets)
+
+
+def test_checkpoints_belong_to_their_data() -> None:
+    """The same numbers of other images, or of other test images, have another stamp."""
+    data = digits()
+    assert data.stamp() == digits().stamp()
+    for name in ("images", "targets", "test_images", "test_targets"):
+        assert replace(data, **{name: getattr(data, name).flip(0)}).stamp() != data.stamp()
+    args = distill.parse(["--dataset", "digits", "--device", "cpu"])
+    known = [plan.Plan(args, World.join("cpu"), d, "same") for d in (data, data.validation())]
+    method = recipes.Method.parse("kd")
+    for kind in (lambda p: p.teacher("weak"), lambda p: p.student(method, 0, None, "weak")):
+        a, b = (kind(p).settings for p in known)
+        assert {k for k in a if a[k] != b[k]} == {"data"}
 
 
 def test_processes_share_an_epoch() -> None:
@@ -115,9 +130,10 @@ def test_broken_idx_files(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SystemExit, match="must hold 7 values, got 6"):
         loaders.idx(path)
-    path.write_bytes(b"<html>")
-    with pytest.raises(SystemExit, match="must be an idx file of bytes, got 3c68746d"):
-        loaders.idx(path)
+    for content in (b"<html>", b"\0\0\x08", b"\0\0\x08\3\0"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match=f"be an idx file of bytes, got {content[:4].hex()}"):
+            loaders.idx(path)
 
 
 @pytest.mark.parametrize("dataset", list(setups.SETUPS))
