@@ -941,6 +941,27 @@ _of(
     ("numbers_as_logarithms", "«math.log(w) - math.log(largest)» for w", "w / largest"),
     ("weights_as_logarithms", "weights.to(kind)«.log()»", ""),
     ("heats_of_all_rows", "cut = [«_narrow(x, over, begin, size)» for x in", "x"),
+    ("members_alone", "kind = working_dtype(«student, »*members)", "",
+     "test_ensemble.py", "digits"),
+)  # fmt: skip
+
+# Finite masks, offsets, teachers and batches of nothing.
+
+_of(
+    "kdkernels/reference", "_rows.py", "test_corners.py", "finite_mask and reference",
+    ("masks_as_origins", "lost = (log_q_best < «-20»)", "-1e30"),
+)  # fmt: skip
+_of(
+    "kdkernels/reference", "hard.py", "test_corners.py", "offset and reference",
+    ("offset_of_labels", "student = student« - top(student)»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels/triton", "blocks.py", "test_corners.py", "without_a_class and triton",
+    ("certain_of_nothing", "(teacher_sum < 1.125)« & (teacher_sum > 0)»", ""),
+)  # fmt: skip
+_of(
+    "kdkernels", "_checks.py", "test_corners.py", "no_items and kd",
+    ("none_divided", "torch.where(«value == 0», 1, value)", "value < 0"),
 )  # fmt: skip
 
 # The teacher's gradient.
