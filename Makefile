@@ -42,7 +42,7 @@ demo: $(VENV)/.installed  ## distil on Fashion-MNIST, or digits: table, figure; 
 	$(PY) examples/distill.py --teachers weak strong --methods ce kd dist iekd@strong \
 	  --seeds 0 1 2 --jobs 2 --output runs/demo $(DEMO_ARGS)
 
-demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three minutes, no GPU, no download
+demo-lm: $(VENV)/.installed  ## distil a small language model: table, figure; three to five minutes, no GPU, no download
 	$(PY) examples/distill_lm.py --threads 2 --output runs/demo-lm $(DEMO_ARGS)
 
 reproduce: $(VENV)/.installed  ## the papers' claims on Fashion-MNIST; examples/results, half an hour
