@@ -286,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads(args.threads)
     world = World.join(args.device)
     if args.fresh and world.main:
-        for left in ("checkpoints", "teacher-cache"):
-            shutil.rmtree(args.output / left, ignore_errors=True)
+        shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
     world.barrier()
     try:
         results = Comparison(args, world).run()

@@ -121,7 +121,9 @@ def time_loss(job: Job) -> Timing | None:
         for leaf in (*leaves, *(extra.leaves if extra else ())):
             leaf.grad = None
         step = Step(leaves, teacher_out, target, progress, job.options, backend, extra, images)
-        term(step).backward()
+        with autocast(images.device, job.amp):
+            loss = term(step)
+        loss.backward()
 
     chosen, reference = timing.median_seconds(
         [lambda: once(job.backend), lambda: once("reference")], images.device
