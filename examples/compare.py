@@ -58,6 +58,8 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
     reached: dict[str, dict[int, History]] = {m.label: {} for m in plan.plain}
     timed: dict[str, Job] = {}
     """By method and teacher, whose forward pass is part of a step."""
+    alone: dict[str, Job] = {}
+    """By method, whose loss takes as long with any teacher."""
     for method in plan.plain:
         for seed in args.seeds:
             job = plan.student(method, seed, None, None)
@@ -93,12 +95,12 @@ def split(args: argparse.Namespace, world: World, data: Data, name: str) -> repo
             last = jobs[args.seeds[-1]]
             found.options[label] = last.options
             timed[f"{label}@{by}"] = last
+            alone.setdefault(label, last)
             if world.main and method.recipe.extra is Centers:
                 found.induced[label] = {s: _induced(jobs[s], lesson.model) for s in jobs}
     if world.main and args.times:
         results.steps = report.time_steps(timed)
-        alone = {name.partition("@")[0]: job for name, job in reversed(timed.items())}
-        times = {label: report.time_loss(job) for label, job in reversed(alone.items())}
+        times = {label: report.time_loss(job) for label, job in alone.items()}
         results.times = {label: timing for label, timing in times.items() if timing is not None}
     return results
 

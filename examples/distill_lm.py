@@ -183,8 +183,7 @@ class Comparison:
         if args.teacher != "topk":
             return lm_teachers.Teacher(network, args.teacher)
         temperature = method.options["temperature"]
-        teacher = self.teacher_job().settings  # with what its dropout's draws depend on
-        of = json.dumps({"teacher": teacher, "share": args.share, "seed": seed})
+        of = json.dumps({"teacher": self.teacher_settings(), "share": args.share, "seed": seed})
         name = f"top{args.top_k}-seed{seed}-temperature{temperature:g}"
         folder = args.output / "teacher-cache" / ("validation" if args.validate else "main") / name
         how = (args.context, args.top_k, temperature, folder, of)
@@ -209,7 +208,7 @@ class Comparison:
             weight_decay=args.weight_decay,
             evaluate_every=args.evaluate_every,
             backend=None,
-            settings=self.teacher_settings() | self.settings("evaluate_every"),
+            settings=self.teacher_settings(),
             world=self.world,
         )
 
@@ -220,7 +219,7 @@ class Comparison:
 
     def teacher_settings(self) -> dict[str, Any]:
         names = ("teacher_size", "teacher_steps", "teacher_batch", "teacher_lr", "dropout")
-        settings = self.settings(*names)
+        settings = self.settings(*names, "evaluate_every")  # on which the dropout's draws depend
         if self.args.dropout and self.world.size > 1:  # each process draws masks of its own
             settings["processes"] = self.world.size
         return settings

@@ -336,9 +336,12 @@ def integer(name: str, value: Any) -> int:
     return value
 
 
-def at_least_one(name: str, value: Any) -> None:
-    if integer(name, value) < 1:
+def at_least_one(name: str, value: Any) -> int:
+    """Return a number of things of which there must be one."""
+    number = integer(name, value)
+    if number < 1:
         raise fail(name, ">= 1", value)
+    return number
 
 
 def _to_int(name: str, value: Any) -> int:

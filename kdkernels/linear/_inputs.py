@@ -53,12 +53,7 @@ def plain_rows(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
 
 def chunk(tokens: Any) -> int:
     """``chunk_tokens``: a number of tokens, 0 where none is given."""
-    if tokens is None:
-        return 0
-    tokens = _checks.integer("chunk_tokens", tokens)
-    if tokens < 1:
-        raise _checks.fail("chunk_tokens", ">= 1", tokens)
-    return tokens
+    return 0 if tokens is None else _checks.at_least_one("chunk_tokens", tokens)
 
 
 def label_indices(

@@ -113,9 +113,7 @@ def from_vllm(
         raise _checks.fail_type(name, "a list of dictionaries, the first None", got)
     entries = list(prompt_logprobs)
     if k is not None:
-        k = _checks.integer("k", k)
-        if k < 1:
-            raise _checks.fail("k", ">= 1", k)
+        k = _checks.at_least_one("k", k)
     if not entries:
         raise _checks.fail(name, "of at least one token", "an empty list")
     if entries[0]:
@@ -166,10 +164,15 @@ def _logprob(name: str, value: Any) -> float:
     return number
 
 
+def _listed(name: str, value: Any, expected: str = "a list") -> Any:
+    if not isinstance(value, Sized) or isinstance(value, (str, Mapping)):
+        raise _checks.fail_type(name, expected, type(value).__name__)
+    return value
+
+
 def _same_length(name: str, value: Any, other: Any, other_name: str) -> None:
     for label, x in ((name, value), (other_name, other)):
-        if not isinstance(x, Sized) or isinstance(x, (str, Mapping)):
-            raise _checks.fail_type(label, "a list", type(x).__name__)
+        _listed(label, x)
     if len(value) != len(other):
         raise _checks.fail(name, f"as long as {other_name}, {len(other)}", len(value))
 
@@ -187,14 +190,11 @@ def _binary(response: Mapping[str, Any]) -> TopKTeacher:
     missing = {"token_ids_b64", "shape", "completion_lengths"} - response.keys()
     if missing:
         raise _checks.fail("response", TRL_FORMS, f"one without {sorted(missing)}")
-    if not isinstance(response["shape"], (list, tuple)):
-        raise _checks.fail_type("shape", "a list of three sizes", type(response["shape"]).__name__)
-    shape = tuple(_checks.integer("shape", size) for size in response["shape"])
+    sizes = _listed("shape", response["shape"], "a list of three sizes")
+    shape = tuple(_checks.integer("shape", size) for size in sizes)
     if len(shape) != 3 or min(shape) < 1:
         raise _checks.fail("shape", "(B, T, K), each >= 1", shape)
-    counts = response["completion_lengths"]
-    if not isinstance(counts, (list, tuple)):
-        raise _checks.fail_type("completion_lengths", "a list", type(counts).__name__)
+    counts = _listed("completion_lengths", response["completion_lengths"])
     lengths = torch.tensor([_checks.integer("completion_lengths", count) for count in counts])
     if lengths.shape != shape[:1] or (lengths > shape[1]).any() or (lengths < 0).any():
         expected = f"{shape[0]} numbers in [0, {shape[1]}]"

@@ -118,9 +118,7 @@ def sampled(
     """
     teacher_logits = _constant(teacher_logits)
     vocab = teacher_logits.shape[-1]
-    n = _checks.integer("n", n)
-    if n < 1:
-        raise _checks.fail("n", ">= 1", n)
+    n = _checks.at_least_one("n", n)
     temperature = _checks.temperature(temperature)
     device = teacher_logits.device
     if generator is not None:

@@ -71,9 +71,7 @@ class CacheWriter:
         if logprob_dtype not in _format.LOGPROBS.values():
             raise _checks.fail("logprob_dtype", "torch.float16 or torch.float32", logprob_dtype)
         self.logprob_dtype = logprob_dtype
-        self._capacity = _checks.integer("shard_tokens", shard_tokens)
-        if self._capacity < 1:
-            raise _checks.fail("shard_tokens", ">= 1", shard_tokens)
+        self._capacity = _checks.at_least_one("shard_tokens", shard_tokens)
         for name, value in (("tokenizer", tokenizer), ("model", model)):
             if not isinstance(value, str):
                 raise _checks.fail_type(name, "a str", type(value).__name__)

@@ -76,15 +76,15 @@ def inspect(cuobjdump: str, path: Path, output: Path) -> None:
 
 
 def make(
-    folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: Units, objects: list[str]
+    folder: Path, library: Path, jobs: int, cuobjdump: str | None, units: Units, targets: list[str]
 ) -> bool:
-    """Run the build of the library, or of some objects; true if it succeeded."""
+    """Run the build of the targets, the library or objects; true if it succeeded."""
     import setup
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = setup.preamble(CAPTURE)
     lines += setup.cuda_statements(library, ["-Xptxas", "-v"], CAPTURE)
-    targets = objects or [str(library)]
+    targets = list(targets)
     if cuobjdump:
         script = Path(__file__).resolve()
         lines += [
@@ -93,7 +93,7 @@ def make(
             "  description = $out",
         ]
         for unit in units:
-            targets = [*targets, unit.object + ".json"]
+            targets.append(unit.object + ".json")
             reader = script.parent / "usage.py"
             lines.append(f"build {targets[-1]}: inspect {unit.object} | {script} {reader}")
     (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -258,8 +258,8 @@ def main() -> int:
         )
         if cuobjdump is None:
             print("cuda-check: no cuobjdump (pip install triton has one): no look at the SASS")
-        alone = objects if asked else []
-        built = bool(units) and make(folder, library, options.jobs, cuobjdump, units, alone)
+        targets = objects if asked else [str(library)]
+        built = bool(units) and make(folder, library, options.jobs, cuobjdump, units, targets)
     except RuntimeError as error:
         print(f"cuda-check: {error}", file=sys.stderr)
         return 1
