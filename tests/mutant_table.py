@@ -219,12 +219,39 @@ _of(
      "load<R>(from_gap + i * kLanes<R>) + log_z_ratio"),
 )  # fmt: skip
 _of(
-    "csrc/cpu", "row_loss.h", "test_masks.py", "native",
-    ("mask_of_gradient_by_row",
+    "csrc/cpu", "row_lanes.h", "test_masks.py", "native",
+    ("mask_of_gradient",
      "store<R>(sink.to + c * kW, «rules::select(ignored, Vec<R>{}, out)»);", "out"),
-    ("mask_of_value_by_row",
+    ("mask_of_value",
      "value = «rules::select(ignored, Vec<R>{}, rules::weighted(value, weight))»;",
      "rules::weighted(value, weight)"),
+    ("token_weight_of_value", "weight[lane] = «factors.value»;",
+     "R(problem.scale)", "test_row_keywords.py", "native and token_weight"),
+    ("mask_of_hard", "hard = «rules::select(ignored, hard, rules::weighted(state.hard_value, "
+     "hard_weight))»;", "rules::weighted(state.hard_value, hard_weight)",
+     "test_hard_weight.py", "native and traversal"),
+    ("last_vector", "int(«end - row < kW ? end - row : kW»)", "kW"),
+    ("gradient_of_unread_rows",
+     "if (problem.gradient.data) «std::memset(sink.to, 0, sizeof(R) * kW * classes);»", ""),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_scratch.h", "test_losses.py", "native and kd and gaussian",
+    ("upstream_of_first_row", "upstream(of_row<R>(problem.upstream, «row», R(1)))", "0"),
+    ("scale_of_value", "value(«R(problem.scale)» *", "R(1)"),
+    ("gradient_over_logits",
+     "return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;",
+     "return !rules::PointwiseOf<Rule>::type::centred;", "test_standardize.py", "native"),
+    ("token_weight_of_first_row", "of_row<R>(problem.token_weight, «row», R(1))", "0",
+     "test_row_keywords.py", "native and token_weight"),
+    ("hard_weight_of_first_row", "of_row<R>(problem.hard_token_weight, «row», R(1))", "0",
+     "test_hard_weight.py", "native and adds"),
+    ("temperature_of_first_row", "of_row<R>(problem.row_temperature, «row», R(1))", "0",
+     "test_temperatures.py", "native and each_row"),
+    ("parts_swapped", "parts[problem.rows + row] = «hard»;", "value",
+     "test_hard_weight.py", "native and parts"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "row_loss.h", "test_masks.py", "native",
     ("dealt_rows_are_skipped", "__atomic_fetch_add(&c.next, «c.share», __ATOMIC_RELAXED)",
      "c.share + 1", "test_threads.py", "native and dealt"),
     ("last_rows_are_not_dealt",
@@ -232,28 +259,8 @@ _of(
      "first + c.share < c.units ? first + c.share : first", "test_threads.py", "native and dealt"),
     ("mask_of_gradient_by_class", "std::memset(to.to, 0, sizeof(G) * classes);", ""),
     ("mask_of_value_by_class", "put_values<R>(problem, row, R(«0»), R(0), R(0));", "1"),
-    ("upstream_of_first_row", "upstream(of_row<R>(problem.upstream, «row», R(1)))", "0",
-     "test_losses.py", "native and kd and gaussian"),
-    ("gradient_over_logits",
-     "return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;",
-     "return !rules::PointwiseOf<Rule>::type::centred;", "test_standardize.py", "native"),
-    ("scale_of_value", "value(«R(problem.scale)» *", "R(1)",
-     "test_losses.py", "native and kd and gaussian"),
-    ("token_weight_of_first_row", "of_row<R>(problem.token_weight, «row», R(1))", "0",
-     "test_row_keywords.py", "native and token_weight"),
-    ("token_weight_of_value_by_row", "weight[lane] = «factors.value»;",
-     "R(problem.scale)", "test_row_keywords.py", "native and token_weight"),
-    ("hard_weight_of_first_row", "of_row<R>(problem.hard_token_weight, «row», R(1))", "0",
-     "test_hard_weight.py", "native and adds"),
-    ("temperature_of_first_row", "of_row<R>(problem.row_temperature, «row», R(1))", "0",
-     "test_temperatures.py", "native and each_row"),
     ("upstream_of_hard", "state.hard_coefficient = «factors.hard * factors.upstream»;",
      "factors.hard", "test_hard_weight.py", "native and adds"),
-    ("hard_mask_by_row", "hard = «rules::select(ignored, hard, rules::weighted(state.hard_value, "
-     "hard_weight))»;", "rules::weighted(state.hard_value, hard_weight)",
-     "test_hard_weight.py", "native and traversal"),
-    ("parts_swapped", "parts[problem.rows + row] = «hard»;", "value",
-     "test_hard_weight.py", "native and parts"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "convert.h", "test_losses.py", "native and kd and bfloat16",
@@ -261,6 +268,10 @@ _of(
      "bits >> 16"),
     ("rows_not_adjacent", "if («count == kW && x.adjacent(row, kW)») {\n      auto* from",
      "count == kW", "test_losses.py test_masks.py", "native and (layout or cropped)"),
+    ("vectors_not_adjacent", "if («count % kW == 0 && x.adjacent(row, count)»)", "count % kW == 0",
+     "test_masks.py", "native and images"),
+    ("unread_vectors", "if («wanted[g]») read_run(from + g * kW", "g == 0",
+     "test_masks.py", "native and images"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "simd.h", "test_losses.py", "native and kd and (gaussian or gap)",
@@ -282,21 +293,41 @@ _of(
      "test_dist_ignored.py", "native and equals"),
 )  # fmt: skip
 _of(
-    "csrc/cpu", "correlation.h", "test_losses.py", "native and dist",
-    ("merge_without_means", "a[kQP] += b[kQP] + dq * dp * weight;", "a[kQP] += b[kQP];"),
+    "csrc/cpu", "correlation_row.h", "test_losses.py", "native and dist",
     ("rest_of_row", "a = mask_rest(mode, a);", ""),
     ("rest_of_gradient", "if constexpr (kPart) «g = mask_rest(mode, g);»", ""),
     ("softmax_derivative", "load<R>(pull + at) - centre", "load<R>(pull + at)"),
-    ("column_weight", "c.columns[i + lane] = of_p * «R(problem.intra)»;", "R(1)"),
-    ("ignored_chunk_counts", "merge(total, m, double(before), «double(c.counts[chunk])»);",
-     "double(c.chunk_rows)", "test_dist_ignored.py", "native and equals"),
-    ("columns_of_the_ignored",
-     "merge_tile<R>(students, tiles.second, c.stride, problem.classes, «counted»,", "count",
-     "test_dist_ignored.py", "native and equals"),
-    ("gradient_of_the_ignored", "for (int64_t i = 0; i < problem.classes; ++i) «q[i] = R(0);»",
-     "", "test_dist_ignored.py", "native and equals"),
     ("sigmoid_derivative", "x * «(R(1) - x)» * factor * g", "x",
      "test_sigmoid.py", "native and dist"),
+    ("row_weight", "return value * «inter»;", "R(1)"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "correlation_columns.h", "test_losses.py", "native and dist",
+    ("merge_without_means", "a[kQP] += b[kQP] + dq * dp * weight;", "a[kQP] += b[kQP];"),
+    ("column_weight", "to[kOfP * c.stride] = of_p * «R(problem.intra)»;", "R(1)"),
+    ("ignored_chunk_counts", "merge(total, m, double(before), «double(c.counts[chunk])»);",
+     "double(c.chunk_rows)", "test_dist_ignored.py", "native and equals"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "correlation_lanes.h", "test_dist_ignored.py", "native and equals",
+    ("columns_of_the_ignored",
+     "f(j, «rules::select(tile.masks[g], V(load<R>(q + g * apart) - less_q), V{})»,",
+     "V(load<R>(q + g * apart) - less_q)"),
+    ("origin_of_the_ignored", "if (!counted) «first = i;»", ""),
+    ("rows_that_count", "R(1.0 / double(«tile.counted»))", "tile.count"),
+    ("gradient_of_the_ignored", "«rules::select(masks[g], load<R>(to + i), Vec<R>{})»);",
+     "load<R>(to + i)"),
+    ("gradient_of_the_unread", "if (!counts[g]) «std::memset(to, 0, sizeof(R) * size);»", ";"),
+    ("value_of_the_ignored",
+     "«rules::select(tile.masks[g], relate_row<Rule>(mode, problem, q, p, q, p, terms), value)»;",
+     "relate_row<Rule>(mode, problem, q, p, q, p, terms)"),
+    ("sum_of_lanes", "x[i] += «x[i + half]»;", "x[i]"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "correlation.h", "test_dist_ignored.py", "native and equals",
+    ("columns_of_the_ignored",
+     "merge_tile<R>(students, tiles.second, c.stride, problem.classes, «counted»,", "count"),
+    ("gradient_of_the_ignored", "for (int64_t i = 0; i < problem.classes; ++i) «q[i] = R(0);»", ""),
 )  # fmt: skip
 _of(
     "csrc/cpu", "tiles.h", "test_dist_ignored.py test_sigmoid.py", "native and (equals or dist)",
@@ -305,7 +336,7 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/cpu", "probabilities.h", "test_sigmoid.py", "native and dist",
-    ("mean_of_a_row", "first_q[0] + «reduce_sum<R>(sum_q.total) * share»;", "R(0)"),
+    ("mean_of_a_row", "M::first_of(first_q) + «M::sum(sum_q.total) * share»;", "R(0)"),
     ("rest_of_a_row", "a = mask_rest(mode, a);", ""),
 )  # fmt: skip
 _of(

@@ -57,12 +57,14 @@ def _check(
 
 def _of_shape(
     case: Case, student: Tensor, teacher: Tensor, labels: Tensor, shape: tuple[int, ...],
-    **options: Any,
+    last: bool = False, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss, and gradient as rows, of logits that lie in another shape of the rows."""
+    """Loss, and gradient as rows, of logits that lie in another shape of the rows; the teacher's
+    classes may be last in memory."""
     s, t = (x.view(*shape, x.shape[1]) for x in (student, teacher))
     if len(shape) == 3:
-        s, t = (x.movedim(-1, 1).contiguous() for x in (s, t))
+        s, t = s.movedim(-1, 1).contiguous(), t.movedim(-1, 1)
+        t = t if last else t.contiguous()
     loss, slope = value_and_grad(case, s, t, target=labels.view(shape), **options)
     slope = slope.movedim(1, -1) if len(shape) == 3 else slope
     return loss, slope.reshape(student.shape)
@@ -86,6 +88,7 @@ def test_equals_the_loss_of_the_other_rows(case: Case, keep_rows: str, dtype: to
                 ((rows,), labels, {}),
                 ((3, rows // 3), labels != -100, {}),
                 ((2, 4, rows // 8), far, {"ignore_index": 255}),
+                ((2, 4, rows // 8), labels, {"last": True}),
                 ((rows,), labels != -100, {"ignore_index": None}),
             ]
             for shape, y, more in given:

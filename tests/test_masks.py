@@ -94,6 +94,31 @@ def test_ignored_rows_in_every_layout(case: Case, layout: Any, dtype: torch.dtyp
                 assert same_bits(loss[ignored], torch.zeros_like(loss[ignored]))
 
 
+@each(
+    MASKABLE,
+    dtype={dtype_id(d): d for d in DTYPES},
+    keep=lambda case, _: case.masks and case.backend == "native" and not case.emulated,
+)
+def test_ignored_pixels_of_images(case: Case, dtype: torch.dtype) -> None:
+    """Images of 135 pixels: spans of rows lie in one or in two, vectors are ignored as a whole or
+    in part, and the teacher's pixels lie as the student's or channels last."""
+    pixels = torch.arange(270, device=case.device)
+    ignored = ((pixels >= 21) & (pixels < 94)) | ((pixels > 150) & (pixels % 3 == 0))
+    student, teacher, index = make("gaussian", 270, 11, dtype=dtype, device=case.device)
+    student[ignored], teacher[ignored] = NAN, INF
+    index[ignored] = -100
+    images = [x.view(2, 9, 15, 11).movedim(-1, 1) for x in (student, teacher)]
+    first = images[0].contiguous()
+    for second in (images[1].contiguous(), images[1]):
+        loss, gradient = verify(case, first, second, target=index.view(2, 9, 15), reduction="sum")
+        zeros = as_rows(gradient)[ignored]
+        assert same_bits(zeros, torch.zeros_like(zeros)) and loss.isfinite()
+        kept = {"target": index[~ignored], "reduction": "sum"}
+        alone, slope = value_and_grad(case, student[~ignored], teacher[~ignored], **kept)
+        torch.testing.assert_close(loss, alone)
+        torch.testing.assert_close(as_rows(gradient)[~ignored], slope)
+
+
 def _assert_attached_zero(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> None:
     for reduction in reductions(case.spec):
         s = student.clone().requires_grad_()

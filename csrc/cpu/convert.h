@@ -250,4 +250,52 @@ inline void write_lanes(const Rows& x, int64_t row, int64_t count, int64_t class
   });
 }
 
+// Calls f(g, rows) for each vector of rows, or, where all rows lie side by side, side_by_side(data) with a
+// typed pointer to the first.
+template <class R, class F, class G>
+KDK_FN void by_vectors(const Rows& x, int64_t row, int64_t count, F&& f, G&& side_by_side) {
+  constexpr int kW = kLanes<R>;
+  if (count % kW == 0 && x.adjacent(row, count))
+    return with_type(x, [&](auto* data) KDK_LAMBDA { side_by_side(data + x.offset(row)); });
+  for (int64_t g = 0; g * kW < count; ++g) f(g, count - g * kW < kW ? count - g * kW : kW);
+}
+
+// Rows -> vectors of them, `apart` elements from one to the next; those that are not wanted are left out.
+template <class R>
+inline void read_vectors(const Rows& x, int64_t row, int64_t count, int64_t classes, R* to,
+                         int64_t apart, const int* wanted) {
+  constexpr int kW = kLanes<R>;
+  constexpr int64_t kAhead = 8;  // classes: their distance is too large for the hardware to fetch ahead
+  by_vectors<R>(
+      x, row, count,
+      [&](int64_t g, int64_t rows) KDK_LAMBDA {
+        if (wanted[g]) read_lanes(x, row + g * kW, rows, classes, to + g * apart);
+      },
+      [&](const auto* from) KDK_LAMBDA {
+        constexpr int64_t kLine = 64 / int64_t(sizeof *from);
+        for (int64_t c = 0; c < classes; ++c, from += x.class_stride) {
+          if (c + kAhead < classes)
+            for (int64_t k = 0; k < count; k += kLine)
+              __builtin_prefetch(from + kAhead * x.class_stride + k);
+          for (int64_t g = 0; g * kW < count; ++g)
+            if (wanted[g]) read_run(from + g * kW, 1, kW, to + g * apart + c * kW, 1);
+        }
+      });
+}
+template <class R>
+inline void write_vectors(const Rows& x, int64_t row, int64_t count, int64_t classes, const R* from,
+                          int64_t apart) {
+  constexpr int kW = kLanes<R>;
+  by_vectors<R>(
+      x, row, count,
+      [&](int64_t g, int64_t rows) KDK_LAMBDA {
+        write_lanes(x, row + g * kW, rows, classes, from + g * apart);
+      },
+      [&](auto* to) KDK_LAMBDA {
+        for (int64_t c = 0; c < classes; ++c, to += x.class_stride)
+          for (int64_t g = 0; g * kW < count; ++g)
+            write_run(to + g * kW, 1, kW, from + g * apart + c * kW, 1);
+      });
+}
+
 }  // namespace kdkernels::KDK_ISA

@@ -52,7 +52,12 @@ struct ByClass {
   }
   KDK_FN S pick_excluded(const R* p) const { return p[excluded]; }
   KDK_FN S first(const R* p) const { return p[0]; }
+  // Numbers of the classes, of which there is one each.
+  KDK_FN static V of_class(const R* numbers, int64_t step) {
+    return load<R>(numbers + step * kLanes<R>);
+  }
   KDK_FN static V spread(const S& s) { return splat<R>(s); }
+  KDK_FN static S first_of(const V& v) { return v[0]; }
   KDK_FN static S sum(const V& v) { return reduce_sum<R>(v); }
   KDK_FN static S max(const V& v) { return reduce_max<R>(v); }
 };
@@ -94,7 +99,9 @@ struct ByRow {
     return s;
   }
   KDK_FN S first(const R* p) const { return load<R>(p); }
+  KDK_FN static V of_class(const R* numbers, int64_t step) { return splat<R>(numbers[step]); }
   KDK_FN static V spread(const S& s) { return s; }
+  KDK_FN static S first_of(const V& v) { return v; }
   KDK_FN static S sum(const V& v) { return v; }
   KDK_FN static S max(const V& v) { return v; }
 };

@@ -1,13 +1,9 @@
 // All rows of a problem: which rows a thread takes, where their logits lie, masks and coefficients.
 #pragma once
 
-#include "binary.h"
-#include "convert.h"
-#include "row_kernel.h"
-#include "scratch.h"
+#include "row_lanes.h"
 
 namespace kdkernels::KDK_ISA {
-
 
 constexpr int64_t kGrain = 16384;        // classes below which a second thread does not pay
 constexpr int64_t kLaneClasses = 4096;   // most classes for which rows share vectors
@@ -22,73 +18,6 @@ constexpr int kAbreast = 3;
 constexpr int64_t kFetched = 4096;       // fewest classes for which the next row is fetched ahead
 constexpr int64_t kDealt = 1 << 19;      // classes that a thread takes at a time of a large problem
 constexpr int64_t kShares = 16;          // fewest parts that a large problem is dealt in
-
-// A thread's scratch, `count` values each, for `sets` rows at once.
-template <class R>
-struct Scratch {
-  static constexpr int kArrays = 7;
-  R* base;
-  int64_t count;
-  bool logits_read_again;
-
-  KDK_FN Scratch(int64_t count, int sets, bool logits_read_again)
-      : base(static_cast<R*>(cpu::scratch(sizeof(R) * kArrays * count * sets))),
-        count(count),
-        logits_read_again(logits_read_again) {}
-
-  // Arrays whose content is dead by the time another is written share memory: the exponentials and
-  // the gradient take the place of the logits, unless the rule reads those again.
-  KDK_FN R* student(int set) const { return base + (kArrays * set) * count; }
-  KDK_FN R* teacher(int set) const { return base + (kArrays * set + 1) * count; }
-  KDK_FN R* gradient(int set) const {
-    return logits_read_again ? base + (kArrays * set + 3) * count : student(set);
-  }
-  template <class M>
-  KDK_FN void give(RowState<M>& row, int set) const {
-    R* const own = base + kArrays * set * count;
-    row.exp_t = own + 2 * count;
-    row.exp_s = logits_read_again ? own + 4 * count : student(set);
-    row.gap = logits_read_again ? own + 5 * count : teacher(set);
-    row.exp_hard = own + 6 * count;
-  }
-};
-
-template <class Rule>
-KDK_FN bool reads_logits_again(const RowProblem& problem) {
-  if constexpr (kBinary<Rule>) return false;
-  else return problem.standardize || !rules::PointwiseOf<Rule>::type::centred;
-}
-
-// A row's number, or that of all rows.
-template <class R>
-KDK_FN R of_row(const void* numbers, int64_t row, R otherwise) {
-  return numbers ? static_cast<const R*>(numbers)[row] : otherwise;
-}
-
-// What multiplies a row's divergence and its cross-entropy, and 1 / temperature.
-template <class R>
-struct RowFactors {
-  R value, hard, upstream, inverse_temperature;
-
-  KDK_FN RowFactors(const RowProblem& problem, const Temperature<R>& temperature, int64_t row)
-      : value(R(problem.scale) * of_row<R>(problem.token_weight, row, R(1))),
-        hard(R(problem.hard) * of_row<R>(problem.hard_token_weight, row, R(1))),
-        upstream(of_row<R>(problem.upstream, row, R(1))),
-        inverse_temperature(problem.row_temperature
-                                ? R(1) / of_row<R>(problem.row_temperature, row, R(1))
-                                : temperature.inverse) {}
-};
-
-// The values of a row of the loss and of its parts.
-template <class R>
-KDK_FN void put_values(const RowProblem& problem, int64_t row, R value, R hard, R entropy) {
-  static_cast<R*>(problem.loss)[row] = value + hard;
-  if (!problem.parts) return;
-  R* const parts = static_cast<R*>(problem.parts);
-  parts[row] = value;
-  parts[problem.rows + row] = hard;
-  parts[2 * problem.rows + row] = entropy;
-}
 
 // Rows begin to end, lanes along the classes. T is the gradient's type where it can be written where
 // it lies, else R (and then each row goes through scratch); void where none is wanted.
@@ -130,7 +59,7 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
         state.ahead_t = {address(problem.teacher, next), element_bytes(problem.teacher.type)};
       }
     }
-    scratch.give(state, set);
+    scratch.give(state, set, set);
     if constexpr (kGradient && std::is_same_v<G, R>)
       if (in_place && !again) state.exp_s = sink(row).to;
     stage_one<Rule>(state, problem, temperature, row, scratch.student(set), scratch.teacher(set));
@@ -173,65 +102,6 @@ void rows_by_class(const RowProblem& problem, int64_t begin, int64_t end) {
     }
   }
   rows_by_class<Rule, R, R>(problem, begin, end);
-}
-
-// Rows begin to end, lanes across the rows.
-template <class Rule, class R>
-void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
-  constexpr int kW = kLanes<R>;
-  const int64_t classes = problem.classes;
-  const Scratch<R> scratch(classes * kW + 64, 1, reads_logits_again<Rule>(problem));
-  const Temperature<R> temperature(problem);
-  RowState<ByRow<R>> state;
-  scratch.give(state, 0);
-  state.mode.classes = classes;
-  state.s = scratch.student(0);
-  state.t = scratch.teacher(0);
-  const Sink<R, R> sink{scratch.gradient(0)};
-  for (int64_t row = begin; row < end; row += kW) {
-    const int count = int(end - row < kW ? end - row : kW);
-    typename Simd<R>::I ignored{};
-    Vec<R> weight{}, hard_weight{};
-    state.coefficient = state.hard_coefficient = Vec<R>{};
-    state.inverse_temperature = splat<R>(temperature.inverse);
-    state.mode.excluded = typename Simd<R>::I{};
-    for (int lane = 0; lane < count; ++lane) {
-      const RowFactors<R> factors(problem, temperature, row + lane);
-      weight[lane] = factors.value;
-      hard_weight[lane] = factors.hard;
-      state.coefficient[lane] = factors.value * factors.upstream;
-      state.hard_coefficient[lane] = factors.hard * factors.upstream;
-      state.inverse_temperature[lane] = factors.inverse_temperature;
-      if (!problem.target) continue;
-      const int64_t target = problem.target[row + lane];
-      ignored[lane] = target == problem.ignore_index ? -1 : 0;
-      state.mode.excluded[lane] = typename Simd<R>::Int(ignored[lane] ? 0 : target);
-    }
-    read_lanes(problem.student, row, count, classes, scratch.student(0));
-    read_lanes(problem.teacher, row, count, classes, scratch.teacher(0));
-    stage_one<Rule>(state, problem, temperature);
-    stage_two<Rule>(state, temperature);
-    Vec<R> value;
-    if (problem.gradient.data) {
-      value = stage_three<Rule, true>(state, problem, temperature, sink);
-      if (problem.target) {
-        for (int64_t c = 0; c < classes; ++c) {
-          const Vec<R> out = load<R>(sink.to + c * kW);
-          store<R>(sink.to + c * kW, rules::select(ignored, Vec<R>{}, out));
-        }
-      }
-      write_lanes(problem.gradient, row, count, classes, sink.to);
-    } else {
-      value = stage_three<Rule, false>(state, problem, temperature, sink);
-    }
-    value = rules::select(ignored, Vec<R>{}, rules::weighted(value, weight));
-    Vec<R> hard{}, entropy{};
-    if (temperature.hard)
-      hard = rules::select(ignored, hard, rules::weighted(state.hard_value, hard_weight));
-    if (temperature.entropy) entropy = rules::select(ignored, entropy, state.entropy);
-    for (int lane = 0; lane < count; ++lane)
-      put_values<R>(problem, row + lane, value[lane], hard[lane], entropy[lane]);
-  }
 }
 
 // A thread takes rows begin to end, in units of `unit` rows.
