@@ -6,7 +6,8 @@
 // join in double afterwards, so that no sum is a difference of two.
 //
 // The backward pass sweeps once over the row as if nothing stood apart and patches those classes.
-// Every block is read before it is written, and the classes apart before the first block.
+// Every block is read before it is written, and the classes apart before the first block. Where it follows
+// the forward pass at once (topk_loss.h) and one exponential a class is enough, it finds them kept.
 #pragma once
 
 #include "convert.h"
@@ -135,6 +136,14 @@ struct TopKSums {
   double sum = 0.0, hard = 0.0, moment = 0.0;
 };
 
+// Exponentials of a row's logits, each block's from an origin of its own; none where `values` is null.
+template <class R>
+struct Kept {
+  R* values = nullptr;
+  double* origins = nullptr;
+  bool filled = false;  // by this row
+};
+
 // A logit for the classes apart, whose exponential is nothing in a sum with that of `max`. Of float it is
 // 2^-100 of it: a result that underflows would take AVX-512's slow path.
 template <class R>
@@ -144,8 +153,9 @@ KDK_FN R negligible(R max, double temperature) {
   return max - gap;
 }
 
-template <class R, bool kHardSum, bool kMoment, class T>
-inline TopKSums add_blocks(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z) {
+template <class R, bool kHardSum, bool kMoment, bool kKeep = false, class T>
+inline TopKSums add_blocks(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z,
+                           const Kept<R>& kept = {}) {
   using V = Vec<R>;
   constexpr int kW = kLanes<R>;
   constexpr R kNone = -kInfinity<R>;
@@ -196,9 +206,11 @@ inline TopKSums add_blocks(const TopKRow<R>& row, const TopKScratch<R>& scratch,
     }
     replace(negligible(R(of.max), row.temperature));
     const V origin = splat<R>(of.max == -std::numeric_limits<double>::infinity() ? R(0) : R(of.max));
+    if constexpr (kKeep) kept.origins[b] = of.max;
     V sum{}, hard{}, moment{};
     for (int64_t i = 0; i < steps; ++i) {
       const V u = load<R>(x + i * kW) - origin, e = softened(u);
+      if constexpr (kKeep) store<R>(kept.values + begin + i * kW, e);
       sum += e;
       if constexpr (kHardSum) hard += bare(u);
       if constexpr (kMoment) moment += rules::select(e == V{}, V{}, V(u * e));
@@ -211,11 +223,14 @@ inline TopKSums add_blocks(const TopKRow<R>& row, const TopKScratch<R>& scratch,
 }
 
 template <class R, class T>
-inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z) {
+inline void forward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z,
+                        Kept<R>* kept = nullptr) {
   const TopKProblem& problem = row.problem;
   const bool hard_sum = row.target >= 0 && row.temperature != 1.0;
   TopKSums of;
-  if (hard_sum && problem.entropy) of = add_blocks<R, true, true>(row, scratch, z);
+  if (kept) kept->filled = !hard_sum && !problem.entropy && (problem.rest || row.target >= 0);
+  if (kept && kept->filled) of = add_blocks<R, false, false, true>(row, scratch, z, *kept);
+  else if (hard_sum && problem.entropy) of = add_blocks<R, true, true>(row, scratch, z);
   else if (hard_sum) of = add_blocks<R, true, false>(row, scratch, z);
   else if (problem.entropy) of = add_blocks<R, false, true>(row, scratch, z);
   else if (problem.rest || row.target >= 0) of = add_blocks<R, false, false>(row, scratch, z);
@@ -308,9 +323,30 @@ inline void sweep_row(const TopKRow<R>& row, R* x, const T* z, T* to, double a, 
   write_run(to + whole, 1, classes - whole, x, 1);
 }
 
+// a exp((z - top) / T - sum) of all classes, from the exponentials that the forward pass kept.
+template <class R, class T>
+inline void scale_kept(const TopKRow<R>& row, const Kept<R>& kept, T* to, double a, const T* ahead) {
+  using V = Vec<R>;
+  constexpr int kW = kLanes<R>;
+  const double top = double(row.number(kRestTop)), sum = double(row.number(kRestSum));
+  for (int64_t begin = 0, b = 0; begin < row.problem.classes; begin += kTopKBlock, ++b) {
+    const int64_t rest = row.problem.classes - begin;
+    const int64_t count = rest < kTopKBlock ? rest : kTopKBlock, whole = count / kW * kW;
+    const V factor = splat<R>(R(a * std::exp((kept.origins[b] - top) / row.temperature - sum)));
+    R* const from = kept.values + begin;
+    for (int64_t i = 0; i < whole; i += kW) {
+      if (ahead) __builtin_prefetch(ahead + begin + i, 0, 2);
+      give<R>(to + begin + i, V(load<R>(from + i) * factor));
+    }
+    if (whole == count) continue;
+    store<R>(from + whole, V(load<R>(from + whole) * factor));
+    write_run(to + begin + whole, 1, count - whole, from + whole, 1);
+  }
+}
+
 template <class R, class T>
 inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, const T* z, T* to,
-                         const T* ahead = nullptr) {
+                         const T* ahead = nullptr, const Kept<R>* kept = nullptr) {
   const TopKProblem& problem = row.problem;
   const double inverse = 1.0 / row.temperature, origin = double(row.number(kOrigin));
   const double others = double(row.number(kOthers)), rest = double(row.small()[problem.k]);
@@ -338,6 +374,7 @@ inline void backward_row(const TopKRow<R>& row, const TopKScratch<R>& scratch, c
     b = 0.0;
   }
   if (b != 0.0) sweep_row<R, true>(row, scratch.block, z, to, a, others == none ? 0.0 : b, ahead);
+  else if (a != 0.0 && kept && kept->filled) scale_kept(row, *kept, to, a, ahead);
   else if (a != 0.0) sweep_row<R, false>(row, scratch.block, z, to, a, b, ahead);
   else std::memset(to, 0, sizeof(T) * problem.classes);
   for (int64_t k = 0; k < problem.k; ++k)

@@ -30,6 +30,14 @@ template <class R>
 void run_topk_loss_rows(const cpu::TopKLossProblem& problem, int64_t begin, int64_t end) {
   const TopKProblem& rows = problem.rows;
   const bool wanted = rows.gradient.data != nullptr;
+  const int64_t blocks = rows.classes / kTopKBlock + 1;
+  // Not in the thread's scratch, which the rule uses in between.
+  cpu::Buffer buffer(wanted ? sizeof(R) * blocks * kTopKBlock + sizeof(double) * blocks : 0);
+  Kept<R> kept;
+  if (wanted) {
+    kept.values = static_cast<R*>(buffer.data);
+    kept.origins = reinterpret_cast<double*>(kept.values + blocks * kTopKBlock);
+  }
   R* const values = static_cast<R*>(problem.dense.loss);
   R* const parts = static_cast<R*>(problem.parts);
   const R* const hard_weight = static_cast<const R*>(problem.hard_token_weight);
@@ -59,7 +67,7 @@ void run_topk_loss_rows(const cpu::TopKLossProblem& problem, int64_t begin, int6
         report(rows.bad, i);
         continue;
       }
-      forward_row<R>(row, scratch, z);
+      forward_row<R>(row, scratch, z, wanted ? &kept : nullptr);
       small_row<R>(problem, i);
       const R factor = R(problem.hard) * (hard_weight ? hard_weight[i] : R(1));
       const R hard = rows.hard ? R(rules::weighted(row.number(kHard), factor)) : R(0);
@@ -71,7 +79,7 @@ void run_topk_loss_rows(const cpu::TopKLossProblem& problem, int64_t begin, int6
       const bool fetch = next < end && rows.classes >= kFetchedAhead;
       const T* const ahead = fetch ? student + rows.student.offset(next) : nullptr;
       // The rule has had the scratch in between.
-      backward_row<R>(row, TopKScratch<R>(rows), z, gradient + rows.gradient.offset(i), ahead);
+      backward_row<R>(row, TopKScratch<R>(rows), z, gradient + rows.gradient.offset(i), ahead, &kept);
     }
   });
 }
