@@ -216,7 +216,7 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def target_out_of_range(classes: int, ignore_index: int, got: Any) -> ValueError:
-    return fail("target", f"in [0, {classes}) or ignore_index={ignore_index}", got)
+    return fail("class indices", f"in [0, {classes}) or ignore_index={ignore_index}", got)
 
 
 def reduction(value: Any) -> int:

@@ -95,11 +95,15 @@ def row_loss(
     process_group: ProcessGroup | None = None,
     tp_group: ProcessGroup | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Any:
     """Check the inputs, choose the backend and run it: the loss, or with it its ``LossParts``.
 
     ``options`` are the loss's own numbers, in the order of ``spec.options``.
     """
+    if unknown:
+        name = spec.function.__name__
+        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}")
     if not isinstance(teacher, Tensor):
         teacher = _ensemble.single(
             spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad

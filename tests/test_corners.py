@@ -210,7 +210,7 @@ def test_targets_of_any_integer_type(case: Case, dtype: torch.dtype) -> None:
             torch.testing.assert_close(actual, expected)
         if case.spec.needs_target and case.device == "cpu" and wrong <= torch.iinfo(dtype).max:
             target[1] = wrong
-            with pytest.raises(ValueError, match=r"target must be in \[0, "):
+            with pytest.raises(ValueError, match=r"class indices must be in \[0, "):
                 case(student, teacher, target=target.to(dtype))
 
 

@@ -261,7 +261,7 @@ def test_it_needs_class_indices(spec: LossSpec, backend: str) -> None:
         case(student, teacher, target=target != -100, hard_weight=1.0)
     for bad in (19, -1):
         target[0] = bad
-        with pytest.raises(ValueError, match=rf"^target must be in \[0, 19\).* got {bad}$"):
+        with pytest.raises(ValueError, match=rf"^class indices must be in \[0, 19\).* got {bad}$"):
             case(student, teacher, target=target, hard_weight=1.0)
     for bad, text in ((float("nan"), "finite, got nan"), ("1", "a number, got str")):
         with pytest.raises((ValueError, TypeError), match=f"^hard_weight must be {text}$"):

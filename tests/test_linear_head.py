@@ -552,7 +552,11 @@ def test_every_loss_of_tokens_with_a_rule_is_offered() -> None:
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be >= 1"),
         ({"chunk_tokens": 1.5}, TypeError, "chunk_tokens must be an int"),
         ({"hard_weight": 1.0}, TypeError, "labels must be a Tensor of class indices, got None"),
-        ({"labels": torch.full((21,), 40), "hard_weight": 1.0}, ValueError, "target must be in"),
+        (
+            {"labels": torch.full((21,), 40), "hard_weight": 1.0},
+            ValueError,
+            "class indices must be in",
+        ),
         ({"labels": torch.zeros(20).long()}, ValueError, r"labels must be of shape \(21,\)"),
         ({"vocab": "pad"}, ValueError, "vocab must be 'truncate'"),
         ({"reduction": "max"}, ValueError, "reduction must be"),

@@ -239,7 +239,9 @@ def _check_mismatch() -> None:
     with pytest.raises(ValueError, match=r"^tp_group must be given the same loss and options on"):
         functional.kd_loss(x, x, temperature=1.0 + rank, tp_group=dist.group.WORLD)
     y = torch.full((3,), 5 * dist.get_world_size())
-    with pytest.raises(ValueError, match=rf"^target must be in \[0, {5 * dist.get_world_size()}\)"):
+    with pytest.raises(
+        ValueError, match=rf"^class indices must be in \[0, {5 * dist.get_world_size()}\)"
+    ):
         functional.dkd_loss(x, x, y, tp_group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"^standardize must be False where tp_group is given"):
         functional.kd_loss(x, x, standardize=True, tp_group=dist.group.WORLD)

@@ -306,7 +306,7 @@ def _check_mismatch() -> None:
     hidden = own.hidden.detach().requires_grad_(rank == 0)
     wrong("tp_group must be given the same gradient on all ranks", hidden, *tensors[1:])
     beyond = torch.full_like(labels, CLASSES)
-    wrong(rf"target must be in \[0, {CLASSES}\)", *tensors, labels=beyond, hard_weight=1.0)
+    wrong(rf"class indices must be in \[0, {CLASSES}\)", *tensors, labels=beyond, hard_weight=1.0)
     ids = torch.full((*labels.shape, 1), CLASSES)
     sparse = TopKTeacher(ids, torch.zeros(ids.shape))
     wrong(rf"teacher_ids must be in \[0, {CLASSES}\)", *tensors[:2], sparse)

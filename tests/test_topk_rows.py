@@ -293,7 +293,9 @@ def test_ids_are_checked_before_anything_is_given(rows: int) -> None:
         _topk.rows_of("native", student, wrong, target, None, call())
         _topk.check_ids(wrong, target != IGNORED, 3000)
     target[at] = 3000
-    with pytest.raises(ValueError, match=r"^target must be in \[0, 3000\) or ignore_index=-100"):
+    with pytest.raises(
+        ValueError, match=r"^class indices must be in \[0, 3000\) or ignore_index=-100"
+    ):
         _topk.rows_of("native", student, ids, target, None, call(hard=True))
 
 

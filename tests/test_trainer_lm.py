@@ -241,6 +241,11 @@ def test_the_model_looks_back_only() -> None:
         ("--methods heat", "METHOD must be NAME[:OPTION=VALUE,...] with a name among ce, kl"),
         ("--methods jsd:alpha=1", "an option of jsd must be NAME=VALUE with a name among ce, wei"),
         ("--methods kl:weight=much", "kl's weight must be a number, got much"),
+        ("--methods kl:temperature=0", "temperature must be > 0, got 0.0"),
+        ("--methods jsd:beta=2", "beta must be in [0, 1], got 2.0"),
+        ("--dropout 2", "argument --dropout: it must be a number in [0, 1), got 2"),
+        ("--lr nan", "argument --lr: it must be a number above 0, got nan"),
+        ("--weight-decay -1", "argument --weight-decay: it must be a number from 0 on, got -1"),
         ("--student 8", "size must be WIDTHxBLOCKS, such as 16x2, got 8"),
         ("--share 2", "argument --share: it must be a number in (0, 1], got 2"),
         ("--steps 0", "argument --steps: it must be a whole number from 1 on, got 0"),
@@ -296,5 +301,7 @@ def test_a_cached_teacher(tiny: list[str], tmp_path: Path) -> None:
     inputs, labels = lm_data.windows(torch.arange(1, 60), 8)
     for some, others, rows in lm_data.batches(torch.arange(1, 60), 8, 2, 0, 0, 9, fixed=True):
         assert some.equal(inputs[rows]) and others.equal(labels[rows])
+    with pytest.raises(SystemExit, match=r"--top-k: teacher_ids must be of .* K from 1 to 1024"):
+        distill_lm.main(["--teacher", "topk", "--top-k", "1500"])
     with pytest.raises(SystemExit, match="--methods must be among ce, kl, reverse_kl, jsd"):
         distill_lm.main([*tiny, "--methods", "skew_kl", "--teacher", "topk"])

@@ -36,7 +36,7 @@ double total(const void* values, int64_t count, bool wide) {
 template <class Problem>
 void require_class(const Problem& problem, int64_t target) {
   if (target < 0 || target >= problem.classes)
-    throw std::invalid_argument("target must be in [0, " + std::to_string(problem.classes) +
+    throw std::invalid_argument("class indices must be in [0, " + std::to_string(problem.classes) +
                                 ") or ignore_index=" + std::to_string(problem.ignore_index) +
                                 ", got " + std::to_string(target));
 }
