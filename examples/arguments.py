@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -37,6 +38,34 @@ def _whole(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"it must be a whole number from {least} on, got {text}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """In (0, 1]."""
+    return _number(text, "in (0, 1]", lambda x: 0 < x <= 1)
+
+
+def dropped(text: str) -> float:
+    """In [0, 1)."""
+    return _number(text, "in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def rate(text: str) -> float:
+    return _number(text, "above 0", lambda x: 0 < x < math.inf)
+
+
+def decay(text: str) -> float:
+    return _number(text, "from 0 on", lambda x: 0 <= x < math.inf)
+
+
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not fits(number):
+        raise argparse.ArgumentTypeError(f"it must be a number {expected}, got {text}")
+    return number
 
 
 def assignment(text: str, name: str, known: Iterable[str]) -> tuple[str, float]:

@@ -33,7 +33,7 @@ try:
     import recipes
     import report
     import side_by_side
-    from arguments import checked, natural, positive
+    from arguments import checked, decay, natural, positive, rate
     from setups import SETUPS
     from world import World
 except ModuleNotFoundError as error:
@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher-epochs", type=positive, metavar="N")
     add("--epochs", type=positive, metavar="N", help="of the students")
     add("--batch", type=positive, metavar="N", help="images a step, over all processes")
-    add("--lr", type=float)
-    add("--weight-decay", type=float)
+    add("--lr", type=rate)
+    add("--weight-decay", type=decay)
     add(
         "--option",
         action="append",

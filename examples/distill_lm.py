@@ -34,9 +34,12 @@ try:
     import lm_report
     import lm_teachers
     import models
-    from arguments import checked, natural, positive, threads
+    from arguments import checked, decay, dropped, natural, positive, rate, share, threads
     from lm_methods import METHODS, Method
     from world import World
+
+    from kdkernels.functional import topk_kd_loss
+    from kdkernels.teacher import top_k
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"distill_lm.py: {error}. The examples need:  pip install -e '.[examples]'"
@@ -81,14 +84,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--teacher-steps", type=positive, default=400, metavar="N")
     add("--teacher-batch", type=positive, default=16, metavar="N", help="sequences a step")
-    add("--teacher-lr", type=float, default=8e-3)
-    add("--dropout", type=float, default=0.2, help="of the teacher")
+    add("--teacher-lr", type=rate, default=8e-3)
+    add("--dropout", type=dropped, default=0.2, help="of the teacher")
     add("--student", default="64x2", type=checked(models.size), metavar="WxB", help=SIZE)
-    add("--share", type=_share, default=0.25, help="of the training text that a student sees")
+    add("--share", type=share, default=0.25, help="of the training text that a student sees")
     add("--steps", type=positive, default=250, metavar="N", help="of the students")
     add("--batch", type=positive, default=8, metavar="N", help="sequences a step")
-    add("--lr", type=float, default=1.6e-2)
-    add("--weight-decay", type=float, default=1.0)
+    add("--lr", type=rate, default=1.6e-2)
+    add("--weight-decay", type=decay, default=1.0)
     add("--evaluate-every", type=positive, default=100, metavar="N", help="steps; and checkpoints")
     add("--backend", choices=["native", "triton", "reference"], help="of the losses; default: best")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -116,16 +119,6 @@ def _methods(given: Sequence[str] | None, form: str) -> list[str]:
     return list(given or allowed)
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"it must be a number in (0, 1], got {text}")
-    return share
-
-
 TOPK_DIVERGENCES = ("kl", "reverse_kl", "jsd")
 """The methods that a teacher of a few tokens can teach."""
 
@@ -139,6 +132,13 @@ class Comparison:
         self.methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
         self.taught = any(method.entry is not None for method in self.methods)
         self.corpus = lm_data.corpus(args.text, args.vocab_size, validate=args.validate)
+        if args.teacher == "topk":
+            logits = torch.zeros(1, self.corpus.vocabulary)
+            try:
+                some = top_k(logits, args.top_k)
+                topk_kd_loss(logits, some.ids, some.logprobs)
+            except ValueError as error:
+                raise SystemExit(f"distill_lm.py: --top-k: {error}") from None
         inputs, labels = lm_data.windows(self.corpus.held, args.context)
         self.held = inputs.to(self.device), labels.to(self.device)
         self.folder = args.output / "checkpoints" / ("validation" if args.validate else "main")

@@ -82,9 +82,8 @@ class History:
 
 
 def optimizer_of(job: Job, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        optimizing.groups(job.model, job.weight_decay), lr=lr, betas=(0.9, 0.95)
-    )
+    groups = optimizing.groups(job.model, job.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 class Distiller(nn.Module):

@@ -95,7 +95,11 @@ class Method:
         entry = METHODS[name]
         options = {**TRAINING, **entry.options} if entry else {"ce": TRAINING["ce"]}
         changes = (assignment(item, name, options) for item in rest.split(",") if colon)
-        return Method(text, entry, {**options, **dict(changes)})
+        method = Method(text, entry, {**options, **dict(changes)})
+        # The library says what is wrong with a number, before anything is trained.
+        logits = torch.zeros(1, 2)
+        total(method, logits, logits, torch.zeros(1, dtype=torch.long))
+        return method
 
     @property
     def divergence(self) -> str:
@@ -153,7 +157,7 @@ def total(
     if isinstance(teacher, TopKTeacher):
         keywords |= {"divergence": method.divergence, "log_rest": teacher.log_rest}
         return topk_kd_loss(student, teacher.ids, teacher.logprobs, labels, **keywords)
-    if method.entry.name == "kd":
+    if method.entry.name == "kd" and o["temperature"]:  # of 0 the loss says what is wrong
         keywords["loss_weight"] /= o["temperature"] ** 2
     return method.entry.loss(student, teacher, labels=labels, **keywords)
 
