@@ -59,8 +59,8 @@ GOOD: dict[str, Sequence[Any]] = {
 }
 NOT_A_NUMBER: Sequence[Any] = (
     "4", None, True, [1.0], 4j, NAN, INF, -INF, 10**400, np.array([1.0, 2.0]), np.bool_(True),
-    torch.ones(2), torch.ones((), dtype=torch.complex64), torch.tensor(NAN), Decimal("Infinity"),
-    1e13, -1e300,
+    torch.ones(2, 1, 2, 1, 2),  # no rows are of this shape
+    torch.ones((), dtype=torch.complex64), torch.tensor(NAN), Decimal("Infinity"), 1e13, -1e300,
 )  # fmt: skip
 NEGATIVE: Sequence[Any] = (-1.0, -1e-30, -1, np.float32(-2), torch.tensor(-1.0))
 NOT_POSITIVE: Sequence[Any] = (*NEGATIVE, 0, 0.0, -0.0, np.int64(0))

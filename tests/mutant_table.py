@@ -908,6 +908,14 @@ _of(
      "false"),
 )  # fmt: skip
 _of(
+    "csrc/cpu", "topk.h", "test_topk.py", "at_once",
+    ("kept_from_the_last_origin", "kept.origins[b] = «of.max»;", "0.0"),
+    ("kept_by_the_origin", "(kept.origins[b] - «top») / row.temperature",
+     "double(row.number(kOrigin))"),
+    ("kept_rest", "store<R>(from + whole, «V(load<R>(from + whole) * factor)»);",
+     "load<R>(from + whole)"),
+)  # fmt: skip
+_of(
     "csrc/cpu", "topk_loss.h", "test_topk.py", "at_once",
     ("cross_entropy_unweighted", "«(hard_weight ? hard_weight[i] : R(1))»", "R(1)"),
     ("cross_entropy_lost", "values[row] += hard;", ""),

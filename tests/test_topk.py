@@ -441,14 +441,22 @@ def test_at_once_as_in_two_passes(
         return looked[-1]
 
     def step(temperature: Any, hard: float) -> tuple[Tensor, Tensor, LossParts]:
-        leaf = student.clone().requires_grad_()
-        loss, parts = topk_kd_loss(
-            leaf, ids, logprobs, labels, temperature, tail=tail, reduction=reduction,
-            hard_weight=hard, token_weight=weight, return_parts=True, backend="native",
-        )  # fmt: skip
-        (0.5 * loss).backward()
-        assert leaf.grad is not None
-        return loss.detach(), leaf.grad, parts
+        """Beside parts the row's exponentials are made again, without them they are kept."""
+        found, parts = [], None
+        for return_parts in (True, False):
+            leaf = student.clone().requires_grad_()
+            given = topk_kd_loss(
+                leaf, ids, logprobs, labels, temperature, tail=tail, reduction=reduction,
+                hard_weight=hard, token_weight=weight, return_parts=return_parts, backend="native",
+            )  # fmt: skip
+            loss, parts = given if return_parts else (given, parts)
+            (0.5 * loss).backward()
+            assert leaf.grad is not None
+            found.append((loss.detach(), leaf.grad))
+        size = float(found[0][1].abs().max())
+        torch.testing.assert_close(*found, rtol=NEAR[dtype], atol=NEAR[dtype] * size)
+        assert parts is not None
+        return *found[1], parts
 
     for temperature, hard in ((1.0, 0.0), (1.0, 0.7), (3.0, 0.7), (heats, 0.7)):
         monkeypatch.setattr(_topk, "at_once", look)
@@ -460,4 +468,4 @@ def test_at_once_as_in_two_passes(
         torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=0.0)
         for part, other in zip(parts, other_parts, strict=True):
             torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-6)
-    assert looked == [dtype != torch.float16] * 4
+    assert looked == [dtype != torch.float16] * 8
