@@ -890,9 +890,14 @@ _of(
 # Sparse teachers.
 
 _of(
-    "csrc/cpu", "topk.h", "test_topk_rows.py", "native or ids",
-    ("ids_in_the_rest", "x[scratch.apart[i] - begin] = «value»;", "x[scratch.apart[i] - begin]"),
+    "csrc/cpu", "topk_row.h", "test_topk_rows.py", "native or ids",
     ("twice_unseen", "seen[at / 64] |= bit;", ""),
+    ("ignored_row_read", "return problem.target && «problem.target[row] == problem.ignore_index»;",
+     "false"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "topk_sums.h", "test_topk_rows.py", "native or ids",
+    ("ids_in_the_rest", "x[scratch.apart[i] - begin] = «value»;", "x[scratch.apart[i] - begin]"),
     ("maximum_of_an_id", "replace(kNone);", ""),
     ("sum_not_rescaled", "of.sum *= factor;", ""),
     ("hard_not_rescaled", "of.hard *= std::exp(gap);", ""),
@@ -900,20 +905,19 @@ _of(
     ("target_not_in_the_rest", "rest_sum += std::exp((at_target - rest_top) * inverse);", ""),
     ("target_among_others", "if (row.target >= 0 && «row.ids[k] != row.target») others", "true"),
     ("rest_from_the_origin", "row.number(kRestTop) = some ? «R(rest_top)» : R(0);", "R(origin)"),
+    ("kept_from_the_last_origin", "kept.origins[b] = «of.max»;", "0.0",
+     "test_topk.py", "at_once"),
+)  # fmt: skip
+_of(
+    "csrc/cpu", "topk.h", "test_topk_rows.py", "native or ids",
     ("temperature_of_the_ids", "double value = «double(g[k]) * inverse»;", "double(g[k])"),
     ("hard_of_the_ids", "value += «b * std::exp(double(widen(z[id])) - origin - others)»;", "0.0"),
     ("ids_not_patched", "to[row.ids[k]] = narrow<T>(R(scratch.logits[k]));", ""),
     ("one_exponential_at_any_temperature", "if («row.temperature == 1.0» && a != 0.0", "true"),
-    ("ignored_row_read", "return problem.target && «problem.target[row] == problem.ignore_index»;",
-     "false"),
-)  # fmt: skip
-_of(
-    "csrc/cpu", "topk.h", "test_topk.py", "at_once",
-    ("kept_from_the_last_origin", "kept.origins[b] = «of.max»;", "0.0"),
     ("kept_by_the_origin", "(kept.origins[b] - «top») / row.temperature",
-     "double(row.number(kOrigin))"),
+     "double(row.number(kOrigin))", "test_topk.py", "at_once"),
     ("kept_rest", "store<R>(from + whole, «V(load<R>(from + whole) * factor)»);",
-     "load<R>(from + whole)"),
+     "load<R>(from + whole)", "test_topk.py", "at_once"),
 )  # fmt: skip
 _of(
     "csrc/cpu", "topk_loss.h", "test_topk.py", "at_once",

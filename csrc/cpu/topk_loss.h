@@ -1,5 +1,5 @@
 // A divergence from K ids a row, with the gradient computed in the forward pass: while a row's logits are
-// in cache its sums are made (topk.h), the dense loss's rule runs on its K + 1 small logits, and the
+// in cache its sums are made (topk_sums.h), the dense loss's rule runs on its K + 1 small logits, and the
 // gradient by these goes back to the logits.
 #pragma once
 
