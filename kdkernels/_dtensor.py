@@ -36,6 +36,12 @@ def any_sharded(*tensors: Any) -> bool:
     return any([isinstance(x, DTensor) for x in others])
 
 
+def all_or_none_sharded(named: dict[str, Any]) -> None:
+    """Check tensors that meet in operations: DTensors of one mesh, or plain ones."""
+    if any_sharded(*named.values()):
+        _mesh(named)
+
+
 def none_sharded(of: str, named: dict[str, Any]) -> None:
     """Check what stands beside plain tensors: kernels see no values of a DTensor."""
     for name, x in named.items():
@@ -128,11 +134,16 @@ def row_loss(run: Callable[[Checked, Any], Result], call: Checked, of_shards: bo
         for i, (p, of_row) in enumerate(zip(given.placements, row_placements, strict=True))
     ]
     of_sums = [Partial() if p.is_shard() else p for p in row_placements]
+    everywhere = [Replicate()] * mesh.ndim
     s, t = (_local(x, mesh, placements) for x in (call.student, call.teacher))
     local: dict[str, Any] = {
         k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
         for k, x in by_row.items()
+        if x is None or x.dim() or k in rank_shared
     }
+    for k in by_row.keys() - local.keys():  # a number, to whose gradient each rank's rows add
+        number: Any = by_row[k]
+        local[k] = number.redistribute(mesh, everywhere).to_local(grad_placements=of_sums)
     options = tuple(local.pop(name, x) for name, x in call.named().items())
     index = call.ignore_index
     if call.spec.counted is not None:

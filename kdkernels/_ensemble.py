@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._dtensor import all_or_none_sharded
 from ._dtypes import working_dtype
 from ._shapes import ClassesAt
-from ._tracing import traced, transformed
+from ._tracing import plain, traced, transformed
 from .registry import LossSpec
 
 BLOCK = 1 << 19
@@ -109,6 +110,16 @@ def single(
             _checks.logits(shape.logits(student), shape.logits(x), spec.least_classes)
             found = shape.dim
         _checks.allocated("teacher_logits", x)
+    named = {
+        "student_logits": student,
+        **{f"teacher_logits[{i}]": x for i, x in enumerate(members)},
+    }
+    named |= {  # plain numbers are those of all ranks
+        name: x
+        for name, x in (("weights", teacher.weights), ("temperature", temperature))
+        if isinstance(x, Tensor) and (x.dim() > (name == "weights") or not plain(x))
+    }
+    all_or_none_sharded(named)
     rows = student.shape[:found] + student.shape[found + 1 :]
     kind = working_dtype(student, *members)
     weights = _logarithms(teacher.weights, members, rows, found, kind)

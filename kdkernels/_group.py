@@ -118,7 +118,26 @@ class _Summed(torch.autograd.Function):
         return upstream * ctx.ranks, None
 
 
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("kdkernels losses over ranks cannot be differentiated twice")
+        return upstream
+
+
 _apply: Callable[..., Tensor] = _Summed.apply
+_once: Callable[..., Tensor] = _Once.apply
+
+
+def once(loss: Tensor) -> Tensor:
+    """A loss whose gradient has no derivative: other ranks' numbers are constants in it, or come
+    back to it from nodes that ``torch.autograd.grad`` does not visit."""
+    return _once(loss)
 
 
 def summed(loss: Tensor, group: Any) -> Tensor:

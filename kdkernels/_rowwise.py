@@ -109,9 +109,12 @@ def row_loss(
             spec, teacher, student, temperature, class_dim, standardize, tp_group, teacher_grad
         )
     sharded = not (plain(student) and plain(teacher)) and any_sharded(student, teacher)
-    if not sharded and any_sharded(target, token_weight, temperature, *options):
+    numbers = (temperature, loss_weight, num_items_in_batch)
+    if not sharded and any_sharded(target, token_weight, *numbers, *options):
         beside: dict[str, Any] = {spec.target_name: target, "token_weight": token_weight}
-        beside |= {"temperature": temperature, **dict(zip(spec.options, options, strict=True))}
+        beside |= {"temperature": temperature, "loss_weight": loss_weight}
+        beside |= {"num_items_in_batch": num_items_in_batch}
+        beside |= dict(zip(spec.options, options, strict=True))
         _dtensor.none_sharded("student_logits", beside)
     soft = _soft_targets.probabilities(spec, target, student)
     if class_dim is not None:

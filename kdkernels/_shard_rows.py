@@ -29,6 +29,7 @@ from ._dtypes import working_dtype
 from ._rowrun import check_range, run as run_alone
 from ._shards import Shards
 from .reference._rows import masked_log_softmax, top, weighted
+from .reference.acceptance import LEAST
 from .reference.hard import cross_entropy, entropy
 from .registry import SPECS, LossSpec
 
@@ -119,9 +120,26 @@ class Rows:
         total = self.run(spec, options, student, teacher, 0)
         return total + weighted(inner, masses).sum(-1)
 
-    def by_buckets(self, spec: LossSpec, options: tuple[Any, ...], apart: bool = False) -> Tensor:
-        """M + sum of K - K2. ``apart``: what is 0 where p or q is, of which the others' classes are
-        two, one for each side, so that a sum which no bucket bounds has no bucket."""
+    def overlap(self) -> Tensor:
+        """The sum of min(p, q), down to what a rate of the working dtype may be. No bucket bounds
+        it, and its gradient is no difference of buckets': divided by a small rate, that would be
+        one of rounding errors."""
+        heat: Any = self.temperature if self.heats is None else self.heats.unsqueeze(-1)
+        logs = []
+        for logits in (self.student, self.teacher.detach()):
+            x = logits.double() / heat
+            if self.valid is not None:  # an ignored row may hold NaN
+                x = x.masked_fill(~self.valid.unsqueeze(-1), 0.0)
+            none = torch.zeros((), dtype=torch.bool, device=x.device)
+            _, own = masked_log_softmax(x, none)
+            _, whole = masked_log_softmax(_group.gathered(own, self.shards.group).T, none)
+            logs.append(x - whole.unsqueeze(-1))
+        terms = torch.minimum(*logs).exp().sum(-1)
+        least = torch.finfo(self.dtype).tiny * LEAST
+        return _group.summed_terms(terms, self.shards.group).clamp(min=least)
+
+    def by_buckets(self, spec: LossSpec, options: tuple[Any, ...]) -> Tensor:
+        """M + sum of K - K2."""
         index = self.target if spec.needs_target else None
         sides = []
         for logits in (self.student, self.teacher):
@@ -148,19 +166,12 @@ class Rows:
                 taken = torch.arange(logits.shape[-1], device=logits.device)
                 local = (index - self.shards.begin).unsqueeze(-1)
                 soft = soft.masked_fill(taken == local, -torch.inf)
-            elif apart:
-                columns.insert(len(rows), torch.full_like(others, -torch.inf))
             more = torch.stack(columns, -1)
             rows.append(torch.cat([soft, more], -1))
             buckets.append(torch.cat([given[rank, :, -1:], more], -1))
             masses.append(torch.cat(first, -1))
         (s, t), width = rows, self.student.shape[-1]
-        if apart and choose(spec, s, self.backend) == "reference":  # which has no such option
-            whole = torch.minimum(s.detach().softmax(-1), t.detach().softmax(-1)).sum(-1)
-        else:
-            whole = self.run(spec, options, s, t.detach(), width)
-        if apart:
-            return _group.summed_terms(whole, group)
+        whole = self.run(spec, options, s, t.detach(), width)
         coarse = self.run(spec, options, buckets[0], buckets[1].detach(), 1)
         terms = _difference(whole, coarse)
         coarsest = self.run(spec, options, masses[0], masses[1].detach(), ranks)
@@ -221,17 +232,17 @@ class Rows:
         self, of: LossSpec, *numbers: float, scale: float = 1.0, hard: float = 0.0,
         constant: bool = False, index: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """A call of ``LossSpec.steps``: rows of another loss, or a cross-entropy."""
+        """A call of ``LossSpec.steps``: rows of another loss, or a cross-entropy. The overlap has
+        its gradient here, asked or not."""
         if scale == 0.0:
             assert index is not None
             index = index.reshape(-1).long()
             counted = index if self.valid is None else index[self.valid]
             check_range(counted, self.shards.classes, NO_ID)
             return hard * self.cross_entropy(index).to(self.dtype)
-        if numbers and of.name == "tv":  # the overlap, whose bucket is more than its classes
-            values = self.by_buckets(of, numbers, apart=True)
-        else:
-            values = self.divergence(of, *numbers)
+        if numbers and of.name == "tv":
+            return self.overlap()
+        values = self.divergence(of, *numbers)
         return values.detach() if constant else values
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _reduce
+from . import _checks, _group, _reduce
 from ._autograd import both_gradients, wants_gradient
 from ._checked import Checked, Result
 from ._dispatch import choose
@@ -72,7 +72,8 @@ def run(group: Any, call: Checked, exchanged: bool = False) -> Result:
     )
     heats = call.flat(call.row_temperature)
     rows = call._replace(student=student, teacher=teacher, target=target, row_temperature=heats)
-    return _reduce.weighed(call, *evaluate(shards, rows))
+    loss, separate = _reduce.weighed(call, *evaluate(shards, rows))
+    return _group.once(loss), separate
 
 
 def evaluate(shards: Shards, call: Checked) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -655,6 +655,7 @@ _of(
     ("gradient_of_one", "return upstream «* ctx.ranks», None", ""),
     ("rows_of_the_first", "begin = «sum(counts[: group.rank()])»", "0"),
     ("others_move", "rows[:rank], «own[None]», rows[rank + 1 :]", "own.detach()[None]"),
+    ("second_derivative", "if «torch.is_grad_enabled()»:  # create_graph", "False"),
 )  # fmt: skip
 _of(
     "kdkernels", "_group.py", "test_group_alone.py", "before",
@@ -671,6 +672,8 @@ _of(
     ("rank_unweighted", "weighted(inner, «masses»)", "torch.ones_like(masses)"),
     ("foreign_ids_absent", "columns = torch.where(local == NO_ID, «0.0», wide[:, :k])",
      "-torch.inf"),
+    ("overlap_of_the_ignored", "x = «x.masked_fill(~self.valid.unsqueeze(-1), 0.0)»", "x"),
+    ("least_rate", "«torch.finfo(self.dtype).tiny» * LEAST", "1e-5"),
 )  # fmt: skip
 _of(
     "kdkernels", "_shards.py", "test_sharded_classes.py", "every",

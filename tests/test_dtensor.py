@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from kdkernels import functional
 from kdkernels.functional import ClassCenters, class_centers, semihard_tuples
 from kdkernels.registry import SPECS, LossSpec
+from kdkernels.teacher import EnsembleTeacher, LinearTeacher, TopKTeacher, top_k
 
 WORLD = 2
 NUMBERS_OF_ROWS = ("token_weight", "temperature")
@@ -214,6 +215,8 @@ def _check_plain(spec: LossSpec) -> None:
         rows = torch.ones(len(case.student))
         given |= {name: rows for name in (*NUMBERS_OF_ROWS, "log_rest") if name in names}
         given[spec.target_name] = rows.long()
+        numbers = ("loss_weight", "num_items_in_batch")
+        given |= {name: torch.tensor(3.0) for name in numbers if name in names}
     for name in list(given)[1:]:
         placed = distribute_tensor(given[name], mesh, [Replicate()])
         with pytest.raises(TypeError, match=r"must be a (plain Tensor|DTensor), as "):
@@ -230,6 +233,18 @@ def _check_head() -> None:
     for name, x in (("labels", placed), ("token_weight", placed.float())):
         with pytest.raises(TypeError, match=f"{name} must be a plain Tensor, as student_hidden"):
             functional.linear_kd_loss(hidden, weight, teacher, **{name: x})
+    layer, pair = LinearTeacher(hidden, weight), top_k(teacher, 2)
+    alike = [Replicate()]
+    split: list[Any] = [distribute_tensor(x, mesh, alike) for x in (hidden, teacher, pair.logprobs)]
+    ids = distribute_tensor(pair.ids, mesh, alike)
+    for name, other, more in (
+        ("teacher", split[1], {}),
+        ("teacher.hidden", LinearTeacher(split[0], distribute_tensor(weight, mesh, alike)), {}),
+        ("teacher.ids", TopKTeacher(ids, split[2]), {}),
+        ("loss_weight", layer, {"loss_weight": distribute_tensor(torch.ones(()), mesh, alike)}),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must be a plain Tensor, as student_hidden"):
+            functional.linear_kd_loss(hidden, weight, other, **more)
     with pytest.raises(TypeError, match="ids must be a plain Tensor, as hidden"):
         functional.linear_logprob(hidden, weight, placed)
 
@@ -290,11 +305,54 @@ def _check_parts() -> None:
         ClassCenters(3, 3).update(x, y)
 
 
+def _check_numbers(dim: int) -> None:
+    """Numbers that are DTensors of no dimension; several teachers beside tensors of other kinds."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.arange(5)
+    s, t = (distribute_tensor(x, mesh, [Shard(dim)]) for x in (student, teacher))
+    y = distribute_tensor(labels, mesh, [Shard(0) if dim == 0 else Replicate()])
+    two = DTensor.from_local(torch.tensor(2.0), mesh, [Replicate()])
+    hard = {"hard_weight": 0.5}
+    for loss, alone in (
+        (functional.jsd_loss(s, t, temperature=two),
+         functional.jsd_loss(student, teacher, temperature=2.0)),
+        (functional.jsd_loss(s, t, y, loss_weight=two, **hard),
+         functional.jsd_loss(student, teacher, labels, loss_weight=2.0, **hard)),
+        (functional.kd_loss(s, [t, s], two), functional.kd_loss(student, [teacher, student], 2.0)),
+    ):  # fmt: skip
+        torch.testing.assert_close(loss.full_tensor(), alone)
+    for other, temperature in (
+        ([t, teacher], 2.0),
+        (EnsembleTeacher([t, t], torch.ones(2, 5)), 2.0),
+        ([t, t], torch.ones(5)),
+    ):
+        with pytest.raises(TypeError, match="must be a DTensor, as the others are, got Tensor"):
+            functional.kd_loss(s, other, temperature)
+
+
+def _check_second() -> None:
+    """Not of sharded classes, nor by the reference."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    s, t = (distribute_tensor(torch.randn(4, 6), mesh, [Shard(1)]) for _ in range(2))
+    loss = functional.kd_loss(s.requires_grad_(), t, 2.0, backend="reference")
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, s, create_graph=True)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "image", _check_image
     yield "sparse", _check_sparse
     yield "head", _check_head
     yield "parts", _check_parts
+    for dim in (0, 1):
+        yield f"numbers {dim}", functools.partial(_check_numbers, dim)
+    yield "twice", _check_second
     for spec in SPECS.values():
         yield f"{spec.name} plain", functools.partial(_check_plain, spec)
         if spec in LOSSES and spec.takes_target:

@@ -209,6 +209,16 @@ def _check_compiled(name: str) -> None:
     _close(torch.autograd.grad(actual, leaf)[0], slope.double(), 1e-6)
 
 
+def _check_second(name: str) -> None:
+    """Other ranks' moments are constants in a gradient, which therefore has no derivative."""
+    case = example(SPECS[name])
+    leaf = case.student.clone().requires_grad_()
+    of = {"process_group": dist.group.WORLD, "backend": "reference"}
+    loss = SPECS[name].function(leaf, *case.tensors[1:], **of)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 def _check_timeout() -> None:
     """A rank that raises leaves the others waiting, and they fail with the group's timeout."""
     group: Any = dist.new_group(timeout=timedelta(seconds=1))
@@ -246,6 +256,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for eps in (1e-8, 0.0):
             check = functools.partial(_check_conditioned, family, eps)
             yield f"DIST of {family}, eps {eps}", check
+    for name in ("dist", "sigmoid_dist"):
+        yield f"{name} twice", functools.partial(_check_second, name)
     yield "keywords", _check_keywords
     yield "mismatch", _check_mismatch
     if world == 2:

@@ -271,6 +271,49 @@ def _check_beside_rows(edge: int) -> None:
     torch.testing.assert_close(total / 2, expected.detach())
 
 
+def _check_small_rates() -> None:
+    """Acceptance of drafts that are nearly all refused: the gradient has digits of its own size, in
+    each class."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    far: dict[torch.dtype, tuple[float, ...]] = {
+        torch.float32: (0.0, 3.0, 14.0, 20.0, 55.0),
+        torch.float64: (0.0, 20.0, 300.0),
+    }
+    for dtype, sizes in far.items():
+        for size in sizes:
+            student = torch.tensor([[size, 0, 1, size, 0, 2, -1, 0.5]], dtype=dtype)
+            teacher = torch.tensor([[0, size, 0, 0, 1, size - 2, 3, 1]], dtype=dtype)
+            leaf = student.double().clone().requires_grad_()
+            least = torch.minimum(leaf.log_softmax(-1), teacher.double().log_softmax(-1))
+            expected = -least.logsumexp(-1).sum()
+            (slope,) = torch.autograd.grad(expected, leaf)
+            own = slice(8 // world * rank, 8 // world * (rank + 1))
+            for backend in (None, "reference"):
+                shard = student[:, own].clone().requires_grad_()
+                loss = functional.acceptance_loss(
+                    shard, teacher[:, own], tp_group=dist.group.WORLD, backend=backend
+                )
+                loss.backward()
+                tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 1e-10, "atol": 1e-300}
+                torch.testing.assert_close(loss.double(), expected, **tolerance)
+                assert shard.grad is not None
+                torch.testing.assert_close(shard.grad.double(), slope[:, own], **tolerance)
+
+
+def _check_second(spec: LossSpec) -> None:
+    """Numbers of other ranks are constants in a gradient, which therefore has no derivative."""
+    student, teacher, target = make("gaussian", 6, CLASSES, dtype=torch.float64)
+    leaf = student[:, own_classes("uneven")].clone().requires_grad_()
+    other = teacher if spec.family in ("sampled", "sparse") else teacher[:, own_classes("uneven")]
+    given = {"target": target} if spec.needs_target else {}
+    loss = spec.function(
+        leaf, *_teachers(spec, other, target), **given, backend="reference",
+        tp_group=dist.group.WORLD,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 def _check_timeout() -> None:
     """A rank that raises leaves the others waiting, and they fail with the group's timeout."""
     group: Any = dist.new_group(timeout=timedelta(seconds=1))
@@ -294,6 +337,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
                         yield f"{spec.name} {dtype} {cut} {options}", check
         yield f"{spec.name} keywords", functools.partial(_check_keywords, spec)
         yield f"{spec.name} without rows", functools.partial(_check_no_rows, spec)
+        yield f"{spec.name} twice", functools.partial(_check_second, spec)
         if spec.family != "sampled":  # a common offset, of which no rank may lose digits
             far = functools.partial(
                 _check, spec, "offset", torch.float32, "uneven", {"temperature": 3.0}
@@ -312,6 +356,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "collectives", _check_collectives
     yield "bytes", _check_bytes
     yield "mismatch", _check_mismatch
+    yield "small rates", _check_small_rates
     if dist.get_world_size() == 2:
         yield "timeout", _check_timeout
     else:

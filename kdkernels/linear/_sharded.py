@@ -69,7 +69,8 @@ def split(
     counted = None if labels is None else labels.reshape(-1) != call.ignore_index
     if counted is not None:
         count = int(counted.sum())
-    kinds = [hidden.dtype, teacher[0].dtype, teacher[1].shape[-1] if sparse else 0]
+    widths = [hidden.shape[-1], teacher[1].shape[-1] if sparse else 0]
+    kinds = [hidden.dtype, teacher[0].dtype, *widths]
     said = (*said, spec.name, options, kinds, call._replace(backend="", rule="", symbolic=None))
     dtype, needs = working_dtype(hidden, teacher[0]), needs_of(*students)
     shards = agree(

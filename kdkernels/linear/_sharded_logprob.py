@@ -163,7 +163,7 @@ def apply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``_logprob.logprob``, of the classes of all ranks, of checked arguments but the ids."""
     settings = call._replace(backend="", symbolic=None)
-    said = ("linear_logprob", ids.shape[1], hidden.dtype, settings)
+    said = ("linear_logprob", hidden.shape[1], ids.shape[1], hidden.dtype, settings)
     needs, dtype = needs_of(hidden, weight, bias), working_dtype(hidden)
     shards = agree(
         group, said, hidden.shape[0], weight.shape[0], dtype, needs, hidden.device, "weight"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _topk
+from .._dtensor import none_sharded
 from .._dtypes import working_dtype
 from ..losses.topk_kd import DENSE, MOST, buckets, check_pair, of_known, said
 from ..teacher import LinearTeacher, TopKTeacher
@@ -33,6 +34,10 @@ def check_teacher(teacher: Any, hidden: Tensor) -> None:
     if rows != hidden.shape[:-1]:
         expected = f"of the rows of student_hidden, {tuple(hidden.shape[:-1])}"
         raise _checks.fail("teacher", expected, None if rows is None else tuple(rows))
+    if not isinstance(teacher, Tensor):
+        fields = dataclasses.fields(teacher)
+        held = {f"teacher.{field.name}": getattr(teacher, field.name) for field in fields}
+    none_sharded("student_hidden", {"teacher": teacher} if isinstance(teacher, Tensor) else held)
     if teacher.device != hidden.device:
         raise _checks.fail("teacher", f"on the student's device {hidden.device}", teacher.device)
 

@@ -150,7 +150,8 @@ def linear_kd_loss(
     names = ("student_hidden", "student_weight", "student_bias")
     hidden, weight, bias = as_linear_casts(student_hidden, student_weight, student_bias)
     plain_rows(names, (hidden, weight, bias))
-    none_sharded(names[0], {"labels": labels, "token_weight": token_weight})
+    beside = {"labels": labels, "token_weight": token_weight, "loss_weight": loss_weight}
+    none_sharded(names[0], {**beside, "num_items_in_batch": num_items_in_batch})
     sharded = check_shards(tp_group, hidden, weight, bias)
     least = 0 if sharded else 2
     softcap, logit_scale = _head.check(hidden, weight, bias, softcap, logit_scale, names, least)

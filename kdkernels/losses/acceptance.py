@@ -69,9 +69,12 @@ def _steps(rows: Callable[..., Tensor], kind: str, eta: float) -> Tensor:
     if kind != "log":
         return mixture(rows(REVERSE_KL if kind == EXCHANGED else KD_OF_TOKENS), distance, eta)
     # From total variation or from a, whichever is smaller and so exact. The gradient is that of
-    # total variation over a, which the kernels give its digits where the student is certain.
+    # total variation over a, which the kernels give its digits where the student is certain; shards
+    # of classes have a gradient of a.
     near = distance < 0.5
-    a = rows(TV, 1.0, constant=True) + (distance.detach() - distance)
+    a = rows(TV, 1.0, constant=True)
+    if not a.requires_grad:
+        a = a + (distance.detach() - distance)
     a = a.clamp(min=torch.finfo(a.dtype).tiny * LEAST)
     return torch.where(near, -torch.log1p(-torch.where(near, distance, 0.0)), -a.log())
 

@@ -184,7 +184,7 @@ def _of_group(
     if mean:
         inter = inter / moments.rows.clamp(min=1)
     loss = inter + (loss_weight * gamma * tau**2) * intra if gamma else inter
-    return _group.summed(loss.to(s.dtype), group)
+    return _group.once(_group.summed(loss.to(s.dtype), group))
 
 
 class DISTLoss(LossModule):
