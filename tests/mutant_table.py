@@ -715,7 +715,7 @@ _of(
     "kdkernels", "_rowwise.py", "test_dtensor.py", "every",
     ("labels_wrap", "return «target.to(torch.int64)», _checks.NO_INDEX if", "target"),
     ("shards_unseen",
-     "if «not sharded and any_sharded(target, token_weight, temperature, *options)»:", "False"),
+     "if «not sharded and any_sharded(target, token_weight, *numbers, *options)»:", "False"),
 )  # fmt: skip
 
 # Teachers: containers, targets, caches, servers' answers.
