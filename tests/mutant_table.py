@@ -336,7 +336,7 @@ _of(
 )  # fmt: skip
 _of(
     "csrc/cpu", "probabilities.h", "test_sigmoid.py", "native and dist",
-    ("mean_of_a_row", "M::first_of(first_q) + «M::sum(sum_q.total) * share»;", "R(0)"),
+    ("mean_of_a_row", "M::first_of(first_q) + M::sum(sum_q.total) * «share»;", "R(0)"),
     ("rest_of_a_row", "a = mask_rest(mode, a);", ""),
 )  # fmt: skip
 _of(
