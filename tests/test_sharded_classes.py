@@ -298,6 +298,14 @@ def _check_small_rates() -> None:
                 torch.testing.assert_close(loss.double(), expected, **tolerance)
                 assert shard.grad is not None
                 torch.testing.assert_close(shard.grad.double(), slope[:, own], **tolerance)
+    student, teacher = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(8))
+    student[1] = teacher[2] = torch.nan  # of rows that are ignored
+    shard = student[:, own].clone().requires_grad_()
+    labels = torch.tensor([0, -100, -100])
+    given = teacher[:, own], labels
+    functional.acceptance_loss(shard, *given, tp_group=dist.group.WORLD).backward()
+    assert shard.grad is not None
+    assert shard.grad[0].isfinite().all() and shard.grad[0].any() and not shard.grad[1:].any()
 
 
 def _check_second(spec: LossSpec) -> None:
