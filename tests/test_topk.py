@@ -427,7 +427,8 @@ def test_at_once_as_in_two_passes(
         pytest.skip("; ".join(LACKS["native"]))
     student, ids, logprobs, _ = draw((9,), 5003, 7)
     student, logprobs = student.to(dtype), logprobs.float()
-    student[0, ids[0, 1]] = student[2, 2] = 20.0  # an id and a label above the rest
+    student[0, ids[0, 1]] = student[0].max() + 1  # an id above the rest
+    student[2, 2] = student[2].max() + 1  # the label, which is no id
     logprobs[0, 0] = -math.inf
     labels = torch.arange(9)
     labels[[1, 4, 8]] = IGNORED
