@@ -136,14 +136,15 @@ def row_loss(run: Callable[[Checked, Any], Result], call: Checked, of_shards: bo
     of_sums = [Partial() if p.is_shard() else p for p in row_placements]
     everywhere = [Replicate()] * mesh.ndim
     s, t = (_local(x, mesh, placements) for x in (call.student, call.teacher))
-    local: dict[str, Any] = {
-        k: x if x is None or k in rank_shared else _local(x, mesh, row_placements)
-        for k, x in by_row.items()
-        if x is None or x.dim() or k in rank_shared
-    }
-    for k in by_row.keys() - local.keys():  # a number, to whose gradient each rank's rows add
-        number: Any = by_row[k]
-        local[k] = number.redistribute(mesh, everywhere).to_local(grad_placements=of_sums)
+    local: dict[str, Any] = dict(by_row)
+    for k, x in by_row.items():
+        if x is None or k in rank_shared:
+            continue
+        if x.dim():
+            local[k] = _local(x, mesh, row_placements)
+        else:  # a number, to whose gradient each rank's rows add
+            number: Any = x
+            local[k] = number.redistribute(mesh, everywhere).to_local(grad_placements=of_sums)
     options = tuple(local.pop(name, x) for name, x in call.named().items())
     index = call.ignore_index
     if call.spec.counted is not None:

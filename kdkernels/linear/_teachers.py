@@ -34,10 +34,11 @@ def check_teacher(teacher: Any, hidden: Tensor) -> None:
     if rows != hidden.shape[:-1]:
         expected = f"of the rows of student_hidden, {tuple(hidden.shape[:-1])}"
         raise _checks.fail("teacher", expected, None if rows is None else tuple(rows))
+    held: dict[str, Any] = {"teacher": teacher}
     if not isinstance(teacher, Tensor):
         fields = dataclasses.fields(teacher)
         held = {f"teacher.{field.name}": getattr(teacher, field.name) for field in fields}
-    none_sharded("student_hidden", {"teacher": teacher} if isinstance(teacher, Tensor) else held)
+    none_sharded("student_hidden", held)
     if teacher.device != hidden.device:
         raise _checks.fail("teacher", f"on the student's device {hidden.device}", teacher.device)
 
