@@ -116,8 +116,8 @@ def single(
     }
     named |= {  # plain numbers are those of all ranks
         name: x
-        for name, x in (("weights", teacher.weights), ("temperature", temperature))
-        if isinstance(x, Tensor) and (x.dim() > (name == "weights") or not plain(x))
+        for name, x, dims in (("weights", teacher.weights, 1), ("temperature", temperature, 0))
+        if isinstance(x, Tensor) and (x.dim() > dims or not plain(x))
     }
     all_or_none_sharded(named)
     rows = student.shape[:found] + student.shape[found + 1 :]

@@ -250,6 +250,13 @@ inline void write_lanes(const Rows& x, int64_t row, int64_t count, int64_t class
   });
 }
 
+// Rows whose classes are far apart, and whose neighbours are near.
+KDK_FN bool across(const Rows& x) { return x.class_stride != 1 && x.stride[x.dims - 1] == 1; }
+
+// Such rows are moved so many together, because what lies together in memory is; of so many classes at
+// most, which then stay in cache; and of so many at most lanes are rows.
+constexpr int64_t kSpan = 64, kSpanClasses = 1024, kLaneClasses = 4096;
+
 // Calls f(g, rows) for each vector of rows, or, where all rows lie side by side, side_by_side(data) with a
 // typed pointer to the first.
 template <class R, class F, class G>

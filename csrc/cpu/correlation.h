@@ -124,7 +124,7 @@ void run_correlation(const CorrelationProblem& problem, cpu::ParallelFor paralle
   if (chunks < 2) chunks = rows >= 16 && rows * classes >= 65536 ? 2 : 1;
   const bool far = across(problem.student) || across(problem.teacher);
   const bool lanes = rows_are_lanes(problem);
-  const int tile = far && classes <= 1024 ? kMostTile
+  const int tile = far && classes <= kSpanClasses ? kMostTile
                    : classes <= 4096      ? kTile
                    : classes <= 65536     ? kTile / 2
                                           : kTile / 4;

@@ -8,11 +8,9 @@
 
 namespace kdkernels::KDK_ISA {
 
-constexpr int64_t kMostLaneClasses = 4096;
-
 KDK_FN bool rows_are_lanes(const CorrelationProblem& problem) {
   return across(problem.student) && across(problem.teacher) &&
-         (!problem.gradient.data || across(problem.gradient)) && problem.classes <= kMostLaneClasses;
+         (!problem.gradient.data || across(problem.gradient)) && problem.classes <= kLaneClasses;
 }
 
 // Rows of both tensors. Vectors of which no row counts are not read.

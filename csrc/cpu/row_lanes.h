@@ -6,15 +6,12 @@
 
 namespace kdkernels::KDK_ISA {
 
-constexpr int64_t kRowSpan = 64;         // rows that are moved together,
-constexpr int64_t kSpanClasses = 1024;   // of at most so many classes, which then stay in cache
-
 // Rows begin to end, lanes across the rows; those of a span are read and written together, so that what
 // lies together in memory is moved together.
 template <class Rule, class R>
 void rows_by_row(const RowProblem& problem, int64_t begin, int64_t end) {
-  constexpr int kW = kLanes<R>, kMost = kRowSpan / kW;
-  const int64_t classes = problem.classes, span = classes <= kSpanClasses ? kRowSpan : kW;
+  constexpr int kW = kLanes<R>, kMost = kSpan / kW;
+  const int64_t classes = problem.classes, span = classes <= kSpanClasses ? kSpan : kW;
   const Scratch<R> scratch(classes * kW + 64, int(span / kW), reads_logits_again<Rule>(problem));
   const int64_t apart = scratch.student(1) - scratch.student(0);
   const Temperature<R> temperature(problem);

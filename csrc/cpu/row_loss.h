@@ -6,7 +6,6 @@
 namespace kdkernels::KDK_ISA {
 
 constexpr int64_t kGrain = 16384;        // classes below which a second thread does not pay
-constexpr int64_t kLaneClasses = 4096;   // most classes for which rows share vectors
 
 template <class R>
 KDK_FN int64_t padded(int64_t classes) {
@@ -122,9 +121,7 @@ void run_rows(const RowProblem& problem, cpu::ParallelFor parallel_for) {
     int64_t share;  // units that are dealt at a time, or 0
     int64_t next;   // unit to be dealt
   };
-  const Rows& student = problem.student;
-  const bool by_row = student.class_stride != 1 && student.stride[student.dims - 1] == 1 &&
-                      problem.classes <= kLaneClasses;
+  const bool by_row = across(problem.student) && problem.classes <= kLaneClasses;
   const int64_t unit = by_row ? kLanes<R> : 1;
   Context context{problem, unit, (problem.rows + unit - 1) / unit, 0, 0};
   // Ignored rows come in runs and cores are shared, so equal parts of a large problem would end at

@@ -57,12 +57,8 @@ inline void transpose(const R* from, int64_t from_stride, int64_t columns, R* to
       to[k * to_stride + i] = from[i * from_stride + k];
 }
 
-// Classes that are transposed together, and most rows: what lies together in memory is read together,
-// and all of it stays in the cache's first level.
-constexpr int64_t kTransposed = 16, kSpan = 64;
-
-// Rows whose classes are far apart, and whose neighbours are near.
-KDK_FN bool across(const Rows& x) { return x.class_stride != 1 && x.stride[x.dims - 1] == 1; }
+// Classes that are transposed together, of kSpan rows at most: all of it stays in the cache's first level.
+constexpr int64_t kTransposed = 16;
 
 // Calls f(r, span, begin, some) for the `some` classes from `begin` of `span` rows from r that lie side
 // by side; gives the first row that is in none.
